@@ -1,0 +1,97 @@
+//! What can go wrong, told once.
+//!
+//! An [`Error`] knows which of the router's errors it is ([`Kind`]), whose fault it is ([`Origin`]) and says in
+//! words what happened. It knows nothing of HTTP bodies or Python exceptions: `server/error_response.rs` and
+//! `python.rs` render it. Every kind is one row of the table below; `docs/errors.md` is generated from it.
+
+use std::fmt;
+
+/// Whose fault an error is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// The request could not have been served by any router.
+    Client,
+    /// The router refused or gave up on a request that was in order.
+    Router,
+    /// A worker failed.
+    Worker,
+}
+
+impl Origin {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Origin::Client => "client",
+            Origin::Router => "router",
+            Origin::Worker => "worker",
+        }
+    }
+}
+
+macro_rules! kinds {
+    ($($kind:ident $code:literal $status:literal $origin:ident $meaning:literal;)*) => {
+        /// The errors the router itself answers with.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Kind {
+            $(#[doc = $meaning] $kind,)*
+        }
+
+        impl Kind {
+            /// Every kind, in the order of the documentation.
+            pub const ALL: &'static [Kind] = &[$(Kind::$kind),*];
+
+            /// The stable word clients may compare with (`error.code`, header `x-router-error-code`).
+            pub const fn code(self) -> &'static str {
+                match self { $(Kind::$kind => $code),* }
+            }
+
+            /// The HTTP status it is answered with.
+            pub const fn status(self) -> u16 {
+                match self { $(Kind::$kind => $status),* }
+            }
+
+            pub const fn origin(self) -> Origin {
+                match self { $(Kind::$kind => Origin::$origin),* }
+            }
+
+            /// One sentence for the documentation.
+            pub const fn meaning(self) -> &'static str {
+                match self { $(Kind::$kind => $meaning),* }
+            }
+        }
+    };
+}
+
+kinds! {
+    InvalidQuery "invalid_query" 400 Client "A parameter of a trace query is unknown or has a bad value.";
+    UnknownTargetWorker "unknown_target_worker" 400 Client "`x-sglang-target-worker` names no worker of this router.";
+    NotFound "not_found" 404 Client "No such route, trace or worker.";
+    MethodNotAllowed "method_not_allowed" 405 Client "The route exists, but not for this method.";
+    PayloadTooLarge "payload_too_large" 413 Client "The request body is larger than `max_payload_size`, or a batch names too many ids.";
+    IncompleteBody "incomplete_body" 400 Client "The request body ended or broke before it was complete.";
+    Aborted "aborted" 499 Client "The client left before its answer began.";
+    TrackingDisabled "tracking_disabled" 501 Router "Traces were asked for, but request tracking is off.";
+    QueueTimeout "queue_timeout" 408 Router "The request waited longer than `queue_timeout_secs` to be routed.";
+    NoAvailableWorkers "no_available_workers" 503 Router "No worker is healthy, or the one asked for is not.";
+    WorkerUnreachable "worker_unreachable" 502 Worker "Every worker tried refused the connection or ended it without an answer.";
+    Timeout "timeout" 504 Worker "No answer within `request_timeout_secs`.";
+}
+
+/// One error: which, and what happened in words that say what would be right.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct Error {
+    pub kind: Kind,
+    pub message: String,
+}
+
+impl Error {
+    pub fn new(kind: Kind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into() }
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.code())
+    }
+}

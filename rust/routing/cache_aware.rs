@@ -1,0 +1,316 @@
+//! `cache_aware`: sends a prompt where its beginning was sent before, as that worker has the KV
+//! cache of it.
+//!
+//! Source: the rule of SGLang's router. If the load is uneven, that is, max − min in flight is over
+//! `balance_abs_threshold` and max over `balance_rel_threshold` × min, the worker with the fewest
+//! requests in flight; else the one with the longest matching prefix, if that is more than
+//! `cache_threshold` of the prompt; else the one with the fewest in flight. Ties at random in each
+//! case. Loads and matches are taken over the routable workers only.
+//!
+//! The one idea: what workers have cached is guessed from what they were sent, in a [`PrefixTree`].
+//! It does not know what a worker has dropped, only that it restarted or left
+//! ([`Policy::forget`]).
+//!
+//! Picks share the tree. Recording a sent prompt holds it alone, for about as long as it takes to
+//! copy the prompt; forgetting a worker does for one walk over its nodes.
+
+use std::sync::Arc;
+
+use parking_lot::RwLock;
+
+use super::prefix_tree::{Match, PrefixTree};
+use super::{BYTES_PER_TOKEN, Options, Pick, Policy, Request, Target, WorkerId, least_in_flight};
+
+const IMBALANCE: &str = "imbalance";
+const PREFIX_MATCH: &str = "prefix_match";
+const NO_MATCH: &str = "no_match";
+
+/// Every reason this policy gives: fewest in flight because the load was uneven, longest matching
+/// prefix, fewest in flight because no prefix was over the threshold.
+pub const REASONS: &[&str] = &[IMBALANCE, PREFIX_MATCH, NO_MATCH];
+
+/// See the module.
+pub struct CacheAware {
+    cache_threshold: f64,
+    balance_abs_threshold: usize,
+    balance_rel_threshold: f64,
+    tree: RwLock<PrefixTree>,
+}
+
+impl CacheAware {
+    pub fn new(options: &Options) -> Self {
+        Self {
+            cache_threshold: options.cache_threshold,
+            balance_abs_threshold: options.balance_abs_threshold,
+            balance_rel_threshold: options.balance_rel_threshold,
+            tree: RwLock::new(PrefixTree::new(options.max_tree_size)),
+        }
+    }
+
+    fn choose(
+        &self,
+        prompt: &[u8],
+        matched: &Match,
+        targets: &[Arc<Target>],
+        rng: &mut fastrand::Rng,
+    ) -> (usize, &'static str) {
+        if self.is_uneven(targets) {
+            return (least_in_flight(targets, rng), IMBALANCE);
+        }
+        match longest_match(matched, targets, rng) {
+            Some((index, bytes)) if bytes as f64 / prompt.len() as f64 > self.cache_threshold => {
+                (index, PREFIX_MATCH)
+            }
+            _ => (least_in_flight(targets, rng), NO_MATCH),
+        }
+    }
+
+    fn is_uneven(&self, targets: &[Arc<Target>]) -> bool {
+        let (mut fewest, mut most) = (u32::MAX, 0);
+        for load in targets.iter().map(|target| target.in_flight()) {
+            fewest = fewest.min(load);
+            most = most.max(load);
+        }
+        (most - fewest) as usize > self.balance_abs_threshold
+            && f64::from(most) > self.balance_rel_threshold * f64::from(fewest)
+    }
+}
+
+impl Policy for CacheAware {
+    fn pick(&self, request: &Request, targets: &[Arc<Target>], rng: &mut fastrand::Rng) -> Pick {
+        let tree = self.tree.read();
+        let matched = tree.matched(request.prompt);
+        let (index, reason) = self.choose(request.prompt, &matched, targets, rng);
+        let tokens = matched.bytes_for(targets[index].id) / BYTES_PER_TOKEN;
+        let matched_tokens = Some(u32::try_from(tokens).unwrap_or(u32::MAX));
+        Pick {
+            index,
+            reason,
+            matched_tokens,
+        }
+    }
+
+    fn sent(&self, request: &Request, worker: WorkerId) {
+        self.tree.write().insert(request.prompt, worker);
+    }
+
+    fn forget(&self, worker: WorkerId) {
+        self.tree.write().remove_worker(worker);
+    }
+}
+
+/// Index of the target with the longest match and its bytes, ties at random; `None` if none of the
+/// targets was sent as much as the first byte.
+fn longest_match(
+    matched: &Match,
+    targets: &[Arc<Target>],
+    rng: &mut fastrand::Rng,
+) -> Option<(usize, usize)> {
+    matched.deepest_first().find_map(|(bytes, workers)| {
+        let mut tied = 0;
+        let mut chosen = None;
+        for (index, target) in targets.iter().enumerate() {
+            if workers.binary_search(&target.id).is_ok() {
+                tied += 1;
+                if rng.usize(..tied) == 0 {
+                    chosen = Some((index, bytes));
+                }
+            }
+        }
+        chosen
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::routing::tests::{close_to, loaded, options, tally};
+
+    fn policy(flags: &[&str]) -> CacheAware {
+        CacheAware::new(&options(flags).expect("flags parse"))
+    }
+
+    fn pick(policy: &CacheAware, prompt: &[u8], targets: &[Arc<Target>]) -> Pick {
+        policy.pick(
+            &Request { prompt },
+            targets,
+            &mut fastrand::Rng::with_seed(3),
+        )
+    }
+
+    fn expect(index: usize, reason: &'static str, tokens: u32) -> Pick {
+        Pick {
+            index,
+            reason,
+            matched_tokens: Some(tokens),
+        }
+    }
+
+    #[test]
+    fn a_prompt_follows_its_prefix() {
+        let policy = policy(&[]);
+        let (targets, _held) = loaded(&[0, 5, 0]);
+        policy.sent(
+            &Request {
+                prompt: b"You are helpful. What is Rust?",
+            },
+            1,
+        );
+        let found = pick(&policy, b"You are helpful. Who?", &targets);
+        assert_eq!(found, expect(1, PREFIX_MATCH, 18 / 4));
+    }
+
+    #[test]
+    fn the_longest_prefix_among_the_routable_wins() {
+        let policy = policy(&[]);
+        let (targets, _held) = loaded(&[0, 0, 0]);
+        policy.sent(
+            &Request {
+                prompt: b"aaaabbbbcccc",
+            },
+            2,
+        );
+        policy.sent(
+            &Request {
+                prompt: b"aaaabbbb",
+            },
+            1,
+        );
+        assert_eq!(
+            pick(&policy, b"aaaabbbbcccc", &targets),
+            expect(2, PREFIX_MATCH, 3)
+        );
+        assert_eq!(
+            pick(&policy, b"aaaabbbbcccc", &targets[..2]),
+            expect(1, PREFIX_MATCH, 2)
+        );
+        assert_eq!(
+            pick(&policy, b"aaaabbbbcccc", &targets[..1]),
+            expect(0, NO_MATCH, 0)
+        );
+    }
+
+    #[test]
+    fn a_share_at_the_threshold_is_not_enough() {
+        let policy = policy(&["--cache-threshold=0.5"]);
+        let (targets, _held) = loaded(&[1, 2]);
+        policy.sent(&Request { prompt: b"aaaa" }, 1);
+        assert_eq!(pick(&policy, b"aaaabbbb", &targets), expect(0, NO_MATCH, 0));
+        assert_eq!(
+            pick(&policy, b"aaaabbb", &targets),
+            expect(1, PREFIX_MATCH, 1)
+        );
+    }
+
+    #[test]
+    fn what_the_least_loaded_has_is_reported_also_when_that_was_not_the_reason() {
+        let policy = policy(&["--cache-threshold=0.9", "--balance-abs-threshold=2"]);
+        policy.sent(
+            &Request {
+                prompt: b"aaaabbbb",
+            },
+            0,
+        );
+        let (targets, _held) = loaded(&[0, 1]);
+        assert_eq!(
+            pick(&policy, b"aaaabbbbcccc", &targets),
+            expect(0, NO_MATCH, 2)
+        );
+        let (targets, _held) = loaded(&[0, 3]);
+        assert_eq!(
+            pick(&policy, b"aaaabbbbcccc", &targets),
+            expect(0, IMBALANCE, 2)
+        );
+    }
+
+    #[test]
+    fn uneven_load_goes_before_the_cache_only_over_both_thresholds() {
+        let policy = policy(&["--balance-abs-threshold=2", "--balance-rel-threshold=1.5"]);
+        policy.sent(&Request { prompt: b"aaaa" }, 1);
+        for (loads, reason) in [
+            ([0, 2], PREFIX_MATCH),
+            ([0, 3], IMBALANCE),
+            ([6, 9], PREFIX_MATCH),
+            ([5, 8], IMBALANCE),
+        ] {
+            let (targets, _held) = loaded(&loads);
+            assert_eq!(pick(&policy, b"aaaa", &targets).reason, reason, "{loads:?}");
+        }
+    }
+
+    #[test]
+    fn an_empty_prompt_goes_to_the_least_loaded() {
+        let policy = policy(&["--cache-threshold=0"]);
+        policy.sent(&Request { prompt: b"" }, 1);
+        let (targets, _held) = loaded(&[2, 3, 1]);
+        assert_eq!(pick(&policy, b"", &targets), expect(2, NO_MATCH, 0));
+    }
+
+    #[test]
+    fn a_forgotten_worker_has_nothing_cached() {
+        let policy = policy(&[]);
+        let (targets, _held) = loaded(&[0, 5]);
+        policy.sent(&Request { prompt: b"aaaa" }, 1);
+        policy.forget(1);
+        assert_eq!(pick(&policy, b"aaaa", &targets), expect(0, NO_MATCH, 0));
+    }
+
+    #[test]
+    fn ties_are_broken_at_random_in_every_branch() {
+        let policy = policy(&["--balance-abs-threshold=3"]);
+        for worker in [0, 1, 3] {
+            policy.sent(&Request { prompt: b"aaaa" }, worker);
+        }
+        let (targets, _held) = loaded(&[0, 1, 0, 2]);
+        let mut rng = fastrand::Rng::with_seed(5);
+        let mut counts = [0; 4];
+        for _ in 0..3000 {
+            counts[policy
+                .pick(&Request { prompt: b"aaaa" }, &targets, &mut rng)
+                .index] += 1;
+        }
+        assert!(
+            close_to(&counts, &[1000.0, 1000.0, 0.0, 1000.0]),
+            "{counts:?}"
+        );
+
+        let counts = tally(&policy, &targets, 2000);
+        assert!(
+            close_to(&counts, &[1000.0, 0.0, 1000.0, 0.0]),
+            "no match: {counts:?}"
+        );
+        let (targets, _held) = loaded(&[0, 9, 0, 0]);
+        let counts = tally(&policy, &targets, 3000);
+        assert!(
+            close_to(&counts, &[1000.0, 0.0, 1000.0, 1000.0]),
+            "uneven: {counts:?}"
+        );
+    }
+
+    #[test]
+    fn threads_leave_a_sound_tree() {
+        let policy = policy(&["--max-tree-size=4096"]);
+        let (targets, _held) = loaded(&[0; 8]);
+        std::thread::scope(|scope| {
+            for seed in 0..4 {
+                let (policy, targets) = (&policy, &targets);
+                scope.spawn(move || {
+                    let mut rng = fastrand::Rng::with_seed(seed);
+                    for round in 0..1000 {
+                        let len = rng.usize(..200);
+                        let prompt: Vec<u8> = (0..len).map(|_| rng.u8(..2)).collect();
+                        let request = Request { prompt: &prompt };
+                        let pick = policy.pick(&request, targets, &mut rng);
+                        let _in_flight = targets[pick.index].begin();
+                        policy.sent(&request, targets[pick.index].id);
+                        if round % 100 == 0 {
+                            policy.forget(rng.u32(..8));
+                        }
+                    }
+                });
+            }
+        });
+        policy.tree.read().check_invariants();
+        assert!(targets.iter().all(|target| target.in_flight() == 0));
+    }
+}

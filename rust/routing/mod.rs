@@ -1,0 +1,514 @@
+//! Picks a worker for each request.
+//!
+//! The one idea: a policy is a pure rule. It sees the request, the routable workers and a source
+//! of randomness, and answers with an index and the reason for it; so every policy can be tested
+//! by properties, replayed in virtual time, and compared with another on the same load.
+//!
+//! Invariant: a policy only ever answers with one of the workers it was given, and holds nothing
+//! that grows without a bound.
+//!
+//! What is absent: no tokio, no HTTP, no clock, no health. Which workers are routable is decided
+//! before a policy is asked; what was decided is recorded after.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use clap::ValueEnum;
+use clap::builder::RangedU64ValueParser;
+
+mod cache_aware;
+mod fixed_probability;
+mod power_of_two;
+pub mod prefix_tree;
+mod random;
+mod round_robin;
+mod shortest_queue;
+
+/// A worker's place in the order of joining. Never reused.
+pub type WorkerId = u32;
+
+/// Bytes of a [`Request::prompt`] per token: exact for token ids, an estimate for text.
+pub const BYTES_PER_TOKEN: usize = 4;
+
+/// What a policy may know of a worker.
+#[derive(Debug)]
+pub struct Target {
+    pub id: WorkerId,
+    /// Share of the requests under `fixed_probability`; see [`check_weight`].
+    pub weight: f64,
+    in_flight: AtomicU32,
+}
+
+impl Target {
+    /// A worker with nothing in flight. `weight` has passed [`check_weight`].
+    pub fn new(id: WorkerId, weight: f64) -> Self {
+        Self {
+            id,
+            weight,
+            in_flight: AtomicU32::new(0),
+        }
+    }
+
+    /// Requests picked for this worker that have not ended.
+    pub fn in_flight(&self) -> u32 {
+        self.in_flight.load(Ordering::Relaxed)
+    }
+
+    /// Counts a request as in flight here until the guard is dropped. Taken right after the pick,
+    /// so that the next pick sees it.
+    pub fn begin(self: &Arc<Self>) -> InFlight {
+        self.in_flight.fetch_add(1, Ordering::Relaxed);
+        InFlight(Arc::clone(self))
+    }
+}
+
+/// One request in flight at a worker; dropping it ends that, whatever the ending was.
+#[derive(Debug)]
+#[must_use = "the request counts as in flight only while this is held"]
+pub struct InFlight(Arc<Target>);
+
+impl InFlight {
+    /// The worker this request is at.
+    pub fn target(&self) -> &Arc<Target> {
+        &self.0
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// What a policy may know of a request.
+#[derive(Clone, Copy, Debug)]
+pub struct Request<'a> {
+    /// UTF-8 text, or four little-endian bytes per token id, so that [`BYTES_PER_TOKEN`] holds for
+    /// both. May be empty; is never decoded.
+    pub prompt: &'a [u8],
+}
+
+/// A policy's answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pick {
+    /// Into the targets the policy was given.
+    pub index: usize,
+    /// One of the policy's [`PolicyKind::reasons`].
+    pub reason: &'static str,
+    /// Tokens of the prompt the policy believes to be in that worker's cache, whatever the reason
+    /// for the pick; `None` from a policy without a prefix tree.
+    pub matched_tokens: Option<u32>,
+}
+
+/// A rule that picks a worker. Shared by all requests at once.
+pub trait Policy: Send + Sync {
+    /// Picks one of `targets`, which are the routable workers: never empty, sorted by id.
+    fn pick(&self, request: &Request, targets: &[Arc<Target>], rng: &mut fastrand::Rng) -> Pick;
+
+    /// The request is now being sent to this worker; also called when it was pinned or is sent
+    /// again, that is, when this policy did not pick.
+    fn sent(&self, _request: &Request, _worker: WorkerId) {}
+
+    /// The worker left or restarted: what was believed of its cache is void.
+    fn forget(&self, _worker: WorkerId) {}
+}
+
+/// Makes the enum, its words and [`build`] from one row per policy: the rule in a sentence, the
+/// name, and the module, which has a type named like the variant with `new(&Options)`, and the
+/// list `REASONS`.
+macro_rules! policies {
+    ($($(#[doc = $rule:literal])+ $kind:ident = $name:literal in $module:ident;)+) => {
+        /// The policies, by name.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, ValueEnum)]
+        pub enum PolicyKind {
+            $($(#[doc = $rule])+ #[value(name = $name)] $kind,)+
+        }
+
+        impl PolicyKind {
+            /// Every policy, in the order of the documentation.
+            pub const ALL: &[Self] = &[$(Self::$kind),+];
+
+            /// The name in options, traces and metrics, for example `cache_aware`.
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$kind => $name,)+ }
+            }
+
+            /// The rule in a sentence or two, for help and documentation.
+            pub const fn rule(self) -> &'static str {
+                match self { $(Self::$kind => concat!($($rule),+).trim_ascii(),)+ }
+            }
+
+            /// Every reason the policy can give for a pick.
+            pub const fn reasons(self) -> &'static [&'static str] {
+                match self { $(Self::$kind => $module::REASONS,)+ }
+            }
+        }
+
+        /// The policy that `options` ask for, as it is at the start.
+        pub fn build(options: &Options) -> Arc<dyn Policy> {
+            match options.policy {
+                $(PolicyKind::$kind => Arc::new($module::$kind::new(options)),)+
+            }
+        }
+    };
+}
+
+policies! {
+    /// Any routable worker, all equally likely.
+    Random = "random" in random;
+    /// The routable workers in turn, in the order of joining.
+    RoundRobin = "round_robin" in round_robin;
+    /// Two distinct workers at random, of them the one with fewer requests in flight.
+    PowerOfTwo = "power_of_two" in power_of_two;
+    /// The fewest requests in flight, ties at random.
+    ShortestQueue = "shortest_queue" in shortest_queue;
+    /// Drawn by the workers' weights.
+    FixedProbability = "fixed_probability" in fixed_probability;
+    /// The worker that was sent the longest prefix of the prompt, unless the load is uneven or the
+    /// prefix is short: then the fewest requests in flight.
+    CacheAware = "cache_aware" in cache_aware;
+}
+
+impl fmt::Display for PolicyKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// The options of routing.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Options {
+    /// The rule that picks a worker for each request.
+    #[arg(long, value_enum, ignore_case = true, default_value_t = PolicyKind::CacheAware)]
+    pub policy: PolicyKind,
+
+    /// cache_aware: follow a matching prefix only if it is more than this share of the prompt,
+    /// 0 to 1.
+    #[arg(long, value_parser = parse_share, default_value_t = 0.3)]
+    pub cache_threshold: f64,
+
+    /// cache_aware: the load is uneven only if the most and the fewest requests in flight differ
+    /// by more than this many.
+    #[arg(long, default_value_t = 64)]
+    pub balance_abs_threshold: usize,
+
+    /// cache_aware: the load is uneven only if the most requests in flight are also more than this
+    /// many times the fewest, at least 1.
+    #[arg(long, value_parser = parse_ratio, default_value_t = 1.5)]
+    pub balance_rel_threshold: f64,
+
+    /// Accepted for compatibility, without effect: the prefix tree evicts whenever it is added to.
+    #[arg(long, default_value_t = 60)]
+    pub eviction_interval_secs: u64,
+
+    /// cache_aware: bytes of prompt text the prefix tree remembers, all workers together, 1024 to
+    /// 2^37.
+    #[arg(long, default_value_t = 1 << 26, value_parser = tree_size())]
+    pub max_tree_size: usize,
+
+    /// Makes every random draw of routing repeatable: the n-th request draws the same numbers in
+    /// each run. Without it they differ from run to run.
+    #[arg(long)]
+    pub seed: Option<u64>,
+}
+
+fn tree_size() -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(1024..=prefix_tree::LARGEST_MAX_BYTES as u64)
+}
+
+fn parse_share(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(value) if (0.0..=1.0).contains(&value) => Ok(value),
+        _ => Err("must be a number from 0 to 1".to_owned()),
+    }
+}
+
+fn parse_ratio(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(value) if (1.0..f64::INFINITY).contains(&value) => Ok(value),
+        _ => Err("must be a finite number of at least 1".to_owned()),
+    }
+}
+
+/// Passes a worker's weight through if it is a finite number of at least 0; the error is a sentence
+/// that names the value.
+pub fn check_weight(weight: f64) -> Result<f64, String> {
+    if (0.0..f64::INFINITY).contains(&weight) {
+        Ok(weight)
+    } else {
+        Err(format!(
+            "weight {weight} must be a finite number of at least 0"
+        ))
+    }
+}
+
+/// A source of randomness for each request, without a lock.
+///
+/// The n-th source is a function of the seed and n alone, so with a seed a run is repeatable as far
+/// as the order of arrivals is.
+#[derive(Debug)]
+pub struct Draws {
+    seed: u64,
+    requests: AtomicU64,
+}
+
+impl Draws {
+    /// Draws that follow `seed`, or that differ from run to run without one.
+    pub fn new(seed: Option<u64>) -> Self {
+        Self {
+            seed: seed.unwrap_or_else(|| fastrand::u64(..)),
+            requests: AtomicU64::new(0),
+        }
+    }
+
+    /// The next request's source.
+    pub fn next(&self) -> fastrand::Rng {
+        let request = self.requests.fetch_add(1, Ordering::Relaxed);
+        fastrand::Rng::with_seed(scatter(self.seed, request))
+    }
+}
+
+/// The `n`-th output of SplitMix64 (Steele, Lea, Flood 2014) from `seed`. A generator seeded with
+/// seed + n itself would give neighbouring requests related draws.
+fn scatter(seed: u64, n: u64) -> u64 {
+    let mut z = seed.wrapping_add(n.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// Index of the target with the fewest requests in flight, ties at random (reservoir sampling, so
+/// one pass sees each load once).
+fn least_in_flight(targets: &[Arc<Target>], rng: &mut fastrand::Rng) -> usize {
+    let (mut index, mut fewest, mut tied) = (0, u32::MAX, 0);
+    for (i, target) in targets.iter().enumerate() {
+        let load = target.in_flight();
+        if load < fewest {
+            (index, fewest, tied) = (i, load, 1);
+        } else if load == fewest {
+            tied += 1;
+            if rng.usize(..tied) == 0 {
+                index = i;
+            }
+        }
+    }
+    index
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+    use proptest::prelude::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        routing: Options,
+    }
+
+    pub fn options(flags: &[&str]) -> Result<Options, String> {
+        let line = Line::try_parse_from([&["test"], flags].concat());
+        line.map(|line| line.routing)
+            .map_err(|error| error.to_string())
+    }
+
+    /// Targets with these loads; the guards keep them.
+    pub fn loaded(loads: &[u32]) -> (Vec<Arc<Target>>, Vec<InFlight>) {
+        let targets: Vec<_> = (0..)
+            .zip(loads)
+            .map(|(id, _)| Arc::new(Target::new(id, 1.0)))
+            .collect();
+        let held = targets
+            .iter()
+            .zip(loads)
+            .flat_map(|(target, &load)| (0..load).map(|_| target.begin()))
+            .collect();
+        (targets, held)
+    }
+
+    /// How often each index was picked in `rounds` picks of an empty prompt with a fixed seed.
+    pub fn tally(policy: &dyn Policy, targets: &[Arc<Target>], rounds: usize) -> Vec<usize> {
+        let mut rng = fastrand::Rng::with_seed(7);
+        let mut counts = vec![0; targets.len()];
+        for _ in 0..rounds {
+            counts[policy
+                .pick(&Request { prompt: b"" }, targets, &mut rng)
+                .index] += 1;
+        }
+        counts
+    }
+
+    /// Whether counts are within a fifth of the expectation, far outside chance for the sizes used.
+    pub fn close_to(counts: &[usize], expected: &[f64]) -> bool {
+        counts
+            .iter()
+            .zip(expected)
+            .all(|(&count, &e)| (count as f64 - e).abs() <= e / 5.0)
+    }
+
+    fn built(kind: PolicyKind) -> Arc<dyn Policy> {
+        build(&options(&["--policy", kind.name()]).expect("names parse"))
+    }
+
+    #[test]
+    fn the_defaults_are_sglangs() {
+        let options = options(&[]).expect("no flag is needed");
+        assert_eq!(options.policy, PolicyKind::CacheAware);
+        assert_eq!(options.cache_threshold, 0.3);
+        assert_eq!(options.balance_abs_threshold, 64);
+        assert_eq!(options.balance_rel_threshold, 1.5);
+        assert_eq!(options.eviction_interval_secs, 60);
+        assert_eq!(options.max_tree_size, 67_108_864);
+        assert_eq!(options.seed, None);
+    }
+
+    #[test]
+    fn values_out_of_range_are_refused_by_flag_value_and_range() {
+        for (flag, value, range) in [
+            ("--cache-threshold", "NaN", "from 0 to 1"),
+            ("--cache-threshold", "1.01", "from 0 to 1"),
+            ("--cache-threshold", "-0.1", "from 0 to 1"),
+            ("--balance-rel-threshold", "nan", "at least 1"),
+            ("--balance-rel-threshold", "inf", "finite"),
+            ("--balance-rel-threshold", "0.99", "at least 1"),
+            ("--balance-abs-threshold", "-1", "invalid digit"),
+            ("--max-tree-size", "1023", "1024..=137438953472"),
+            ("--max-tree-size", "999999999999", "1024..=137438953472"),
+            ("--policy", "fastest", "cache_aware"),
+        ] {
+            let error = options(&[&format!("{flag}={value}")]).expect_err(flag);
+            for part in [flag, value, range] {
+                assert!(error.contains(part), "{part} in {error}");
+            }
+        }
+        assert!(options(&["--cache-threshold=0", "--balance-rel-threshold=1"]).is_ok());
+        assert!(options(&["--cache-threshold=1", "--max-tree-size=1024"]).is_ok());
+    }
+
+    #[test]
+    fn weights_are_finite_and_not_negative() {
+        assert_eq!(check_weight(0.0), Ok(0.0));
+        assert_eq!(check_weight(2.5), Ok(2.5));
+        for bad in [-0.1, f64::NAN, f64::INFINITY] {
+            let error = check_weight(bad).expect_err("refused");
+            assert!(error.contains(&bad.to_string()), "{error}");
+        }
+    }
+
+    #[test]
+    fn each_policy_has_one_name_everywhere() {
+        assert_eq!(PolicyKind::ALL, PolicyKind::value_variants());
+        for &kind in PolicyKind::ALL {
+            let value = kind.to_possible_value().expect("no policy is hidden");
+            assert_eq!(value.get_name(), kind.name());
+            assert_eq!(kind.to_string(), kind.name());
+            assert!(kind.rule().ends_with('.') && !kind.reasons().is_empty());
+            let upper = kind.name().to_uppercase();
+            assert_eq!(
+                options(&["--policy", &upper]).expect("any case").policy,
+                kind
+            );
+        }
+    }
+
+    #[test]
+    fn a_request_is_in_flight_while_its_guard_lives() {
+        let target = Arc::new(Target::new(3, 1.0));
+        let first = target.begin();
+        let second = target.begin();
+        assert_eq!((target.in_flight(), second.target().id), (2, 3));
+        drop(first);
+        assert_eq!(target.in_flight(), 1);
+        drop(second);
+        assert_eq!(target.in_flight(), 0);
+    }
+
+    #[test]
+    fn draws_follow_the_seed() {
+        let run = |seed| {
+            let draws = Draws::new(seed);
+            (0..100).map(|_| draws.next().u64(..)).collect::<Vec<_>>()
+        };
+        assert_eq!(run(Some(1)), run(Some(1)));
+        assert_ne!(run(Some(1)), run(Some(2)));
+        assert_ne!(run(None), run(None));
+        let mut distinct = run(Some(1));
+        distinct.sort_unstable();
+        distinct.dedup();
+        assert_eq!(distinct.len(), 100);
+    }
+
+    #[test]
+    fn draws_of_neighbouring_requests_are_unrelated() {
+        let draws = Draws::new(Some(0));
+        let mut counts = [0; 16];
+        for _ in 0..16_000 {
+            counts[draws.next().usize(..4) * 4 + draws.next().usize(..4)] += 1;
+        }
+        assert!(close_to(&counts, &[1000.0; 16]), "{counts:?}");
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Ask { prompt: Vec<u8>, routable: u8 },
+        End,
+        Forget(WorkerId),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let prompt = prop::collection::vec(0..3_u8, 0..20);
+        prop_oneof![
+            8 => (prompt, 1..=255_u8).prop_map(|(prompt, routable)| Step::Ask { prompt, routable }),
+            2 => Just(Step::End),
+            1 => (0..8_u32).prop_map(Step::Forget),
+        ]
+    }
+
+    /// Runs the steps on a fresh policy; checks every pick and returns them.
+    fn run(kind: PolicyKind, steps: &[Step], weights: &[f64]) -> Vec<Pick> {
+        let (policy, draws) = (built(kind), Draws::new(Some(9)));
+        let all: Vec<_> = (0..)
+            .zip(weights)
+            .map(|(id, &w)| Arc::new(Target::new(id, w)))
+            .collect();
+        let (mut held, mut picks) = (Vec::new(), Vec::new());
+        for step in steps {
+            match step {
+                Step::Ask { prompt, routable } => {
+                    let given: Vec<_> = all
+                        .iter()
+                        .filter(|t| routable >> t.id & 1 == 1)
+                        .cloned()
+                        .collect();
+                    let request = Request { prompt };
+                    let pick = policy.pick(&request, &given, &mut draws.next());
+                    assert!(kind.reasons().contains(&pick.reason));
+                    let tokens = (prompt.len() / BYTES_PER_TOKEN) as u32;
+                    assert!(pick.matched_tokens.is_none_or(|matched| matched <= tokens));
+                    held.push(given[pick.index].begin());
+                    policy.sent(&request, given[pick.index].id);
+                    picks.push(pick);
+                }
+                Step::End => drop(held.pop()),
+                Step::Forget(worker) => policy.forget(*worker),
+            }
+        }
+        picks
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+
+        #[test]
+        fn every_policy_picks_what_it_was_given_and_repeats_itself(
+            steps in prop::collection::vec(step(), 1..60),
+            weights in prop::collection::vec(0.0..4.0_f64, 8),
+        ) {
+            for &kind in PolicyKind::ALL {
+                prop_assert_eq!(run(kind, &steps, &weights), run(kind, &steps, &weights));
+            }
+        }
+    }
+}

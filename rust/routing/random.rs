@@ -1,0 +1,42 @@
+//! `random`: any routable worker, all equally likely. Holds nothing.
+
+use std::sync::Arc;
+
+use super::{Options, Pick, Policy, Request, Target};
+
+const RANDOM: &str = "random";
+
+/// Every reason this policy gives.
+pub const REASONS: &[&str] = &[RANDOM];
+
+/// See the module.
+pub struct Random;
+
+impl Random {
+    pub fn new(_: &Options) -> Self {
+        Self
+    }
+}
+
+impl Policy for Random {
+    fn pick(&self, _: &Request, targets: &[Arc<Target>], rng: &mut fastrand::Rng) -> Pick {
+        Pick {
+            index: rng.usize(..targets.len()),
+            reason: RANDOM,
+            matched_tokens: None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::routing::tests::{close_to, loaded, tally};
+
+    #[test]
+    fn all_workers_are_equally_likely_whatever_their_load() {
+        let (targets, _held) = loaded(&[0, 9, 1, 0]);
+        let counts = tally(&Random, &targets, 4000);
+        assert!(close_to(&counts, &[1000.0; 4]), "{counts:?}");
+    }
+}

@@ -1,0 +1,195 @@
+//! The routes that are not routed: health, metrics, the list of workers, and what a worker says of itself.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract::{Path, Request, State};
+use axum::http::header;
+use axum::http::uri::PathAndQuery;
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use futures_util::future::join_all;
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::{HeaderMap, StatusCode};
+use serde_json::{Value, json};
+
+use super::engine_metrics::Merge;
+use super::{App, headers};
+use crate::error::{Error, Kind};
+use crate::telemetry::metrics::{CONTENT_TYPE, WorkerLabels};
+use crate::upstream::{Answer, SendError};
+use crate::workers::{State as Health, Worker};
+
+/// The largest metrics text read from one worker.
+const ENGINE_METRICS_BYTES_MAX: usize = 16 << 20;
+
+pub(super) async fn alive() -> &'static str {
+    "OK"
+}
+
+pub(super) async fn readiness(State(app): State<Arc<App>>) -> Response {
+    let snapshot = app.workers.snapshot();
+    let reason = if app.is_draining.load(Ordering::Relaxed) {
+        "draining"
+    } else if snapshot.routable.is_empty() {
+        "insufficient healthy workers"
+    } else {
+        let ready = json!({
+            "status": "ready",
+            "healthy_workers": snapshot.routable.len(),
+            "total_workers": snapshot.all.len(),
+        });
+        return Json(ready).into_response();
+    };
+    let not_ready = json!({"status": "not ready", "reason": reason});
+    (StatusCode::SERVICE_UNAVAILABLE, Json(not_ready)).into_response()
+}
+
+pub(super) async fn metrics(State(app): State<Arc<App>>) -> Response {
+    for worker in &app.workers.snapshot().all {
+        let labels = WorkerLabels { worker: worker.url.to_string() };
+        let in_flight = i64::from(worker.target.in_flight());
+        app.metrics.active.get_or_create(&labels).set(in_flight);
+        app.metrics.running.get_or_create(&labels).set(in_flight);
+        let is_healthy = worker.state() == Health::Healthy;
+        app.metrics.health.get_or_create(&labels).set(i64::from(is_healthy));
+    }
+    if let Some(tracker) = &app.tracker {
+        app.metrics.traces_held.set(tracker.len() as i64);
+    }
+    ([(header::CONTENT_TYPE, CONTENT_TYPE)], app.metrics.render()).into_response()
+}
+
+pub(super) async fn workers(State(app): State<Arc<App>>) -> Json<Value> {
+    let all = &app.workers.snapshot().all;
+    let workers: Vec<Value> = all.iter().map(|worker| describe(worker)).collect();
+    Json(json!({
+        "total": workers.len(),
+        "stats": {"prefill_count": 0, "decode_count": 0, "regular_count": workers.len()},
+        "workers": workers,
+    }))
+}
+
+pub(super) async fn worker(
+    State(app): State<Arc<App>>,
+    Path(id): Path<String>,
+) -> Result<Json<Value>, Error> {
+    let snapshot = app.workers.snapshot();
+    let by_id = snapshot.all.iter().find(|worker| worker.index.to_string() == id);
+    match by_id.or_else(|| snapshot.find(&id)) {
+        Some(worker) => Ok(Json(describe(worker))),
+        None => {
+            let message = format!("no worker has the id or URL {id:?}; GET /workers lists them");
+            Err(Error::new(Kind::NotFound, message))
+        }
+    }
+}
+
+fn describe(worker: &Worker) -> Value {
+    let info = worker.info();
+    let state = worker.state();
+    json!({
+        "id": worker.index.to_string(),
+        "url": worker.url.as_str(),
+        "model_id": info.and_then(|info| info.model_id.as_deref()),
+        "worker_type": "regular",
+        "connection_mode": "HTTP",
+        "is_healthy": state == Health::Healthy,
+        "load": worker.target.in_flight(),
+        "node_id": worker.node_id(),
+        "state": state.name(),
+        "served": worker.served.load(Ordering::Relaxed),
+        "failed": worker.failed.load(Ordering::Relaxed),
+        "kv_tokens": info.and_then(|info| info.kv_tokens),
+    })
+}
+
+/// Passes a GET on to the first healthy worker that answers.
+pub(super) async fn from_worker(
+    State(app): State<Arc<App>>,
+    request: Request,
+) -> Result<Response, Error> {
+    let (head, _) = request.into_parts();
+    let root = PathAndQuery::from_static("/");
+    let path = head.uri.path_and_query().unwrap_or(&root);
+    let headers = headers::towards_worker(head.headers.clone());
+    let mut failure = None;
+    for worker in &app.workers.snapshot().routable {
+        match app.within_timeout(get(worker, path, &headers)).await? {
+            Ok(answer) => return Ok(app.pass_on(answer, worker)),
+            Err(error) => {
+                if error.is_unconnected() {
+                    app.workers.unreachable(worker);
+                }
+                failure = Some(error);
+            }
+        }
+    }
+    Err(match failure {
+        Some(error) => Error::new(Kind::WorkerUnreachable, error.to_string()),
+        None => app.no_available_workers(),
+    })
+}
+
+/// The Prometheus texts of all healthy workers as one, each sample labelled with its worker.
+pub(super) async fn engine_metrics(State(app): State<Arc<App>>) -> Result<Response, Error> {
+    let snapshot = app.workers.snapshot();
+    if snapshot.routable.is_empty() {
+        return Err(app.no_available_workers());
+    }
+    let texts = join_all(snapshot.routable.iter().map(|worker| metrics_of(&app, worker))).await;
+    let mut merge = Merge::default();
+    let mut failures = Vec::new();
+    for (worker, text) in snapshot.routable.iter().zip(texts) {
+        match text {
+            Ok(text) => merge.add(worker.url.as_str(), &String::from_utf8_lossy(&text)),
+            Err(why) => failures.push(format!("{}: {why}", worker.url)),
+        }
+    }
+    if failures.len() == snapshot.routable.len() {
+        let message = format!(
+            "no worker gave its metrics (SGLang needs --enable-metrics): {}",
+            failures.join("; ")
+        );
+        return Err(Error::new(Kind::WorkerUnreachable, message));
+    }
+    let content_type = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
+    Ok((content_type, merge.render()).into_response())
+}
+
+async fn metrics_of(app: &App, worker: &Worker) -> Result<Bytes, String> {
+    let exchange = async {
+        let path = PathAndQuery::from_static("/metrics");
+        let answer = get(worker, &path, &HeaderMap::new()).await;
+        let answer = answer.map_err(|error| error.to_string())?;
+        if !answer.status().is_success() {
+            return Err(format!("answered {}", answer.status()));
+        }
+        let body = Limited::new(answer.into_body(), ENGINE_METRICS_BYTES_MAX).collect().await;
+        Ok(body.map_err(|error| error.to_string())?.to_bytes())
+    };
+    app.within_timeout(exchange).await.map_err(|error| error.to_string())?
+}
+
+async fn get(
+    worker: &Worker,
+    path: &PathAndQuery,
+    headers: &HeaderMap,
+) -> Result<hyper::Response<Answer>, SendError> {
+    let mut request = hyper::Request::new(Full::default());
+    *request.uri_mut() = worker.uri(path);
+    *request.headers_mut() = headers.clone();
+    request.headers_mut().insert(header::HOST, worker.url.authority().clone());
+    worker.connections.send(request).await
+}
+
+impl App {
+    fn pass_on(&self, answer: hyper::Response<Answer>, worker: &Worker) -> Response {
+        let mut answer = answer.map(Body::new);
+        headers::drop_hop_by_hop(answer.headers_mut());
+        self.name_worker(answer.headers_mut(), worker);
+        answer
+    }
+}

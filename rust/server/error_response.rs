@@ -1,0 +1,46 @@
+//! How the router's own errors look over HTTP: `{"error":{"type","code","message"}}` and `x-router-error-code`.
+
+use axum::Json;
+use axum::response::{IntoResponse, Response};
+use hyper::StatusCode;
+use hyper::header::{HeaderName, HeaderValue};
+use serde_json::json;
+
+use crate::error::{Error, Kind};
+
+const X_ROUTER_ERROR_CODE: HeaderName = HeaderName::from_static("x-router-error-code");
+
+impl Kind {
+    pub(super) fn http_status(self) -> StatusCode {
+        StatusCode::from_u16(self.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
+    }
+}
+
+impl IntoResponse for Error {
+    fn into_response(self) -> Response {
+        let status = self.kind.http_status();
+        let code = self.kind.code();
+        // nginx's name for a status that HTTP has no name for.
+        let reason = status.canonical_reason().unwrap_or("Client Closed Request");
+        let body = json!({"error": {"type": reason, "code": code, "message": self.message}});
+        let header = [(X_ROUTER_ERROR_CODE, HeaderValue::from_static(code))];
+        (status, header, Json(body)).into_response()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_has_a_status_of_its_own_and_a_unique_code() {
+        let mut codes: Vec<_> = Kind::ALL.iter().map(|kind| kind.code()).collect();
+        codes.sort_unstable();
+        codes.dedup();
+        assert_eq!(codes.len(), Kind::ALL.len());
+        for kind in Kind::ALL {
+            assert_eq!(kind.http_status().as_u16(), kind.status());
+            assert!((400..600).contains(&kind.status()));
+        }
+    }
+}

@@ -1,0 +1,253 @@
+//! Everything that has to be closed when a request ends, on one value.
+//!
+//! A [`Flight`] is one routed request from its arrival to its end, whichever that is. It holds the count of requests
+//! in flight at the picked worker and the open trace record. Completed, refused, broken, or dropped because the
+//! client left: exactly one end is written, and the count is given back by `Drop`.
+
+use std::borrow::Cow;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use hyper::StatusCode;
+
+use super::{App, request_id};
+use crate::error::{Error, Kind, Origin};
+use crate::request::Scan;
+use crate::routing::{InFlight, Pick};
+use crate::telemetry::metrics::{RouteLabels, SelectionLabels, StatusLabels, WorkerLabels};
+use crate::tracking::{Arrived, OpenTrace};
+use crate::upstream::answer::Facts;
+use crate::workers::Worker;
+
+pub(super) struct Flight {
+    app: Arc<App>,
+    route: Arc<str>,
+    arrived: Arrived,
+    /// None until the headers or the body gave one.
+    id: Option<String>,
+    trace: Option<OpenTrace>,
+    /// The newest picked worker, and its count while the request is with it.
+    worker: Option<Arc<Worker>>,
+    in_flight: Option<InFlight>,
+    /// The worker's status, once its headers came.
+    status: Option<StatusCode>,
+    has_ended: bool,
+}
+
+impl Flight {
+    /// A request has arrived. `header_id` is the id its headers gave it, if any.
+    pub(super) fn begin(app: Arc<App>, route: Arc<str>, header_id: Option<String>) -> Self {
+        app.metrics.requests.get_or_create(&labels(&route)).inc();
+        let arrived = Arrived::now();
+        let mut flight = Self {
+            app,
+            route,
+            arrived,
+            id: None,
+            trace: None,
+            worker: None,
+            in_flight: None,
+            status: None,
+            has_ended: false,
+        };
+        if let Some(id) = header_id {
+            flight.open(id);
+        }
+        flight
+    }
+
+    pub(super) fn arrived_at(&self) -> Instant {
+        self.arrived.at
+    }
+
+    pub(super) fn is_traced(&self) -> bool {
+        self.app.tracker.is_some()
+    }
+
+    /// The request's id. A request that nobody named gets a fresh one.
+    pub(super) fn id(&mut self) -> &str {
+        if self.id.is_none() {
+            self.open(request_id::generate());
+        }
+        self.id.as_deref().unwrap_or_default()
+    }
+
+    /// What the body says: the id, where no header gave one, and the facts of the record.
+    pub(super) fn describe(&mut self, scan: &Scan<'_>, trace_id: Option<&str>) {
+        if self.id.is_none() {
+            let rid = scan.rid.as_deref().and_then(|rid| self.app.request_ids.from_rid(rid));
+            self.open(rid.unwrap_or_else(request_id::generate));
+        }
+        if let Some(trace) = &mut self.trace {
+            trace.describe(scan.model.as_deref(), scan.stream, scan.input_tokens, trace_id);
+        }
+    }
+
+    /// The newest picked worker.
+    pub(super) fn worker(&self) -> Option<&Arc<Worker>> {
+        self.worker.as_ref()
+    }
+
+    /// The request may be routed now.
+    pub(super) fn admitted(&mut self) {
+        if let Some(trace) = &mut self.trace {
+            trace.admitted(Instant::now());
+        }
+    }
+
+    /// A worker was picked; the request is in flight at it from now on.
+    pub(super) fn picked(&mut self, worker: Arc<Worker>, pick: &Pick, decision: Duration) {
+        if let (Some(trace), Some(name)) = (&mut self.trace, worker.name()) {
+            trace.routed(name, pick.reason, pick.matched_tokens, decision);
+        }
+        let policy = self.app.policy_name;
+        let selection = SelectionLabels { policy, reason: pick.reason };
+        self.app.metrics.selections.get_or_create(&selection).inc();
+        tracing::debug!(
+            request_id = self.id, worker = %worker.url, reason = pick.reason,
+            matched_tokens = pick.matched_tokens, decision_us = decision.as_nanos() as f64 / 1e3, "picked"
+        );
+        self.in_flight = Some(worker.target.begin());
+        self.worker = Some(worker);
+    }
+
+    /// The picked worker gave no answer.
+    pub(super) fn attempt_failed(&mut self, error: &str) {
+        self.in_flight = None;
+        if let Some(worker) = &self.worker {
+            worker.failed.fetch_add(1, Ordering::Relaxed);
+            tracing::warn!(request_id = self.id, worker = %worker.url, "attempt failed: {error}");
+        }
+        if let Some(trace) = &mut self.trace {
+            trace.attempt_failed(None, error);
+        }
+    }
+
+    /// The head of the worker's answer came.
+    pub(super) fn answered(&mut self, status: StatusCode) {
+        self.status = Some(status);
+        if let Some(trace) = &mut self.trace {
+            trace.headers(status.as_u16());
+        }
+    }
+
+    /// The first byte of the answer's body came.
+    pub(super) fn first_byte(&mut self, at: Instant) {
+        if let Some(trace) = &mut self.trace {
+            trace.first_byte(at);
+        }
+    }
+
+    /// The first frame with content came.
+    pub(super) fn first_content(&mut self, at: Instant) {
+        if let Some(trace) = &mut self.trace {
+            trace.first_content(at);
+        }
+    }
+
+    /// The last byte of the answer was relayed. `excerpt` is the head of an answer that is an error.
+    pub(super) fn relayed(&mut self, facts: &Facts, excerpt: &str) {
+        let status = self.status.unwrap_or_default();
+        if let Some(trace) = &mut self.trace {
+            trace.facts(facts.prompt_tokens, facts.cached_tokens, facts.completion_tokens);
+            trace.said(facts.finish_reason.as_deref(), facts.worker_request_id.as_deref());
+        }
+        if status.is_success() {
+            self.end(Some(status), "", Ok(()));
+        } else {
+            let colon = if excerpt.is_empty() { "" } else { ": " };
+            let message = format!("worker answered {status}{colon}{excerpt}");
+            let origin = if status.is_client_error() { Origin::Client } else { Origin::Worker };
+            self.end(Some(status), "", Err((origin, message.into())));
+        }
+    }
+
+    /// The answer ended before it was whole, for this reason.
+    pub(super) fn broke(&mut self, message: &str) {
+        self.end(self.status, "", Err((Origin::Worker, message.into())));
+    }
+
+    /// The router answers with an error of its own.
+    pub(super) fn refuse(mut self, error: &Error) {
+        self.id();
+        let message = Cow::Borrowed(error.message.as_str());
+        let kind = error.kind;
+        self.end(Some(kind.http_status()), kind.code(), Err((kind.origin(), message)));
+    }
+
+    fn open(&mut self, id: String) {
+        if let Some(tracker) = &self.app.tracker {
+            self.trace = Some(tracker.open(self.arrived, &id, &self.route));
+        }
+        self.id = Some(id);
+    }
+
+    fn end(
+        &mut self,
+        status: Option<StatusCode>,
+        error_code: &'static str,
+        outcome: Result<(), (Origin, Cow<'_, str>)>,
+    ) {
+        if std::mem::replace(&mut self.has_ended, true) {
+            return;
+        }
+        let now = Instant::now();
+        // After a failed attempt the request is with no worker any more.
+        let worker = self.in_flight.take().and(self.worker.as_ref());
+        let status_code = status.map_or(Kind::Aborted.status(), |status| status.as_u16());
+        self.app.metrics.responses.get_or_create(&StatusLabels { status_code, error_code }).inc();
+        let seconds = (now - self.arrived.at).as_secs_f64();
+        self.app.metrics.request_duration.get_or_create(&labels(&self.route)).observe(seconds);
+        match outcome {
+            Ok(()) => {
+                if let Some(worker) = worker {
+                    worker.served.fetch_add(1, Ordering::Relaxed);
+                    let labels = WorkerLabels { worker: worker.url.to_string() };
+                    self.app.metrics.processed.get_or_create(&labels).inc();
+                }
+                if let Some(trace) = self.trace.take() {
+                    trace.complete(now);
+                }
+            }
+            Err((origin, message)) => {
+                if let (Some(worker), Origin::Worker) = (worker, origin) {
+                    worker.failed.fetch_add(1, Ordering::Relaxed);
+                }
+                log_failure(self.id.as_deref(), self.worker.as_deref(), origin, &message);
+                if let Some(trace) = self.trace.take() {
+                    trace.fail(now, status.map(|status| status.as_u16()), &message);
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Flight {
+    fn drop(&mut self) {
+        if self.has_ended {
+            return;
+        }
+        self.id();
+        let is_stopped = self.app.is_stopped.load(Ordering::Relaxed);
+        let (origin, message) = if is_stopped {
+            (Origin::Router, "the router was stopped before the answer had ended")
+        } else {
+            (Origin::Client, "client disconnected")
+        };
+        self.end(self.status, "", Err((origin, message.into())));
+    }
+}
+
+fn labels(route: &str) -> RouteLabels {
+    RouteLabels { method: "POST", path: route.to_owned() }
+}
+
+fn log_failure(id: Option<&str>, worker: Option<&Worker>, origin: Origin, message: &str) {
+    let worker = worker.map(|worker| worker.url.as_str());
+    if origin == Origin::Client {
+        tracing::info!(request_id = id, worker, "request failed: {message}");
+    } else {
+        tracing::warn!(request_id = id, worker, "request failed: {message}");
+    }
+}

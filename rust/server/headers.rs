@@ -1,0 +1,90 @@
+//! Which headers go on: everything end-to-end, nothing hop-by-hop (RFC 9110, section 7.6.1).
+
+use hyper::HeaderMap;
+use hyper::header::{self, HeaderName};
+
+const HOP_BY_HOP: [HeaderName; 9] = [
+    header::CONNECTION,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+    header::PROXY_AUTHENTICATE,
+    header::PROXY_AUTHORIZATION,
+    header::TE,
+    header::TRAILER,
+    header::TRANSFER_ENCODING,
+    header::UPGRADE,
+];
+
+/// Names a worker and means the router; a worker has no use for it.
+pub(super) const X_TARGET_WORKER: HeaderName = HeaderName::from_static("x-sglang-target-worker");
+pub(super) const X_WORKER: HeaderName = HeaderName::from_static("x-sglang-worker");
+pub(super) const X_NODE: HeaderName = HeaderName::from_static("x-sglang-node");
+
+/// Drops hop-by-hop headers, those that `connection` names among them.
+pub(super) fn drop_hop_by_hop(headers: &mut HeaderMap) {
+    if headers.contains_key(header::CONNECTION) {
+        let named: Vec<HeaderName> = headers
+            .get_all(header::CONNECTION)
+            .iter()
+            .filter_map(|value| value.to_str().ok())
+            .flat_map(|value| value.split(','))
+            .filter_map(|name| name.trim().parse().ok())
+            // The length of the body is not for `connection` to take away.
+            .filter(|name| name != header::CONTENT_LENGTH)
+            .collect();
+        for name in named {
+            headers.remove(name);
+        }
+    }
+    for name in &HOP_BY_HOP {
+        headers.remove(name);
+    }
+}
+
+/// The headers of a request as its worker gets them, but for `host` and `x-request-id`, which are the router's.
+pub(super) fn towards_worker(mut headers: HeaderMap) -> HeaderMap {
+    drop_hop_by_hop(&mut headers);
+    // The body is sent whole: its length is known and its sending was already agreed to.
+    for name in [header::CONTENT_LENGTH, header::EXPECT, header::HOST, X_TARGET_WORKER] {
+        headers.remove(name);
+    }
+    headers
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(lines: &[(&'static str, &'static str)]) -> HeaderMap {
+        lines
+            .iter()
+            .map(|(name, value)| (HeaderName::from_static(name), value.parse().expect("value")))
+            .collect()
+    }
+
+    #[test]
+    fn hop_by_hop_headers_go_and_the_rest_stays() {
+        let lines = [
+            ("connection", "close, X-Private"),
+            ("x-private", "1"),
+            ("te", "trailers"),
+            ("keep-alive", "5"),
+            ("authorization", "Bearer x"),
+            ("traceparent", "00-1"),
+            ("content-length", "3"),
+            ("host", "router"),
+            ("x-sglang-target-worker", "gpu_0"),
+        ];
+        let kept = towards_worker(headers(&lines));
+        let mut names: Vec<_> = kept.keys().map(HeaderName::as_str).collect();
+        names.sort_unstable();
+        assert_eq!(names, ["authorization", "traceparent"]);
+    }
+
+    #[test]
+    fn connection_cannot_take_the_length_away() {
+        let mut answer = headers(&[("connection", "content-length"), ("content-length", "3")]);
+        drop_hop_by_hop(&mut answer);
+        assert_eq!(answer.len(), 1);
+    }
+}

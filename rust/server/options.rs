@@ -1,0 +1,105 @@
+//! Options of the server: where it listens, what it takes, how long it waits.
+
+use std::time::Duration;
+
+use hyper::header::HeaderName;
+
+use super::routes;
+
+/// Which headers of an answer say who gave it.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WorkerHeaders {
+    /// x-sglang-worker (the URL) and x-sglang-node
+    Url,
+    /// x-sglang-node only
+    Node,
+    /// Neither
+    Off,
+}
+
+#[derive(clap::Args, Clone, Debug)]
+pub struct Options {
+    /// Address to listen on
+    #[arg(long, default_value = "127.0.0.1")]
+    pub host: String,
+
+    /// Port to listen on; 0 takes a free one
+    #[arg(long, default_value_t = 30000)]
+    pub port: u16,
+
+    /// Largest request body in bytes
+    #[arg(long, default_value_t = 512 << 20, value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
+    pub max_payload_size: u64,
+
+    /// Seconds a request may take from its arrival to the last byte of its answer
+    #[arg(long, default_value_t = 1800, value_parser = clap::value_parser!(u64).range(1..=604_800))]
+    pub request_timeout_secs: u64,
+
+    /// Seconds that requests in flight have to end when the router stops
+    #[arg(long, default_value_t = 180, value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    pub shutdown_grace_period_secs: u64,
+
+    /// Headers a request's id is taken from, in this order [default: x-request-id x-correlation-id x-trace-id request-id]
+    #[arg(long, num_args = 0.., value_name = "HEADER")]
+    pub request_id_headers: Vec<HeaderName>,
+
+    /// Seconds a request may wait before a worker is picked for it
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    pub queue_timeout_secs: u64,
+
+    /// Workers a request is sent to in total before it fails
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub retry_max_retries: u32,
+
+    /// Send each request to one worker only, whatever happens
+    #[arg(long, default_value_t = false, num_args = 0..=1, default_missing_value = "true", action = clap::ArgAction::Set)]
+    pub disable_retries: bool,
+
+    /// Further POST routes to route and trace, for instance /v1/audio/transcriptions
+    #[arg(long, num_args = 0.., value_name = "PATH", value_parser = routes::parse_extra)]
+    pub extra_routes: Vec<String>,
+
+    /// Which headers of an answer say which worker gave it
+    #[arg(long, value_enum, default_value_t = WorkerHeaders::Url)]
+    pub worker_headers: WorkerHeaders,
+
+    /// Threads that serve requests [default: one per core]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub worker_threads: Option<u16>,
+
+    /// Port of a second listener that answers /metrics only; 0 takes a free one
+    #[arg(long)]
+    pub prometheus_port: Option<u16>,
+
+    /// Address of that second listener
+    #[arg(long, default_value = "127.0.0.1")]
+    pub prometheus_host: String,
+}
+
+impl Options {
+    /// What no single value shows.
+    pub fn check(&self) -> Result<(), (&'static str, String)> {
+        for (index, path) in self.extra_routes.iter().enumerate() {
+            if self.extra_routes[..index].contains(path) {
+                return Err(("extra_routes", format!("{path} is named twice")));
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn attempts_max(&self) -> u32 {
+        if self.disable_retries { 1 } else { self.retry_max_retries }
+    }
+
+    pub(super) fn request_timeout(&self) -> Duration {
+        Duration::from_secs(self.request_timeout_secs)
+    }
+
+    pub(super) fn queue_timeout(&self) -> Duration {
+        Duration::from_secs(self.queue_timeout_secs)
+    }
+
+    pub fn grace_period(&self) -> Duration {
+        Duration::from_secs(self.shutdown_grace_period_secs)
+    }
+}

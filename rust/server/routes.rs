@@ -1,0 +1,155 @@
+//! Every route of the router, declared once.
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::routing::{MethodRouter, get, post};
+use hyper::Method;
+
+use super::{App, endpoints, proxy, traces};
+use crate::error::{Error, Kind};
+
+/// What answers a route.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Routed to a worker and traced.
+    Routed,
+    /// Asked of one worker and passed on.
+    FromWorker,
+    EngineMetrics,
+    Alive,
+    Readiness,
+    Metrics,
+    Workers,
+    Worker,
+    Trace,
+    TraceBatch,
+    Traces,
+    TraceStats,
+}
+
+/// Method, path and purpose of every route; `extra_routes` adds routed ones.
+pub const ROUTES: &[(Method, &str, Purpose)] = &[
+    (Method::POST, "/generate", Purpose::Routed),
+    (Method::POST, "/v1/chat/completions", Purpose::Routed),
+    (Method::POST, "/v1/completions", Purpose::Routed),
+    (Method::POST, "/v1/embeddings", Purpose::Routed),
+    (Method::POST, "/v1/rerank", Purpose::Routed),
+    (Method::POST, "/rerank", Purpose::Routed),
+    (Method::POST, "/v1/score", Purpose::Routed),
+    (Method::POST, "/v1/classify", Purpose::Routed),
+    (Method::POST, "/classify", Purpose::Routed),
+    (Method::POST, "/encode", Purpose::Routed),
+    (Method::POST, "/v1/responses", Purpose::Routed),
+    (Method::POST, "/v1/messages", Purpose::Routed),
+    (Method::POST, "/tokenize", Purpose::Routed),
+    (Method::POST, "/v1/tokenize", Purpose::Routed),
+    (Method::POST, "/detokenize", Purpose::Routed),
+    (Method::POST, "/v1/detokenize", Purpose::Routed),
+    (Method::GET, "/health", Purpose::Alive),
+    (Method::GET, "/liveness", Purpose::Alive),
+    (Method::GET, "/readiness", Purpose::Readiness),
+    (Method::GET, "/health_generate", Purpose::FromWorker),
+    (Method::GET, "/v1/models", Purpose::FromWorker),
+    (Method::GET, "/get_model_info", Purpose::FromWorker),
+    (Method::GET, "/model_info", Purpose::FromWorker),
+    (Method::GET, "/get_server_info", Purpose::FromWorker),
+    (Method::GET, "/server_info", Purpose::FromWorker),
+    (Method::GET, "/engine_metrics", Purpose::EngineMetrics),
+    (Method::GET, "/metrics", Purpose::Metrics),
+    (Method::GET, "/workers", Purpose::Workers),
+    (Method::GET, "/workers/{id}", Purpose::Worker),
+    (Method::GET, "/v1/traces", Purpose::Traces),
+    (Method::GET, "/v1/traces/stats", Purpose::TraceStats),
+    (Method::POST, "/v1/traces/batch", Purpose::TraceBatch),
+    // An id may hold slashes. One named like a route above is found by `?request_id=`.
+    (Method::GET, "/v1/traces/{*id}", Purpose::Trace),
+];
+
+/// The routes as axum serves them.
+pub(super) fn router(app: &Arc<App>) -> Router {
+    let mut router = Router::new();
+    for (method, path, purpose) in ROUTES {
+        router = router.route(path, handler(method, path, *purpose));
+    }
+    for path in &app.options.extra_routes {
+        router = router.route(path, handler(&Method::POST, path, Purpose::Routed));
+    }
+    router.fallback(not_found).method_not_allowed_fallback(not_allowed).with_state(app.clone())
+}
+
+fn handler(method: &Method, path: &str, purpose: Purpose) -> MethodRouter<Arc<App>> {
+    match purpose {
+        Purpose::Routed => {
+            let route: Arc<str> = path.into();
+            debug_assert_eq!(method, Method::POST);
+            post(move |State(app): State<Arc<App>>, request: Request| {
+                proxy::proxy(app, route.clone(), request)
+            })
+        }
+        Purpose::FromWorker => get(endpoints::from_worker),
+        Purpose::EngineMetrics => get(endpoints::engine_metrics),
+        Purpose::Alive => get(endpoints::alive),
+        Purpose::Readiness => get(endpoints::readiness),
+        Purpose::Metrics => get(endpoints::metrics),
+        Purpose::Workers => get(endpoints::workers),
+        Purpose::Worker => get(endpoints::worker),
+        Purpose::Trace => get(traces::one),
+        Purpose::TraceBatch => post(traces::batch),
+        Purpose::Traces => get(traces::list),
+        Purpose::TraceStats => get(traces::stats),
+    }
+}
+
+/// A path of `extra_routes`.
+pub(super) fn parse_extra(path: &str) -> Result<String, String> {
+    let is_path = path.starts_with('/')
+        && path.len() > 1
+        && path.bytes().all(|byte| byte.is_ascii_graphic() && !b"{}*?#".contains(&byte));
+    if !is_path {
+        return Err(format!("{path:?} is not a plain path like /v1/audio/transcriptions"));
+    }
+    let is_ours = |declared: &&(Method, &str, Purpose)| {
+        declared.1 == path || (path.starts_with("/v1/traces/") || path.starts_with("/workers/"))
+    };
+    match ROUTES.iter().find(is_ours) {
+        Some(_) => Err(format!("{path} is a route of the router already")),
+        None => Ok(path.to_owned()),
+    }
+}
+
+async fn not_found(request: Request) -> Error {
+    let message = format!(
+        "{} {} is no route of sglang_router_rs; a further route to pass on to the workers is named by the \
+         option extra_routes",
+        request.method(),
+        request.uri().path()
+    );
+    Error::new(Kind::NotFound, message)
+}
+
+async fn not_allowed(request: Request) -> Error {
+    let path = request.uri().path();
+    let methods: Vec<&str> = ROUTES
+        .iter()
+        .filter(|(_, declared, _)| *declared == path)
+        .map(|(method, _, _)| method.as_str())
+        .collect();
+    let allowed = if methods.is_empty() { "another method".to_owned() } else { methods.join(", ") };
+    let message = format!("{} is not for {path}; use {allowed}", request.method());
+    Error::new(Kind::MethodNotAllowed, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_extra_route_is_a_plain_path_of_its_own() {
+        assert!(parse_extra("/v1/audio/transcriptions").is_ok());
+        for path in ["", "x", "/", "/a{b}", "/*", "/generate", "/v1/traces/x", "/a?b", "/a b"] {
+            assert!(parse_extra(path).is_err(), "{path}");
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! The request tracker over HTTP: one trace, a batch, a listing or an export, statistics.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract::{Path, Query as Pairs, Request, State};
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use futures_util::stream;
+use hyper::header::{HeaderName, HeaderValue};
+use serde::Deserialize;
+
+use super::{App, body};
+use crate::error::{Error, Kind};
+use crate::tracking::{Format, Query, Stats, Trace, Tracker};
+
+const BATCH_IDS_MAX: usize = 10_000;
+/// Room for that many ids of 256 characters, each escaped and quoted.
+const BATCH_BYTES_MAX: u64 = 16 << 20;
+/// Where the next page begins; absent on the last.
+const X_NEXT_CURSOR: HeaderName = HeaderName::from_static("x-next-cursor");
+
+pub(super) async fn one(
+    State(app): State<Arc<App>>,
+    Path(id): Path<String>,
+) -> Result<Json<Trace>, Error> {
+    let trace = app.tracker()?.get(&id);
+    trace.map(Json).ok_or_else(|| {
+        let message = format!("no trace of {id:?}: never seen here, or expired, or evicted");
+        Error::new(Kind::NotFound, message)
+    })
+}
+
+#[derive(Deserialize)]
+struct Batch {
+    request_ids: Vec<String>,
+}
+
+pub(super) async fn batch(
+    State(app): State<Arc<App>>,
+    request: Request,
+) -> Result<Json<Vec<Trace>>, Error> {
+    let tracker = app.tracker()?;
+    let (head, body) = request.into_parts();
+    let body = body::read(&head.headers, body, BATCH_BYTES_MAX).await?;
+    let batch: Batch = serde_json::from_slice(&body).map_err(|error| {
+        let message = format!(r#"the body is not {{"request_ids": ["...", ...]}}: {error}"#);
+        Error::new(Kind::InvalidQuery, message)
+    })?;
+    let ids = batch.request_ids;
+    if ids.len() > BATCH_IDS_MAX {
+        let message = format!("{} ids in one batch; at most {BATCH_IDS_MAX} are looked up", ids.len());
+        return Err(Error::new(Kind::PayloadTooLarge, message));
+    }
+    Ok(Json(tracker.get_many(&ids)))
+}
+
+pub(super) async fn list(
+    State(app): State<Arc<App>>,
+    pairs: Result<Pairs<Vec<(String, String)>>, axum::extract::rejection::QueryRejection>,
+) -> Result<Response, Error> {
+    let tracker = app.tracker()?;
+    let invalid = |error: String| Error::new(Kind::InvalidQuery, error);
+    let Pairs(pairs) = pairs.map_err(|error| invalid(error.body_text()))?;
+    let query = Query::parse(pairs).map_err(|error| invalid(error.to_string()))?;
+    match query.format {
+        Format::Json => {
+            let page = tracker.list(&query);
+            let next = page.next_cursor.and_then(|next| HeaderValue::try_from(next.to_string()).ok());
+            let mut response = Json(page.traces).into_response();
+            if let Some(next) = next {
+                response.headers_mut().insert(X_NEXT_CURSOR, next);
+            }
+            Ok(response)
+        }
+        Format::Csv => Ok(export(tracker, query, "text/csv; charset=utf-8")),
+        Format::Jsonl => Ok(export(tracker, query, "application/jsonl")),
+    }
+}
+
+pub(super) async fn stats(State(app): State<Arc<App>>) -> Result<Json<Stats>, Error> {
+    Ok(Json(app.tracker()?.stats()))
+}
+
+impl App {
+    fn tracker(&self) -> Result<&Arc<Tracker>, Error> {
+        self.tracker.as_ref().ok_or_else(|| {
+            let message = "request tracking is off: start the router with --enable-request-tracking, or in \
+                           Python with Router(..., enable_request_tracking=True)";
+            Error::new(Kind::TrackingDisabled, message)
+        })
+    }
+}
+
+/// Streams all that match, a page at a time, so that neither the client nor the tracker is held up.
+fn export(tracker: &Arc<Tracker>, query: Query, content_type: &'static str) -> Response {
+    let pages = stream::unfold(Some((tracker.clone(), tracker.export(query))), |state| async move {
+        let (tracker, mut export) = state?;
+        let page = export.next_page(&tracker)?;
+        Some((Ok::<_, std::convert::Infallible>(Bytes::from(page)), Some((tracker, export))))
+    });
+    ([(header::CONTENT_TYPE, content_type)], Body::from_stream(pages)).into_response()
+}

@@ -1,0 +1,4 @@
+//! What the router shows of itself: log lines and Prometheus metrics. Decides nothing.
+
+pub mod logging;
+pub mod metrics;

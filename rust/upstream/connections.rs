@@ -1,0 +1,282 @@
+//! The connections to one worker, HTTP/1.1, kept and used again.
+//!
+//! The one idea: whether a connection is *new* or *reused* decides what its failure means. A worker may close an
+//! idle connection at the very moment we write to it; that says nothing about the worker, so a request whose
+//! reused connection ended before any byte of the answer is sent once more, on a new one. A new connection that
+//! fails does speak about the worker, and the caller hears of it.
+//!
+//! Framing and parsing are hyper's. A connection that was dropped in the middle of an answer is closed: SGLang takes
+//! that as the request's abort.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::body::{Body, Frame, Incoming, SizeHint};
+use hyper::client::conn::http1::{self, SendRequest};
+use hyper::{Request, Response};
+use hyper_util::rt::TokioIo;
+use parking_lot::Mutex;
+use socket2::{SockRef, TcpKeepalive};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+
+/// uvicorn, SGLang's server, closes a connection that was idle for 5 s; ours are gone before.
+const IDLE_MAX: Duration = Duration::from_secs(3);
+const TCP_KEEPALIVE: Duration = Duration::from_secs(30);
+
+/// Why a request got no answer from this worker.
+#[derive(Debug, thiserror::Error)]
+pub enum SendError {
+    /// No connection: refused, unreachable, unknown name.
+    #[error("cannot connect to {address}: {source}")]
+    Connect { address: Box<str>, source: io::Error },
+    #[error("no connection to {address} within {} s", timeout.as_secs())]
+    ConnectTimeout { address: Box<str>, timeout: Duration },
+    /// A new connection ended, or spoke something else than HTTP, before the head of an answer.
+    #[error("the connection to {address} ended before an answer: {source}")]
+    NoAnswer { address: Box<str>, source: hyper::Error },
+}
+
+impl SendError {
+    /// Whether nobody was found at the address.
+    pub fn is_unconnected(&self) -> bool {
+        matches!(self, Self::Connect { .. } | Self::ConnectTimeout { .. })
+    }
+}
+
+/// Idle connections to one worker, and the way to make new ones.
+#[derive(Debug)]
+pub struct Connections {
+    host: Box<str>,
+    port: u16,
+    connect_timeout: Duration,
+    /// Newest last. Holds at most as many as were in use at once within the last 3 s.
+    idle: Mutex<Vec<Idle>>,
+}
+
+#[derive(Debug)]
+struct Connection {
+    sender: SendRequest<Full<Bytes>>,
+    /// Bytes the worker has sent on it so far.
+    received: Arc<AtomicU64>,
+}
+
+#[derive(Debug)]
+struct Idle {
+    connection: Connection,
+    since: Instant,
+}
+
+impl Connections {
+    /// `host` without the brackets of an IPv6 address.
+    pub fn new(host: &str, port: u16, connect_timeout: Duration) -> Arc<Self> {
+        Arc::new(Self { host: host.into(), port, connect_timeout, idle: Mutex::default() })
+    }
+
+    /// Sends a request and waits for the head of the answer.
+    ///
+    /// A reused connection that ends before any byte of the answer is replaced by a new one, once.
+    pub async fn send(
+        self: &Arc<Self>,
+        request: Request<Full<Bytes>>,
+    ) -> Result<Response<Answer>, SendError> {
+        if let Some(connection) = self.take_idle() {
+            let received = connection.received.clone();
+            let before = received.load(Ordering::Relaxed);
+            match self.send_on(connection, request.clone()).await {
+                Err(_) if received.load(Ordering::Relaxed) == before => {}
+                answered => return answered.map_err(|source| self.no_answer(source)),
+            }
+        }
+        let connection = self.connect().await?;
+        self.send_on(connection, request).await.map_err(|source| self.no_answer(source))
+    }
+
+    /// Closes what has been idle for too long. Called every second or so.
+    pub fn close_idle(&self) {
+        self.idle.lock().retain(|idle| idle.is_usable());
+    }
+
+    async fn send_on(
+        self: &Arc<Self>,
+        mut connection: Connection,
+        request: Request<Full<Bytes>>,
+    ) -> Result<Response<Answer>, hyper::Error> {
+        let response = connection.sender.send_request(request).await?;
+        let connections = self.clone();
+        Ok(response.map(|body| Answer { body, lease: Some(Lease { connections, connection }) }))
+    }
+
+    fn take_idle(&self) -> Option<Connection> {
+        let mut idle = self.idle.lock();
+        // A connection is given back when the last byte of its answer was read, which may be a moment before
+        // hyper has declared it ready; such a one stays where it is.
+        let newest = idle.iter().rposition(|idle| idle.connection.sender.is_ready())?;
+        let taken = idle.remove(newest);
+        taken.is_usable().then_some(taken.connection)
+    }
+
+    fn give_back(&self, connection: Connection) {
+        if !connection.sender.is_closed() {
+            self.idle.lock().push(Idle { connection, since: Instant::now() });
+        }
+    }
+
+    async fn connect(&self) -> Result<Connection, SendError> {
+        let connecting = TcpStream::connect((&*self.host, self.port));
+        let stream = tokio::time::timeout(self.connect_timeout, connecting)
+            .await
+            .map_err(|_| SendError::ConnectTimeout {
+                address: self.address(),
+                timeout: self.connect_timeout,
+            })?
+            .and_then(|stream| prepare(&stream).map(|()| stream))
+            .map_err(|source| SendError::Connect { address: self.address(), source })?;
+        let received = Arc::new(AtomicU64::new(0));
+        let io = TokioIo::new(Counted { stream, received: received.clone() });
+        let (sender, connection) =
+            http1::handshake(io).await.map_err(|source| self.no_answer(source))?;
+        // Ends when the worker closes the connection or when the sender is dropped. Its error reaches
+        // the request that was on it.
+        tokio::spawn(connection);
+        Ok(Connection { sender, received })
+    }
+
+    fn no_answer(&self, source: hyper::Error) -> SendError {
+        SendError::NoAnswer { address: self.address(), source }
+    }
+
+    fn address(&self) -> Box<str> {
+        if self.host.contains(':') {
+            format!("[{}]:{}", self.host, self.port).into()
+        } else {
+            format!("{}:{}", self.host, self.port).into()
+        }
+    }
+}
+
+impl Idle {
+    fn is_usable(&self) -> bool {
+        !self.connection.sender.is_closed() && self.since.elapsed() < IDLE_MAX
+    }
+}
+
+fn prepare(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let keepalive = TcpKeepalive::new().with_time(TCP_KEEPALIVE).with_interval(TCP_KEEPALIVE);
+    SockRef::from(stream).set_tcp_keepalive(&keepalive)
+}
+
+/// The body of a worker's answer. Read to its end, its connection becomes free for the next request;
+/// dropped before, the connection is closed.
+#[derive(Debug)]
+pub struct Answer {
+    body: Incoming,
+    lease: Option<Lease>,
+}
+
+#[derive(Debug)]
+struct Lease {
+    connections: Arc<Connections>,
+    connection: Connection,
+}
+
+impl Answer {
+    fn end(&mut self) {
+        if let Some(Lease { connections, connection }) = self.lease.take() {
+            connections.give_back(connection);
+        }
+    }
+}
+
+impl Body for Answer {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        if frame.is_none() || self.body.is_end_stream() {
+            self.end();
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        // An answer without a body is never polled.
+        if self.body.is_end_stream() {
+            self.end();
+        }
+    }
+}
+
+pin_project_lite::pin_project! {
+    /// A stream that counts what it has received.
+    struct Counted {
+        #[pin]
+        stream: TcpStream,
+        received: Arc<AtomicU64>,
+    }
+}
+
+impl AsyncRead for Counted {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = self.project();
+        let before = buffer.filled().len();
+        ready!(this.stream.poll_read(cx, buffer))?;
+        this.received.fetch_add((buffer.filled().len() - before) as u64, Ordering::Relaxed);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Counted {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.project().stream.poll_write(cx, bytes)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.project().stream.poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.project().stream.poll_shutdown(cx)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffers: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.project().stream.poll_write_vectored(cx, buffers)
+    }
+}

@@ -1,0 +1,25 @@
+//! The way to one worker: its connections ([`Connections`]) and what its answer says ([`answer`]).
+//!
+//! Knows nothing of policies, of other workers or of the client: it sends one request to one address and
+//! says precisely how that failed.
+
+pub mod answer;
+mod connections;
+
+use std::time::Duration;
+
+pub use connections::{Answer, Connections, SendError};
+
+/// Options of the connections to workers.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Options {
+    /// Seconds to wait for a connection to a worker
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub connect_timeout_secs: u64,
+}
+
+impl Options {
+    pub fn connect_timeout(&self) -> Duration {
+        Duration::from_secs(self.connect_timeout_secs)
+    }
+}
