@@ -40,13 +40,11 @@ impl<'a> Prompt<'a> {
     pub(super) fn add(&mut self, field: &'a RawValue) {
         let before = self.mark();
         let mut source = serde_json::Deserializer::from_str(field.get());
-        if (Reading {
+        let reading = Reading {
             prompt: self,
             in_list: false,
-        })
-        .deserialize(&mut source)
-        .is_err()
-        {
+        };
+        if reading.deserialize(&mut source).is_err() {
             self.go_back(before);
         }
     }

@@ -11,8 +11,31 @@
 
 use std::borrow::Cow;
 
-use super::prompt::Prompt;
-use crate::json;
+use serde_json::value::RawValue;
+
+use super::prompt::{Prompt, Routed};
+use crate::json::{self, Field};
+
+/// The fields that are read; those from `text` on are where a prompt may stand.
+const NAMES: [&str; 15] = [
+    "model",
+    "stream",
+    "rid",
+    "text",
+    "input_ids",
+    "prompt",
+    "system",
+    "messages",
+    "instructions",
+    "input",
+    "query",
+    "documents",
+    "items",
+    "text_1",
+    "text_2",
+];
+/// How many of the prompt's fields, in their order, make up each candidate for the prompt.
+const CANDIDATE_LENS: [usize; 6] = [1, 1, 1, 2, 2, 5];
 
 /// What a request's body says.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -48,71 +71,36 @@ pub fn scan(body: &[u8]) -> Scan<'_> {
 }
 
 fn scan_object(body: &str) -> Option<Scan<'_>> {
-    let [
-        model,
-        stream,
-        rid,
-        text,
-        input_ids,
-        prompt,
-        system,
-        messages,
-        instructions,
-        input,
-        rest @ ..,
-    ] = json::fields(
-        body,
-        [
-            "model",
-            "stream",
-            "rid",
-            "text",
-            "input_ids",
-            "prompt",
-            "system",
-            "messages",
-            "instructions",
-            "input",
-            "query",
-            "documents",
-            "items",
-            "text_1",
-            "text_2",
-        ],
-    )?;
-    let candidates: [&[json::Field<'_>]; 6] = [
-        &[text],
-        &[input_ids],
-        &[prompt],
-        &[system, messages],
-        &[instructions, input],
-        &rest,
-    ];
-    let routed = candidates.into_iter().find_map(|fields| {
-        let mut prompt = Prompt::default();
-        fields
-            .iter()
-            .copied()
-            .flatten()
-            .for_each(|field| prompt.add(field));
-        prompt.routed()
-    });
-    let (prompt, input_tokens) = routed.map_or_else(Default::default, |routed| {
-        (routed.bytes, Some(routed.tokens))
-    });
+    let [model, stream, rid, prompt_fields @ ..] = json::fields(body, NAMES)?;
+    let (prompt, input_tokens) = match route_by(&prompt_fields) {
+        Some(routed) => (routed.bytes, Some(routed.tokens)),
+        None => Default::default(),
+    };
     Some(Scan {
         model: model.and_then(json::string),
-        stream: stream.map_or(Some(false), |stream| {
-            serde_json::from_str(stream.get()).ok()
-        }),
+        stream: stream.map_or(Some(false), |it| serde_json::from_str(it.get()).ok()),
         rid: rid.and_then(first_string),
         prompt,
         input_tokens,
     })
 }
 
+/// The prompt of the first candidate that has one.
+fn route_by<'a>(prompt_fields: &[Field<'a>]) -> Option<Routed<'a>> {
+    let mut rest = prompt_fields;
+    CANDIDATE_LENS.into_iter().find_map(|len| {
+        let (candidate, others) = rest.split_at(len);
+        rest = others;
+        let mut prompt = Prompt::default();
+        for field in candidate.iter().flatten() {
+            prompt.add(field);
+        }
+        prompt.routed()
+    })
+}
+
 /// The string `value` is, or the first string of the list it is.
-fn first_string(value: &serde_json::value::RawValue) -> Option<Cow<'_, str>> {
+fn first_string(value: &RawValue) -> Option<Cow<'_, str>> {
     json::string(value).or_else(|| json::list(value.get())?.into_iter().find_map(json::string))
 }
 
@@ -356,38 +344,12 @@ mod tests {
         assert_no_prompt(&format!(r#"{{"messages":{objects}}}"#));
     }
 
-    const NAMES: [&str; 15] = [
-        "model",
-        "stream",
-        "rid",
-        "text",
-        "input_ids",
-        "prompt",
-        "system",
-        "messages",
-        "instructions",
-        "input",
-        "query",
-        "documents",
-        "items",
-        "text_1",
-        "text_2",
-    ];
-
     /// The documented rules on a parsed tree.
-    fn naive(
-        body: &[u8],
-    ) -> (
-        Option<String>,
-        Option<bool>,
-        Option<String>,
-        Vec<u8>,
-        Option<u32>,
-    ) {
+    fn naive(body: &[u8]) -> Scan<'static> {
         let Ok(Value::Object(object)) = serde_json::from_slice(body) else {
-            return Default::default();
+            return Scan::default();
         };
-        let string = |value: &Value| value.as_str().map(str::to_owned);
+        let string = |value: &Value| value.as_str().map(|text| Cow::Owned(text.to_owned()));
         let stream = match object.get("stream") {
             None | Some(Value::Null) => Some(false),
             Some(value) => value.as_bool(),
@@ -396,40 +358,33 @@ mod tests {
             Value::Array(list) => list.iter().find_map(string),
             other => string(other),
         });
-        let (mut prompt, mut tokens) = (Vec::new(), None);
-        for names in [
-            &NAMES[3..4],
-            &NAMES[4..5],
-            &NAMES[5..6],
-            &NAMES[6..8],
-            &NAMES[8..10],
-            &NAMES[10..],
-        ] {
+        let model = object.get("model").and_then(string);
+        let (prompt, input_tokens) = naive_prompt(&object).unzip();
+        Scan {
+            model,
+            stream,
+            rid,
+            prompt: prompt.unwrap_or_default().into(),
+            input_tokens,
+        }
+    }
+
+    fn naive_prompt(object: &Map<String, Value>) -> Option<(Vec<u8>, u32)> {
+        let (single, groups) = NAMES[3..].split_at(3);
+        let groups = [&groups[..2], &groups[2..4], &groups[4..]];
+        single.chunks(1).chain(groups).find_map(|names| {
             let (mut texts, mut ids) = (Vec::new(), Vec::new());
             for value in names.iter().filter_map(|name| object.get(*name)) {
                 collect(value, false, &mut texts, &mut ids);
             }
             if !texts.is_empty() {
-                prompt = joined(&texts);
-                tokens = Some(prompt.len().div_ceil(4) as u32);
-                break;
+                let bytes = joined(&texts);
+                let tokens = bytes.len().div_ceil(4) as u32;
+                return Some((bytes, tokens));
             }
-            if let (false, Some(ids)) = (
-                ids.is_empty(),
-                ids.into_iter().collect::<Option<Vec<u32>>>(),
-            ) {
-                prompt = id_bytes(&ids);
-                tokens = Some(ids.len() as u32);
-                break;
-            }
-        }
-        (
-            object.get("model").and_then(string),
-            stream,
-            rid,
-            prompt,
-            tokens,
-        )
+            let ids: Vec<u32> = ids.into_iter().collect::<Option<_>>()?;
+            (!ids.is_empty()).then(|| (id_bytes(&ids), ids.len() as u32))
+        })
     }
 
     fn collect<'v>(
@@ -496,15 +451,7 @@ mod tests {
             let compact = serde_json::to_string(&object).unwrap_or_default();
             let spaced = serde_json::to_string_pretty(&object).unwrap_or_default();
             for body in [in_ascii(&compact), compact, spaced] {
-                let scan = scan(body.as_bytes());
-                let found = (
-                    scan.model.map(Cow::into_owned),
-                    scan.stream,
-                    scan.rid.map(Cow::into_owned),
-                    scan.prompt.into_owned(),
-                    scan.input_tokens,
-                );
-                prop_assert_eq!(found, naive(body.as_bytes()), "{}", body);
+                prop_assert_eq!(scan(body.as_bytes()), naive(body.as_bytes()), "{}", body);
             }
         }
 

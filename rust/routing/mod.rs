@@ -31,6 +31,17 @@ pub type WorkerId = u32;
 /// Bytes of a [`Request::prompt`] per token: exact for token ids, an estimate for text.
 pub const BYTES_PER_TOKEN: usize = 4;
 
+/// What a worker is called. Shared by all that speak of the worker; never changes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WorkerName {
+    /// Order of joining; never used again.
+    pub index: WorkerId,
+    /// Its URL, as it was written.
+    pub url: Box<str>,
+    /// Its short name, unique among all workers there have been.
+    pub node_id: Box<str>,
+}
+
 /// What a policy may know of a worker.
 #[derive(Debug)]
 pub struct Target {
@@ -178,6 +189,7 @@ impl fmt::Display for PolicyKind {
 
 /// The options of routing.
 #[derive(Clone, Debug, clap::Args)]
+#[group(skip)]
 pub struct Options {
     /// The rule that picks a worker for each request.
     #[arg(long, value_enum, ignore_case = true, default_value_t = PolicyKind::CacheAware)]

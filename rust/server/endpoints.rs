@@ -57,7 +57,7 @@ pub(super) async fn metrics(State(app): State<Arc<App>>) -> Response {
         app.metrics.health.get_or_create(&labels).set(i64::from(is_healthy));
     }
     if let Some(tracker) = &app.tracker {
-        app.metrics.traces_held.set(tracker.len() as i64);
+        app.metrics.traces_held.set(tracker.stats().active_traces as i64);
     }
     ([(header::CONTENT_TYPE, CONTENT_TYPE)], app.metrics.render()).into_response()
 }

@@ -16,7 +16,7 @@ use crate::error::{Error, Kind, Origin};
 use crate::request::Scan;
 use crate::routing::{InFlight, Pick};
 use crate::telemetry::metrics::{RouteLabels, SelectionLabels, StatusLabels, WorkerLabels};
-use crate::tracking::{Arrived, OpenTrace};
+use crate::tracking::{AnswerFacts, Arrived, OpenTrace, RequestFacts};
 use crate::upstream::answer::Facts;
 use crate::workers::Worker;
 
@@ -80,7 +80,12 @@ impl Flight {
             self.open(rid.unwrap_or_else(request_id::generate));
         }
         if let Some(trace) = &mut self.trace {
-            trace.describe(scan.model.as_deref(), scan.stream, scan.input_tokens, trace_id);
+            trace.request(RequestFacts {
+                model: scan.model.as_deref(),
+                stream: scan.stream,
+                input_tokens: scan.input_tokens,
+                trace_id,
+            });
         }
     }
 
@@ -100,6 +105,7 @@ impl Flight {
     pub(super) fn picked(&mut self, worker: Arc<Worker>, pick: &Pick, decision: Duration) {
         if let (Some(trace), Some(name)) = (&mut self.trace, worker.name()) {
             trace.routed(name, pick.reason, pick.matched_tokens, decision);
+            trace.sent(Instant::now());
         }
         let policy = self.app.policy_name;
         let selection = SelectionLabels { policy, reason: pick.reason };
@@ -120,7 +126,7 @@ impl Flight {
             tracing::warn!(request_id = self.id, worker = %worker.url, "attempt failed: {error}");
         }
         if let Some(trace) = &mut self.trace {
-            trace.attempt_failed(None, error);
+            trace.attempt_failed(Instant::now(), None, error);
         }
     }
 
@@ -142,7 +148,7 @@ impl Flight {
     /// The first frame with content came.
     pub(super) fn first_content(&mut self, at: Instant) {
         if let Some(trace) = &mut self.trace {
-            trace.first_content(at);
+            trace.ttft(at);
         }
     }
 
@@ -150,8 +156,13 @@ impl Flight {
     pub(super) fn relayed(&mut self, facts: &Facts, excerpt: &str) {
         let status = self.status.unwrap_or_default();
         if let Some(trace) = &mut self.trace {
-            trace.facts(facts.prompt_tokens, facts.cached_tokens, facts.completion_tokens);
-            trace.said(facts.finish_reason.as_deref(), facts.worker_request_id.as_deref());
+            trace.answer(AnswerFacts {
+                prompt_tokens: facts.prompt_tokens,
+                cached_tokens: facts.cached_tokens,
+                completion_tokens: facts.completion_tokens,
+                finish_reason: facts.finish_reason.as_deref(),
+                worker_request_id: facts.worker_request_id.as_deref(),
+            });
         }
         if status.is_success() {
             self.end(Some(status), "", Ok(()));

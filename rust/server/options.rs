@@ -18,6 +18,7 @@ pub enum WorkerHeaders {
 }
 
 #[derive(clap::Args, Clone, Debug)]
+#[group(skip)]
 pub struct Options {
     /// Address to listen on
     #[arg(long, default_value = "127.0.0.1")]

@@ -29,6 +29,26 @@ pub enum Purpose {
     TraceStats,
 }
 
+impl Purpose {
+    /// A few words for the documentation.
+    pub const fn meaning(self) -> &'static str {
+        match self {
+            Purpose::Routed => "routed to a worker and traced",
+            Purpose::FromWorker => "passed on to one healthy worker",
+            Purpose::EngineMetrics => "the metrics of all healthy workers as one Prometheus text",
+            Purpose::Alive => "200 while the router runs",
+            Purpose::Readiness => "200 with a healthy worker, else 503",
+            Purpose::Metrics => "the router's metrics, Prometheus text",
+            Purpose::Workers => "all workers",
+            Purpose::Worker => "one worker, by id or URL-encoded URL",
+            Purpose::Trace => "one trace, by request id",
+            Purpose::TraceBatch => "traces of many request ids",
+            Purpose::Traces => "a listing or an export of traces",
+            Purpose::TraceStats => "statistics of traces",
+        }
+    }
+}
+
 /// Method, path and purpose of every route; `extra_routes` adds routed ones.
 pub const ROUTES: &[(Method, &str, Purpose)] = &[
     (Method::POST, "/generate", Purpose::Routed),

@@ -297,9 +297,10 @@ async fn refused(error: &io::Error) {
 }
 
 async fn remove_expired_forever(tracker: Arc<Tracker>) {
-    let mut ticks = tokio::time::interval(tracker.cleanup_interval());
+    let every = Duration::from_secs(tracker.options().trace_cleanup_interval_secs);
+    let mut ticks = tokio::time::interval(every);
     loop {
         ticks.tick().await;
-        tracker.remove_expired();
+        tracker.remove_expired(Instant::now());
     }
 }

@@ -14,7 +14,7 @@ use serde::Deserialize;
 
 use super::{App, body};
 use crate::error::{Error, Kind};
-use crate::tracking::{Format, Query, Stats, Trace, Tracker};
+use crate::tracking::{Format, Query, Stats, Trace, Tracker, csv_header, csv_rows};
 
 const BATCH_IDS_MAX: usize = 10_000;
 /// Room for that many ids of 256 characters, each escaped and quoted.
@@ -75,8 +75,15 @@ pub(super) async fn list(
             }
             Ok(response)
         }
-        Format::Csv => Ok(export(tracker, query, "text/csv; charset=utf-8")),
-        Format::Jsonl => Ok(export(tracker, query, "application/jsonl")),
+        Format::Csv => {
+            let rows = tracker.pages(&query).map(|traces| csv_rows(&traces));
+            let lines = std::iter::once(csv_header()).chain(rows);
+            Ok(export(lines, "text/csv; charset=utf-8"))
+        }
+        Format::Jsonl => {
+            let lines = tracker.pages(&query).map(|traces| json_lines(&traces));
+            Ok(export(lines, "application/jsonl"))
+        }
     }
 }
 
@@ -94,12 +101,21 @@ impl App {
     }
 }
 
-/// Streams all that match, a page at a time, so that neither the client nor the tracker is held up.
-fn export(tracker: &Arc<Tracker>, query: Query, content_type: &'static str) -> Response {
-    let pages = stream::unfold(Some((tracker.clone(), tracker.export(query))), |state| async move {
-        let (tracker, mut export) = state?;
-        let page = export.next_page(&tracker)?;
-        Some((Ok::<_, std::convert::Infallible>(Bytes::from(page)), Some((tracker, export))))
-    });
-    ([(header::CONTENT_TYPE, content_type)], Body::from_stream(pages)).into_response()
+/// Streams an export, a page at a time, as fast as the client reads it.
+fn export(
+    pages: impl Iterator<Item = Vec<u8>> + Send + 'static,
+    content_type: &'static str,
+) -> Response {
+    let chunks = pages.map(|page| Ok::<_, std::convert::Infallible>(Bytes::from(page)));
+    ([(header::CONTENT_TYPE, content_type)], Body::from_stream(stream::iter(chunks))).into_response()
+}
+
+fn json_lines(traces: &[Trace]) -> Vec<u8> {
+    let mut lines = Vec::new();
+    for trace in traces {
+        // A trace always serialises, and memory takes all bytes.
+        let _ = serde_json::to_writer(&mut lines, trace);
+        lines.push(b'\n');
+    }
+    lines
 }

@@ -9,6 +9,7 @@ use tracing::Dispatch;
 use tracing::level_filters::LevelFilter;
 
 #[derive(clap::Args, Clone, Debug)]
+#[group(skip)]
 pub struct Options {
     /// Least severe lines to log: trace, debug, info, warn (or warning), error or off, in any case
     #[arg(long, default_value = "info", value_name = "LEVEL", value_parser = parse_level)]

@@ -27,7 +27,8 @@ const MAX_ITEMS: usize = 1024;
 const MAX_NAME_BYTES: usize = 256;
 
 /// The worker's own words about one answer. Of a batch (a list, or several samples) the tokens are
-/// sums, unknown unless every item tells, and the words are the first item's.
+/// sums, unknown unless every item tells, and the words are the first item's. Of a stream that broke
+/// off they are what its last events said.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Facts {
     /// Tokens of the prompt, cached ones included.
@@ -104,7 +105,9 @@ impl Reader {
                 std::str::from_utf8(&kept).map_or_else(|_| Facts::default(), whole)
             }
             Form::Stream(events, mut progress) => {
-                events.finish(|event| drop(progress.take(event)));
+                events.finish(|event| {
+                    progress.take(event);
+                });
                 progress.facts()
             }
         }
@@ -259,28 +262,16 @@ impl Tokens {
     /// count the tokens read from and written to the cache among its `input_tokens`; here the prompt
     /// is all of them.
     fn of_usage(usage: &RawValue) -> Option<(Tokens, bool)> {
-        let [
-            prompt,
-            completion,
-            prompt_details,
-            input,
-            output,
-            input_details,
-            read,
-            written,
-        ] = json::fields(
-            usage.get(),
-            [
-                "prompt_tokens",
-                "completion_tokens",
-                "prompt_tokens_details",
-                "input_tokens",
-                "output_tokens",
-                "input_tokens_details",
-                "cache_read_input_tokens",
-                "cache_creation_input_tokens",
-            ],
-        )?;
+        let names = [
+            "prompt_tokens",
+            "completion_tokens",
+            "prompt_tokens_details",
+        ];
+        let [prompt, completion, prompt_details] = json::fields(usage.get(), names)?;
+        let names = ["input_tokens", "output_tokens", "input_tokens_details"];
+        let [input, output, input_details] = json::fields(usage.get(), names)?;
+        let names = ["cache_read_input_tokens", "cache_creation_input_tokens"];
+        let [read, written] = json::fields(usage.get(), names)?;
         let beside = |count: Field<'_>| count.map_or(Some(0), json::number);
         let details = prompt_details.or(input_details);
         let detailed = details.and_then(|it| json::fields(it.get(), ["cached_tokens"])?[0]);
@@ -359,50 +350,33 @@ impl Said {
 
     /// What an object says by itself; `None` when it is no object or an error.
     fn of(json: &str) -> Option<Said> {
-        let [
-            error,
-            meta,
-            index,
-            text,
-            ids,
-            id,
-            choices,
-            usage,
-            delta,
-            stop,
-            object,
-            status,
-        ] = json::fields(
-            json,
-            [
-                "error",
-                "meta_info",
-                "index",
-                "text",
-                "output_ids",
-                "id",
-                "choices",
-                "usage",
-                "delta",
-                "stop_reason",
-                "object",
-                "status",
-            ],
-        )?;
-        if error.is_some() {
-            return None;
-        }
-        let content = is_filled(text) || is_filled(ids);
-        if let Some(meta) = meta {
-            let source = Source::Frame {
-                index: index.and_then(json::number),
-            };
-            return Some(Said {
-                content,
-                source,
+        let names = ["error", "meta_info", "index", "text", "output_ids"];
+        let [error, meta, index, text, output_ids] = json::fields(json, names)?;
+        match (error, meta) {
+            (Some(_), _) => None,
+            (None, Some(meta)) => Some(Said {
+                source: Source::Frame {
+                    index: index.and_then(json::number),
+                },
+                content: is_filled(text) || is_filled(output_ids),
                 ..Said::of_meta(meta)
-            });
+            }),
+            (None, None) => Said::of_others(json),
         }
+    }
+
+    /// What an object in OpenAI's or Anthropic's shapes says.
+    fn of_others(json: &str) -> Option<Said> {
+        let names = [
+            "id",
+            "choices",
+            "usage",
+            "delta",
+            "stop_reason",
+            "object",
+            "status",
+        ];
+        let [id, choices, usage, delta, stop, object, status] = json::fields(json, names)?;
         let (chosen, finish_reason) = of_choices(choices);
         let stop = stop.or(delta.and_then(|delta| json::fields(delta.get(), ["stop_reason"])?[0]));
         let ended = status.filter(|it| {
@@ -410,6 +384,7 @@ impl Said {
             response && !["\"in_progress\"", "\"queued\""].contains(&it.get())
         });
         let usage = usage.and_then(Tokens::of_usage);
+        let content = is_filled(delta) || any_filled(delta, ["text", "thinking", "partial_json"]);
         Some(Said {
             id: id.and_then(name),
             finish_reason: finish_reason.or(stop.or(ended).and_then(name)),
@@ -417,10 +392,7 @@ impl Said {
             source: usage.map_or(Source::Nothing, |(_, prompt_told)| Source::Usage {
                 prompt_told,
             }),
-            content: content
-                || chosen
-                || is_filled(delta)
-                || any_filled(delta, ["text", "thinking", "partial_json"]),
+            content: chosen || content,
         })
     }
 

@@ -5,6 +5,7 @@
 
 pub mod answer;
 mod connections;
+mod sse;
 
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ pub use connections::{Answer, Connections, SendError};
 
 /// Options of the connections to workers.
 #[derive(clap::Args, Clone, Debug)]
+#[group(skip)]
 pub struct Options {
     /// Seconds to wait for a connection to a worker
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]

@@ -259,7 +259,7 @@ fn new_worker(
         index,
         url: url.clone(),
         connections: Connections::new(url.host(), url.port(), upstream.connect_timeout()),
-        target: Target::new(index, options.weight(url)),
+        target: Arc::new(Target::new(index, options.weight(url))),
         served: AtomicU64::new(0),
         failed: AtomicU64::new(0),
         name: OnceLock::new(),

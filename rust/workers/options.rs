@@ -6,6 +6,7 @@ use super::node_id::{self, NodeIdFrom};
 use super::url::WorkerUrl;
 
 #[derive(clap::Args, Clone, Debug)]
+#[group(skip)]
 pub struct Options {
     /// URLs of the workers, http://HOST:PORT[/BASE]
     #[arg(long, num_args = 0.., value_name = "URL")]

@@ -1,0 +1,27 @@
+"""A router in front of SGLang servers that tells which worker served which request, why, and how long it took.
+
+    from sglang_router_rs import Router, PolicyType
+
+    router = Router(
+        worker_urls=["http://localhost:30005", "http://localhost:30006"],
+        policy=PolicyType.CacheAware,
+        port=30001,
+        enable_request_tracking=True,
+    )
+    router.start()
+"""
+
+from ._core import __version__
+from .client import AsyncRouterTraceClient, NotThisRouter, RouterTraceClient, TracingDisabled
+from .policy_type import PolicyType
+from .router import Router
+
+__all__ = [
+    "AsyncRouterTraceClient",
+    "NotThisRouter",
+    "PolicyType",
+    "Router",
+    "RouterTraceClient",
+    "TracingDisabled",
+    "__version__",
+]

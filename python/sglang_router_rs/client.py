@@ -1,0 +1,237 @@
+"""Clients of a router's request traces, blocking and asynchronous."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
+
+if TYPE_CHECKING:
+    import aiohttp
+    from typing_extensions import Self
+
+# One trace: the JSON object described in docs/traces.md.
+Trace = dict[str, Any]
+
+# What one request may ask for.
+_PAGE_MAX = 1000
+_BATCH_MAX = 10_000
+
+
+class TracingDisabled(RuntimeError):
+    """The router runs without request tracking."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "request tracking is off: start the router with Router(..., enable_request_tracking=True) or "
+            "--enable-request-tracking")
+
+
+class NotThisRouter(RuntimeError):
+    """What answers at the URL is not sglang_router_rs."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(f"this is not sglang_router_rs: {url} has no /v1/traces; is it a worker or another router?")
+
+
+class _Answer:
+    """An HTTP answer, read."""
+
+    def __init__(self, status: int, error_code: str | None, cursor: str | None, body: bytes) -> None:
+        self.status, self.error_code, self.cursor, self.body = status, error_code, cursor, body
+
+    def json(self, url: str) -> Any:
+        """The body of a 2xx answer; raises what any other answer means."""
+        if 200 <= self.status < 300:
+            return json.loads(self.body)
+        if self.error_code == "tracking_disabled":
+            raise TracingDisabled
+        if self.error_code is None and self.status in (404, 405):
+            raise NotThisRouter(url)
+        try:
+            message = json.loads(self.body)["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            message = self.body[:200].decode(errors="replace")
+        kind = ValueError if self.error_code == "invalid_query" else RuntimeError
+        raise kind(f"{url} answered {self.status}: {message}")
+
+    def json_or_none(self, url: str) -> Any:
+        """The same, with ``None`` for a trace that is not there."""
+        is_missing = self.status == 404 and self.error_code == "not_found"
+        return None if is_missing else self.json(url)
+
+
+def _trace_path(request_id: str) -> str:
+    # Every byte is escaped, so that an id may hold slashes or be the name of another route.
+    return "/v1/traces/" + "".join(f"%{byte:02X}" for byte in request_id.encode())
+
+
+def _pairs(filters: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(name, str(value)) for name, value in filters.items() if value is not None]
+
+
+# A page is asked for with (name, text) pairs and answered with traces and the next cursor.
+_Pairs = list[tuple[str, str]]
+_Page = tuple[list[Trace], "str | None"]
+
+
+def page_queries(limit: int | None, filters: dict[str, Any]) -> Generator[_Pairs, _Page, None]:
+    """The queries of a listing, page by page: yields pairs, is sent the page they gave."""
+    left, cursor = limit, None
+    while left is None or left > 0:
+        size = _PAGE_MAX if left is None else min(left, _PAGE_MAX)
+        pairs = [*_pairs(filters), ("limit", str(size))]
+        traces, cursor = yield pairs if cursor is None else [*pairs, ("cursor", cursor)]
+        left = None if left is None else left - len(traces)
+        if cursor is None:
+            return
+
+
+def pages(ask: Callable[[_Pairs], _Page], limit: int | None, filters: dict[str, Any]) -> Iterator[list[Trace]]:
+    """All pages of a listing, each asked for when it is wanted."""
+    queries = page_queries(limit, filters)
+    try:
+        pairs = next(queries)
+        while True:
+            page = ask(pairs)
+            yield page[0]
+            pairs = queries.send(page)
+    except StopIteration:
+        return
+
+
+def _batches(ids: Iterable[str]) -> Iterator[list[str]]:
+    ids = list(ids)
+    for start in range(0, len(ids), _BATCH_MAX):
+        yield ids[start:start + _BATCH_MAX]
+
+
+class RouterTraceClient:
+    """Reads the traces of the router at ``url`` over HTTP, blocking.
+
+    Every method raises ``TracingDisabled`` when the router runs without request tracking, ``NotThisRouter``
+    when something else answers, ``ValueError`` for a query it refuses, and ``OSError`` when nobody answers.
+    """
+
+    def __init__(self, url: str, timeout: float = 30, headers: dict[str, str] | None = None) -> None:
+        """``timeout`` in seconds per request; ``headers`` go with every request."""
+        self.url = url.rstrip("/")
+        self._timeout = timeout
+        self._headers = dict(headers or {})
+
+    def get_request_trace(self, request_id: str) -> Trace | None:
+        """The newest trace with this id; ``None`` if there is none."""
+        answer = self._ask(_trace_path(request_id))
+        trace: Trace | None = answer.json_or_none(self.url)
+        return trace
+
+    def batch_get_traces(self, ids: Sequence[str]) -> list[Trace]:
+        """The traces of these ids, in their order; unknown ids are left out. Any number of ids."""
+        return [trace for batch in _batches(ids)
+                for trace in self._ask("/v1/traces/batch", {"request_ids": batch}).json(self.url)]
+
+    def list_recent_traces(self, limit: int | None = 100, **filters: Any) -> list[Trace]:
+        """Traces, newest first: at most ``limit`` (``None``: all), filtered as ``GET /v1/traces`` does."""
+        def page(pairs: _Pairs) -> _Page:
+            answer = self._ask(f"/v1/traces?{urlencode(pairs)}")
+            return answer.json(self.url), answer.cursor
+
+        return [trace for traces in pages(page, limit, filters) for trace in traces]
+
+    def get_trace_stats(self) -> dict[str, Any]:
+        """Counts since the start and of what is held now."""
+        stats: dict[str, Any] = self._ask("/v1/traces/stats").json(self.url)
+        return stats
+
+    def _ask(self, path: str, body: object = None) -> _Answer:
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"content-type": "application/json", **self._headers} if data else self._headers
+        request = urllib.request.Request(self.url + path, data=data, headers=headers)
+        try:
+            with urllib.request.urlopen(request, timeout=self._timeout) as response:
+                return _read(response.status, response.headers, response.read())
+        except urllib.error.HTTPError as error:
+            with error:
+                return _read(error.code, error.headers, error.read())
+
+
+class AsyncRouterTraceClient:
+    """Reads the traces of the router at ``url`` over HTTP with aiohttp; methods and errors as ``RouterTraceClient``.
+
+    Use it in ``async with``, or call ``close()``.
+    """
+
+    def __init__(self, url: str, timeout: float = 30, headers: dict[str, str] | None = None) -> None:
+        """``timeout`` in seconds per request; ``headers`` go with every request."""
+        self.url = url.rstrip("/")
+        self._timeout = timeout
+        self._headers = dict(headers or {})
+        self._session: aiohttp.ClientSession | None = None
+
+    async def get_request_trace(self, request_id: str) -> Trace | None:
+        """The newest trace with this id; ``None`` if there is none."""
+        answer = await self._ask(_trace_path(request_id))
+        trace: Trace | None = answer.json_or_none(self.url)
+        return trace
+
+    async def batch_get_traces(self, ids: Sequence[str]) -> list[Trace]:
+        """The traces of these ids, in their order; unknown ids are left out. Any number of ids."""
+        traces: list[Trace] = []
+        for batch in _batches(ids):
+            answer = await self._ask("/v1/traces/batch", {"request_ids": batch})
+            traces += answer.json(self.url)
+        return traces
+
+    async def list_recent_traces(self, limit: int | None = 100, **filters: Any) -> list[Trace]:
+        """Traces, newest first: at most ``limit`` (``None``: all), filtered as ``GET /v1/traces`` does."""
+        found: list[Trace] = []
+        queries = page_queries(limit, filters)
+        try:
+            pairs = next(queries)
+            while True:
+                answer = await self._ask(f"/v1/traces?{urlencode(pairs)}")
+                traces = answer.json(self.url)
+                found += traces
+                pairs = queries.send((traces, answer.cursor))
+        except StopIteration:
+            return found
+
+    async def get_trace_stats(self) -> dict[str, Any]:
+        """Counts since the start and of what is held now."""
+        answer = await self._ask("/v1/traces/stats")
+        stats: dict[str, Any] = answer.json(self.url)
+        return stats
+
+    async def close(self) -> None:
+        """Close its connections."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                        traceback: TracebackType | None) -> None:
+        await self.close()
+
+    async def _ask(self, path: str, body: object = None) -> _Answer:
+        import aiohttp
+        from yarl import URL
+
+        if self._session is None:
+            timeout = aiohttp.ClientTimeout(total=self._timeout)
+            self._session = aiohttp.ClientSession(timeout=timeout, headers=self._headers)
+        method = "GET" if body is None else "POST"
+        # The id in the path is quoted already.
+        url = URL(self.url + path, encoded=True)
+        async with self._session.request(method, url, json=body) as response:
+            return _read(response.status, response.headers, await response.read())
+
+
+def _read(status: int, headers: Any, body: bytes) -> _Answer:
+    return _Answer(status, headers.get("x-router-error-code"), headers.get("x-next-cursor"), body)

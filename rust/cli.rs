@@ -1,0 +1,127 @@
+//! The command line: `sglang-router-rs launch` and `sglang-router-rs sim`, the same from Python and without it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::{CommandFactory, FromArgMatches, Parser};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::options::{self, Options};
+use crate::server::Running;
+use crate::sim;
+
+/// A router in front of SGLang servers that tells which worker served which request, why, and how long it took
+#[derive(Parser)]
+#[command(name = "sglang-router-rs", version, args_override_self = true)]
+enum Cli {
+    /// Start the router
+    ///
+    /// Each option is also read from the environment (SGLANG_ROUTER__PORT for --port; lists with commas) and
+    /// from a TOML or JSON --config file. A flag beats the environment, which beats the file.
+    Launch(Box<Options>),
+    /// Start simulated SGLang workers, to try the router without a GPU
+    Sim(sim::Options),
+}
+
+/// The command as clap knows it, for `--help` and for what is derived from it.
+pub fn command() -> clap::Command {
+    Cli::command()
+}
+
+/// Runs one command line, `argv[0]` being the program, until it ends; returns the exit status. Errors and help go
+/// to the terminal.
+pub fn run(argv: &[String]) -> u8 {
+    let matches = match command().try_get_matches_from(argv) {
+        Ok(matches) => matches,
+        Err(error) => return refuse(&error),
+    };
+    let outcome = match matches.subcommand() {
+        Some(("launch", launch)) => {
+            // A subcommand is the first argument: the program itself has no options but --help and --version.
+            let flags = argv.get(2..).unwrap_or_default();
+            match Options::from_command_line(launch, flags, std::env::vars()) {
+                Ok(options) => self::launch(options),
+                Err(error) => Err(anyhow::Error::new(error)),
+            }
+        }
+        _ => match Cli::from_arg_matches(&matches) {
+            Ok(Cli::Sim(options)) => simulate(options),
+            Ok(Cli::Launch(options)) => self::launch(*options),
+            Err(error) => return refuse(&error),
+        },
+    };
+    match outcome {
+        Ok(()) => 0,
+        Err(error) => {
+            eprintln!("error: {error}");
+            1
+        }
+    }
+}
+
+/// clap's own words; for an option the router does not have yet, the reason.
+fn refuse(error: &clap::Error) -> u8 {
+    // Nothing can be done about a terminal that is gone.
+    let _ = error.print();
+    if let Some(name) = options::not_yet(error) {
+        eprintln!(
+            "sglang_router_rs {} does not support {name} yet",
+            env!("CARGO_PKG_VERSION")
+        );
+    }
+    u8::try_from(error.exit_code()).unwrap_or(2)
+}
+
+fn launch(options: Options) -> anyhow::Result<()> {
+    let running = Arc::new(Running::start(options)?);
+    let until_end = running.clone();
+    let ended = move || while !until_end.wait(Duration::from_secs(3600)) {};
+    until_signalled(ended, |is_first| if is_first { running.drain(None) } else { running.stop() })
+}
+
+fn simulate(options: sim::Options) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut terminate = signal(SignalKind::terminate())?;
+        let shutdown = async move {
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+        };
+        sim::serve(options, shutdown).await
+    })?;
+    Ok(())
+}
+
+/// Blocks until `ended` returns; tells `signalled` of each SIGINT and SIGTERM, and whether it was the first.
+fn until_signalled(
+    ended: impl FnOnce() + Send + 'static,
+    signalled: impl Fn(bool),
+) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut ended = tokio::task::spawn_blocking(ended);
+        let mut is_first = true;
+        loop {
+            tokio::select! {
+                outcome = &mut ended => return Ok(outcome?),
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+            signalled(is_first);
+            is_first = false;
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn clap_finds_no_fault_with_the_commands() {
+        super::command().debug_assert();
+    }
+}

@@ -1,0 +1,226 @@
+//! All that Python sees: the module `sglang_router_rs._core`.
+//!
+//! Thin on purpose. Options come as names and texts and go through the one parser; traces go out as JSON text;
+//! everything that waits or serves runs without the GIL. Signals and Python's manners are `router.py`'s.
+
+// The names below are Python's, exported by PyO3's macros.
+#![allow(unreachable_pub)]
+
+use std::io;
+use std::time::Duration;
+
+use pyo3::exceptions::{PyOSError, PyRuntimeError, PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use serde::Serialize;
+
+use crate::error::Kind;
+use crate::options::{self, OptionError, Options, Setting, Shape, Source};
+use crate::routing::PolicyKind;
+use crate::server::{Running, routes};
+use crate::telemetry::metrics;
+use crate::tracking::{Query, Tracker};
+use crate::cli;
+
+/// A router with its options, not yet serving.
+#[pyclass(frozen)]
+struct Server {
+    running: Running,
+}
+
+#[pymethods]
+impl Server {
+    /// Checks options given as (name, texts). Raises TypeError for an unknown name, ValueError for a bad value.
+    #[staticmethod]
+    fn check(keywords: Vec<(String, Vec<String>)>) -> PyResult<()> {
+        parse(keywords).map(|_| ())
+    }
+
+    /// Binds the port and serves on threads of its own. Raises OSError when the port is taken.
+    #[new]
+    fn start(py: Python<'_>, keywords: Vec<(String, Vec<String>)>) -> PyResult<Self> {
+        let options = parse(keywords)?;
+        let running = py.detach(|| Running::start(options)).map_err(os_error)?;
+        Ok(Self { running })
+    }
+
+    /// (host, port) it listens on.
+    #[getter]
+    fn address(&self) -> (String, u16) {
+        let address = self.running.address();
+        (address.ip().to_string(), address.port())
+    }
+
+    #[getter]
+    fn is_ready(&self) -> bool {
+        self.running.is_ready()
+    }
+
+    /// Takes nothing new; what is in flight has `grace_secs` (None: as configured). Returns at once.
+    #[pyo3(signature = (grace_secs=None))]
+    fn drain(&self, grace_secs: Option<f64>) -> PyResult<()> {
+        let grace = grace_secs.map(seconds).transpose()?;
+        self.running.drain(grace);
+        Ok(())
+    }
+
+    /// Cuts everything. Returns at once.
+    fn stop(&self) {
+        self.running.stop();
+    }
+
+    /// Waits for the end, at most this long; whether it has come.
+    fn wait(&self, py: Python<'_>, timeout_secs: f64) -> PyResult<bool> {
+        let timeout = seconds(timeout_secs)?;
+        Ok(py.detach(|| self.running.wait(timeout)))
+    }
+
+    #[getter]
+    fn has_tracker(&self) -> bool {
+        self.running.tracker().is_some()
+    }
+
+    /// JSON of one trace, or None.
+    fn trace(&self, py: Python<'_>, request_id: &str) -> PyResult<Option<String>> {
+        let tracker = self.tracker()?;
+        Ok(py.detach(|| tracker.get(request_id).map(|trace| json_text(&trace))))
+    }
+
+    /// JSON of the traces that match (name, text) pairs, as GET /v1/traces takes them, and the next cursor.
+    fn traces(
+        &self,
+        py: Python<'_>,
+        filters: Vec<(String, String)>,
+    ) -> PyResult<(String, Option<String>)> {
+        let tracker = self.tracker()?;
+        let query =
+            Query::parse(filters).map_err(|error| PyValueError::new_err(error.to_string()))?;
+        Ok(py.detach(|| {
+            let page = tracker.list(&query);
+            (json_text(&page.traces), page.next_cursor.map(|cursor| cursor.to_string()))
+        }))
+    }
+
+    /// JSON of the statistics.
+    fn trace_stats(&self, py: Python<'_>) -> PyResult<String> {
+        let tracker = self.tracker()?;
+        Ok(py.detach(|| json_text(&tracker.stats())))
+    }
+}
+
+impl Server {
+    fn tracker(&self) -> PyResult<&Tracker> {
+        let tracker = self.running.tracker().map(AsRef::as_ref);
+        tracker.ok_or_else(|| PyRuntimeError::new_err("request tracking is off"))
+    }
+}
+
+/// Runs a command line (without the program's name) until it ends; its exit status.
+#[pyfunction]
+fn run(py: Python<'_>, arguments: Vec<String>) -> i32 {
+    let argv: Vec<String> =
+        std::iter::once("sglang-router-rs".to_owned()).chain(arguments).collect();
+    py.detach(|| i32::from(cli::run(&argv)))
+}
+
+/// Every option: name, shape, default (text or None), choices, help, aliases.
+#[pyfunction(name = "options")]
+fn all_options(py: Python<'_>) -> PyResult<Vec<Bound<'_, PyDict>>> {
+    let row = |option: options::Described| {
+        let row = PyDict::new(py);
+        row.set_item("name", option.name)?;
+        row.set_item("shape", shape_name(option.shape))?;
+        row.set_item("default", option.default)?;
+        row.set_item("choices", option.choices)?;
+        row.set_item("help", option.help)?;
+        row.set_item("aliases", option.aliases)?;
+        Ok(row)
+    };
+    options::described().into_iter().map(row).collect()
+}
+
+/// Every policy: member of `PolicyType`, name, rule, reasons.
+#[pyfunction(name = "policies")]
+fn all_policies(py: Python<'_>) -> PyResult<Vec<Bound<'_, PyDict>>> {
+    let row = |policy: &PolicyKind| {
+        let row = PyDict::new(py);
+        row.set_item("member", format!("{policy:?}"))?;
+        row.set_item("name", policy.name())?;
+        row.set_item("rule", policy.rule())?;
+        row.set_item("reasons", policy.reasons().to_vec())?;
+        Ok(row)
+    };
+    PolicyKind::ALL.iter().map(row).collect()
+}
+
+/// Every error of the router's own: code, status, origin, meaning.
+#[pyfunction(name = "errors")]
+fn all_errors() -> Vec<(&'static str, u16, &'static str, &'static str)> {
+    let row = |kind: &Kind| (kind.code(), kind.status(), kind.origin().name(), kind.meaning());
+    Kind::ALL.iter().map(row).collect()
+}
+
+/// Every route: method, path, what answers it.
+#[pyfunction(name = "routes")]
+fn all_routes() -> Vec<(&'static str, &'static str, &'static str)> {
+    let row = |(method, path, purpose): &'static (hyper::Method, &'static str, routes::Purpose)| {
+        (method.as_str(), *path, purpose.meaning())
+    };
+    routes::ROUTES.iter().map(row).collect()
+}
+
+/// Every metric: name, kind and meaning.
+#[pyfunction(name = "metrics")]
+fn all_metrics() -> Vec<(&'static str, &'static str)> {
+    metrics::ALL.to_vec()
+}
+
+#[pymodule]
+fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_class::<Server>()?;
+    module.add_function(wrap_pyfunction!(run, module)?)?;
+    module.add_function(wrap_pyfunction!(all_options, module)?)?;
+    module.add_function(wrap_pyfunction!(all_policies, module)?)?;
+    module.add_function(wrap_pyfunction!(all_errors, module)?)?;
+    module.add_function(wrap_pyfunction!(all_routes, module)?)?;
+    module.add_function(wrap_pyfunction!(all_metrics, module)?)
+}
+
+fn parse(keywords: Vec<(String, Vec<String>)>) -> PyResult<Options> {
+    let settings: Vec<Setting> =
+        keywords.into_iter().map(|(name, values)| Setting { name, values }).collect();
+    Options::from_keywords(&settings).map_err(|error| match &error {
+        OptionError::Unknown { origin: Source::Keyword, .. }
+        | OptionError::NotYet { origin: Source::Keyword, .. } => {
+            PyTypeError::new_err(error.to_string())
+        }
+        _ => PyValueError::new_err(error.to_string()),
+    })
+}
+
+fn shape_name(shape: Shape) -> &'static str {
+    match shape {
+        Shape::Boolean => "bool",
+        Shape::Integer => "int",
+        Shape::Number => "float",
+        Shape::Text => "str",
+        Shape::List => "list",
+        Shape::Map => "map",
+    }
+}
+
+fn json_text(value: &impl Serialize) -> String {
+    // A trace always serialises.
+    serde_json::to_string(value).unwrap_or_default()
+}
+
+fn seconds(value: f64) -> PyResult<Duration> {
+    Duration::try_from_secs_f64(value).map_err(|error| {
+        PyValueError::new_err(format!("{value} is not a number of seconds >= 0: {error}"))
+    })
+}
+
+fn os_error(error: io::Error) -> PyErr {
+    PyOSError::new_err(error.to_string())
+}

@@ -1,0 +1,183 @@
+//! Which worker served which request, why, and how long it took.
+//!
+//! Every request on a routed route has a record from its arrival, kept for a while after its end.
+//! The request writes it through an [`OpenTrace`]; anyone may read it meanwhile and afterwards, by
+//! id, in listings and in statistics.
+//!
+//! In reading order: [`OpenTrace`] (what a request tells), `record` (how little is kept of it),
+//! [`Trace`] (how it is read), `shard` and `store` (where records are, and which one makes room),
+//! [`Stats`], [`Query`].
+//!
+//! Invariants: a request writes its own record only; each record ends exactly once; a record that
+//! has expired is never read; all counts are exact; at most `max_trace_entries` records are held.
+//! No HTTP, no async and no timers here: the server calls [`Tracker::remove_expired`] now and then.
+
+mod open;
+mod query;
+mod record;
+mod shard;
+mod slab;
+mod stats;
+mod store;
+mod text;
+mod trace;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use serde::Serialize;
+
+pub use open::{AnswerFacts, OpenTrace, RequestFacts};
+pub use query::{Cursor, DEFAULT_LIMIT, Format, MAX_LIMIT, Query, QueryError};
+pub use record::Status;
+pub use stats::Stats;
+pub use store::Page;
+pub use trace::{AttemptView, Timestamp, Trace, csv_header, csv_rows};
+
+use crate::routing::WorkerName;
+use store::Store;
+
+/// Options of request tracking.
+#[derive(clap::Args, Clone, Debug, PartialEq, Eq, Serialize)]
+#[group(skip)]
+pub struct Options {
+    /// Record which worker served each request, why and how long it took; read at /v1/traces
+    #[arg(long, alias = "enable-request-tracing", default_value_t = false, num_args = 0..=1, default_missing_value = "true", action = clap::ArgAction::Set)]
+    pub enable_request_tracking: bool,
+
+    /// Most traces held; when full, the least recently used ended one goes first
+    #[arg(long, default_value_t = 100_000, value_parser = clap::value_parser!(u32).range(1..=1 << 31))]
+    pub max_trace_entries: u32,
+
+    /// Seconds a trace is held after its request has ended
+    #[arg(long, alias = "trace-ttl", default_value_t = 3600, value_parser = clap::value_parser!(u64).range(1..))]
+    pub trace_ttl_seconds: u64,
+
+    /// Seconds between removals of traces whose time is over; they are never shown, removed or not
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
+    pub trace_cleanup_interval_secs: u64,
+}
+
+/// When a request arrived, by both clocks.
+#[derive(Debug, Clone, Copy)]
+pub struct Arrived {
+    /// Wall clock, in microseconds since the Unix epoch.
+    pub unix_us: i64,
+    /// What all durations count from.
+    pub at: Instant,
+}
+
+impl Arrived {
+    /// Now.
+    pub fn now() -> Arrived {
+        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let unix_us = i64::try_from(since_epoch.as_micros()).unwrap_or(i64::MAX);
+        Arrived { unix_us, at: Instant::now() }
+    }
+}
+
+/// All traces of one router.
+#[derive(Debug)]
+pub struct Tracker {
+    options: Options,
+    started_at: Instant,
+    store: Store,
+}
+
+impl Tracker {
+    /// An empty tracker. All its traces bear the router's one policy.
+    pub fn new(options: Options, routing_policy: &str) -> Arc<Tracker> {
+        let capacity = options.max_trace_entries.max(1) as usize;
+        let ttl_us = options.trace_ttl_seconds.saturating_mul(1_000_000);
+        let store = Store::new(capacity, ttl_us, routing_policy);
+        Arc::new(Tracker { options, started_at: Instant::now(), store })
+    }
+
+    /// The options in force.
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// Begins a record, `queued`. The caller bounds the length of ids (256) and the number of
+    /// routes.
+    pub fn open(self: &Arc<Self>, arrived: Arrived, request_id: &str, route: &str) -> OpenTrace {
+        let now_us = self.micros_at(arrived.at);
+        let key = self.store.open(request_id, route, arrived.unix_us, now_us);
+        OpenTrace::new(Arc::clone(self), key, arrived.at)
+    }
+
+    /// The newest trace with this id. Counts as a use of it.
+    pub fn get(&self, request_id: &str) -> Option<Trace> {
+        self.store.get(request_id, self.now_us())
+    }
+
+    /// The newest trace for each id, in the order of the ids; unknown ones are left out. Counts as
+    /// a use of each.
+    pub fn get_many<Id: AsRef<str>>(&self, request_ids: &[Id]) -> Vec<Trace> {
+        request_ids.iter().filter_map(|id| self.get(id.as_ref())).collect()
+    }
+
+    /// One page, newest first. Costs what is on it and what its filters pass over.
+    pub fn list(&self, query: &Query) -> Page {
+        self.store.list(query, self.now_us())
+    }
+
+    /// All that match, page by page, up to `query.limit` if that is given. Nothing is locked between
+    /// two pages.
+    pub fn pages(self: &Arc<Self>, query: &Query) -> Pages {
+        let remaining = query.limit.unwrap_or(usize::MAX);
+        Pages { tracker: Arc::clone(self), query: Some(query.clone()), remaining }
+    }
+
+    /// Counts since the start and of what is held now, in time that does not depend on how much that
+    /// is.
+    pub fn stats(&self) -> Stats {
+        let mut stats = Stats::new(self.options.clone());
+        self.store.add_to(&mut stats, self.now_us());
+        stats
+    }
+
+    /// Gives back the memory of traces whose time is over at `now`; says how many.
+    pub fn remove_expired(&self, now: Instant) -> usize {
+        self.store.remove_expired(self.micros_at(now))
+    }
+
+    fn now_us(&self) -> u64 {
+        self.micros_at(Instant::now())
+    }
+
+    fn micros_at(&self, at: Instant) -> u64 {
+        let since_start: Duration = at.saturating_duration_since(self.started_at);
+        u64::try_from(since_start.as_micros()).unwrap_or(u64::MAX)
+    }
+}
+
+/// Everything a query asks for, a page of up to [`MAX_LIMIT`] traces at a time. See
+/// [`Tracker::pages`].
+#[derive(Debug)]
+pub struct Pages {
+    tracker: Arc<Tracker>,
+    /// `None` after the last page.
+    query: Option<Query>,
+    remaining: usize,
+}
+
+impl Iterator for Pages {
+    type Item = Vec<Trace>;
+
+    fn next(&mut self) -> Option<Vec<Trace>> {
+        let mut query = self.query.take()?;
+        query.limit = Some(self.remaining.min(MAX_LIMIT));
+        let page = self.tracker.list(&query);
+        self.remaining -= page.traces.len();
+        if page.next_cursor.is_some() && self.remaining > 0 {
+            query.cursor = page.next_cursor;
+            self.query = Some(query);
+        }
+        (!page.traces.is_empty()).then_some(page.traces)
+    }
+}
+
+
+#[cfg(test)]
+mod tests;

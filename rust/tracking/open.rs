@@ -1,0 +1,286 @@
+//! A request's hold on its own record while it runs.
+//!
+//! The proxy tells an [`OpenTrace`] what happens, in the order it happens. However the request
+//! ends, its record ends: dropping the value is an ending too, so a cancelled request cannot leave
+//! a record open. It writes to its own record only; if that record had to make room, what happens
+//! still counts in the statistics.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::record::{OptionalU64, Record, Status};
+use super::shard::{Place, Shard};
+use super::store::Key;
+use super::text::{CompactId, Names, Text, capped, parse_hex};
+use super::{Tracker, WorkerName};
+
+const MAX_ERROR_BYTES: usize = 512;
+const MAX_MODEL_BYTES: usize = 128;
+const MAX_WORKER_REQUEST_ID_BYTES: usize = 128;
+const MAX_FINISH_REASON_BYTES: usize = 64;
+
+/// The error of a request that nobody ended: its task was dropped because the client went away.
+const CLIENT_GONE: &str = "client disconnected";
+
+/// What the request itself says. `None` leaves what is known.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct RequestFacts<'a> {
+    /// The model asked for; cut at 128 bytes.
+    pub model: Option<&'a str>,
+    /// Whether a stream is asked for.
+    pub stream: Option<bool>,
+    /// The router's estimate of the prompt.
+    pub input_tokens: Option<u32>,
+    /// 32 lower-case hex digits, from `traceparent`; anything else is passed over.
+    pub trace_id: Option<&'a str>,
+}
+
+/// What the worker's answer says. `None` leaves what is known.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct AnswerFacts<'a> {
+    /// Tokens of the prompt.
+    pub prompt_tokens: Option<u32>,
+    /// Those of them the worker had in its cache.
+    pub cached_tokens: Option<u32>,
+    /// Tokens generated.
+    pub completion_tokens: Option<u32>,
+    /// Why generation ended; cut at 64 bytes.
+    pub finish_reason: Option<&'a str>,
+    /// The worker's own id; cut at 128 bytes.
+    pub worker_request_id: Option<&'a str>,
+}
+
+/// The record of a running request. See the module's documentation.
+#[derive(Debug)]
+pub struct OpenTrace {
+    /// `None` when tracking is off.
+    home: Option<(Arc<Tracker>, Key)>,
+    arrived_at: Instant,
+    status: Status,
+    worker: Option<Arc<WorkerName>>,
+    is_attempt_open: bool,
+    sent_at: Option<Instant>,
+    /// The answer's status; kept here too because it decides how the request ends.
+    http_status: Option<u16>,
+}
+
+impl OpenTrace {
+    pub(super) fn new(tracker: Arc<Tracker>, key: Key, arrived_at: Instant) -> OpenTrace {
+        let mut trace = OpenTrace::untracked(arrived_at);
+        trace.home = Some((tracker, key));
+        trace
+    }
+
+    /// Takes everything and keeps nothing: for a router that does not track.
+    pub fn untracked(arrived_at: Instant) -> OpenTrace {
+        OpenTrace {
+            home: None,
+            arrived_at,
+            status: Status::Queued,
+            worker: None,
+            is_attempt_open: false,
+            sent_at: None,
+            http_status: None,
+        }
+    }
+
+    /// How far the request has come.
+    pub fn status(&self) -> Status {
+        self.status
+    }
+
+    /// The worker picked last.
+    pub fn worker(&self) -> Option<&Arc<WorkerName>> {
+        self.worker.as_ref()
+    }
+
+    /// What was read from the request.
+    pub fn request(&mut self, facts: RequestFacts<'_>) {
+        self.edit(|record, names| {
+            if let Some(model) = facts.model {
+                record.model = Some(names.share(capped(model, MAX_MODEL_BYTES)));
+            }
+            record.stream = facts.stream.or(record.stream);
+            record.input_tokens.update(facts.input_tokens);
+            record.trace_id = facts.trace_id.and_then(parse_hex).or(record.trace_id);
+        });
+    }
+
+    /// The request may go on to a worker.
+    pub fn admitted(&mut self, at: Instant) {
+        let queue_us = self.since_arrival(at);
+        self.edit(|record, _| record.queue_us = queue_us);
+    }
+
+    /// A worker was picked, for the first attempt or for another one. `reason` is the policy's,
+    /// `decision` the time it took to read the prompt and pick.
+    pub fn routed(
+        &mut self,
+        worker: &Arc<WorkerName>,
+        reason: &'static str,
+        matched_tokens: Option<u32>,
+        decision: Duration,
+    ) {
+        let from_worker = self.worker.replace(Arc::clone(worker));
+        let from = std::mem::replace(&mut self.status, Status::Routed);
+        self.is_attempt_open = true;
+        self.sent_at = None;
+        self.http_status = None;
+        self.at_home(|shard, place| {
+            shard.route(place, from_worker.as_ref(), worker);
+            shard.set_status(place, from, Status::Routed);
+            shard.edit(place, |record, _| {
+                record.reason = Some(reason);
+                record.http_status = None;
+                record.matched_tokens = matched_tokens.into();
+                record.decision_ns = OptionalU64::nanos(decision);
+            });
+        });
+    }
+
+    /// The request is being sent to the worker; the attempt's own clock starts.
+    pub fn sent(&mut self, at: Instant) {
+        self.sent_at = Some(at);
+    }
+
+    /// The attempt came to nothing, with the worker's status if it answered. Another one may follow;
+    /// if not, [`OpenTrace::fail`] or [`OpenTrace::complete`] must.
+    pub fn attempt_failed(&mut self, at: Instant, http_status: Option<u16>, error: &str) {
+        let attempt = self.take_attempt(at);
+        self.edit(|record, _| close_attempt(record, attempt, http_status, Some(error)));
+    }
+
+    /// The worker's headers arrived, and its answer is going to be relayed.
+    pub fn headers(&mut self, http_status: u16) {
+        self.http_status = Some(http_status);
+        let from = std::mem::replace(&mut self.status, Status::Processing);
+        self.at_home(|shard, place| {
+            shard.set_status(place, from, Status::Processing);
+            shard.edit(place, |record, _| {
+                record.http_status = Some(http_status);
+                if let Some(attempt) = record.attempts.last_mut() {
+                    attempt.http_status = Some(http_status);
+                }
+            });
+        });
+    }
+
+    /// The first byte of the answer's body; later calls change nothing.
+    pub fn first_byte(&mut self, at: Instant) {
+        let first_byte_us = self.since_arrival(at);
+        self.edit(|record, _| {
+            if record.first_byte_us == OptionalU64::NONE {
+                record.first_byte_us = first_byte_us;
+            }
+        });
+    }
+
+    /// The first stream frame with content; later calls change nothing.
+    pub fn ttft(&mut self, at: Instant) {
+        let ttft_us = self.since_arrival(at);
+        self.edit(|record, _| {
+            if record.ttft_us == OptionalU64::NONE {
+                record.ttft_us = ttft_us;
+            }
+        });
+    }
+
+    /// What was read from the worker's answer.
+    pub fn answer(&mut self, facts: AnswerFacts<'_>) {
+        self.edit(|record, names| {
+            record.prompt_tokens.update(facts.prompt_tokens);
+            record.cached_tokens.update(facts.cached_tokens);
+            record.completion_tokens.update(facts.completion_tokens);
+            if let Some(reason) = facts.finish_reason {
+                record.finish_reason = Some(names.share(capped(reason, MAX_FINISH_REASON_BYTES)));
+            }
+            if let Some(id) = facts.worker_request_id {
+                let id = CompactId::new(capped(id, MAX_WORKER_REQUEST_ID_BYTES));
+                record.worker_request_id = Some(id);
+            }
+        });
+    }
+
+    /// The last byte was relayed. An answer other than 2xx makes the request a failed one.
+    pub fn complete(mut self, at: Instant) {
+        match self.http_status {
+            Some(status) if !(200..300).contains(&status) => {
+                let message = format!("the worker answered with status {status}");
+                self.end(at, Status::Failed, None, Some(&message));
+            }
+            _ => self.end(at, Status::Completed, None, None),
+        }
+    }
+
+    /// The request failed. `http_status` is what the client is answered; `None` leaves what was
+    /// already relayed.
+    pub fn fail(mut self, at: Instant, http_status: Option<u16>, error_message: &str) {
+        self.end(at, Status::Failed, http_status, Some(error_message));
+    }
+
+    /// Writes all that the ending says and ends the record, in one step for readers.
+    fn end(&mut self, at: Instant, to: Status, http_status: Option<u16>, error: Option<&str>) {
+        let attempt = self.take_attempt(at);
+        let latency_us = self.since_arrival(at);
+        let from = std::mem::replace(&mut self.status, to);
+        let Some((tracker, key)) = &self.home else { return };
+        let now_us = tracker.micros_at(at);
+        let mut shard = tracker.store.shard(*key);
+        shard.edit(key.place, |record, _| {
+            close_attempt(record, attempt, None, error);
+            record.latency_us = latency_us;
+            record.http_status = http_status.or(record.http_status);
+            record.error_message = error.map(error_text);
+        });
+        shard.end(key.place, from, to, self.worker.is_some(), now_us);
+    }
+
+    /// Ends the attempt that is under way: its latency, which is none if it was never sent.
+    fn take_attempt(&mut self, at: Instant) -> Option<OptionalU64> {
+        let latency = |sent_at| OptionalU64::micros(at.saturating_duration_since(sent_at));
+        let latency_us = self.sent_at.take().map_or(OptionalU64::NONE, latency);
+        std::mem::take(&mut self.is_attempt_open).then_some(latency_us)
+    }
+
+    fn edit(&self, change: impl FnOnce(&mut Record, &mut Names)) {
+        self.at_home(|shard, place| shard.edit(place, change));
+    }
+
+    /// Several changes that readers see as one.
+    fn at_home(&self, change: impl FnOnce(&mut Shard, Place)) {
+        if let Some((tracker, key)) = &self.home {
+            change(&mut tracker.store.shard(*key), key.place);
+        }
+    }
+
+    fn since_arrival(&self, at: Instant) -> OptionalU64 {
+        OptionalU64::micros(at.saturating_duration_since(self.arrived_at))
+    }
+}
+
+impl Drop for OpenTrace {
+    fn drop(&mut self) {
+        if !self.status.is_ended() {
+            self.end(Instant::now(), Status::Failed, None, Some(CLIENT_GONE));
+        }
+    }
+}
+
+
+/// Writes how the last attempt went, if one was under way.
+fn close_attempt(
+    record: &mut Record,
+    latency_us: Option<OptionalU64>,
+    http_status: Option<u16>,
+    error: Option<&str>,
+) {
+    if let (Some(latency_us), Some(attempt)) = (latency_us, record.attempts.last_mut()) {
+        attempt.latency_us = latency_us;
+        attempt.http_status = http_status.or(attempt.http_status);
+        attempt.error = error.map(error_text);
+    }
+}
+
+fn error_text(error: &str) -> Text {
+    Text::new(capped(error, MAX_ERROR_BYTES))
+}

@@ -1,0 +1,305 @@
+//! The records of one shard, with everything that is known about them under one lock.
+//!
+//! A record is found by slot (its own request), by id (look-ups), by arrival (listings), by last
+//! use and by ending (eviction and expiry). All but the arrival order are O(1), whatever the number
+//! of records and however often an id repeats. Time is an argument: microseconds since the store's
+//! start.
+//!
+//! Invariant: each record held is in `by_arrival`, in the list of its id, and either in `open` or
+//! in both `used` and `ended`; `counts` agrees with the records after each call.
+
+use std::collections::BTreeMap;
+use std::hash::{BuildHasher, RandomState};
+use std::mem::size_of;
+use std::sync::Arc;
+
+use hashbrown::HashTable;
+
+use super::WorkerName;
+use super::query::Query;
+use super::record::{Record, Status};
+use super::slab::{Chain, List, Slab};
+use super::stats::Counts;
+use super::text::Names;
+use super::trace::{Timestamp, Trace};
+
+/// Most records one call of [`Shard::newest_before`] looks at, so that a listing never holds the
+/// lock for long.
+const MAX_SCANNED: usize = 256;
+
+/// Rough cost of a record in a `BTreeMap<u64, u32>`: nodes of 11 are a little over half full when
+/// keys come in ascending order.
+const BY_ARRIVAL_BYTES: usize = 28;
+
+#[derive(Debug)]
+struct Entry {
+    /// Arrival number, unique in the store: it also tells a record from a later one in its slot.
+    seq: u64,
+    record: Record,
+}
+
+/// A request's own record: its slot, and the arrival number that must be found there.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Place {
+    pub(super) slot: u32,
+    pub(super) seq: u64,
+}
+
+/// What one look along the arrival order found.
+#[derive(Debug)]
+pub(super) struct Found {
+    /// What matched, newest first, with its arrival number.
+    pub(super) traces: Vec<(u64, Trace)>,
+    /// Everything from here on was looked at.
+    pub(super) before: u64,
+    /// There is nothing older.
+    pub(super) is_exhausted: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct Shard {
+    hasher: RandomState,
+    slab: Slab<Entry>,
+    /// One list for each id, oldest record first.
+    by_id: HashTable<List>,
+    by_arrival: BTreeMap<u64, u32>,
+    /// Open records, oldest first.
+    open: List,
+    /// Ended records, least recently used first.
+    used: List,
+    /// Ended records, first ended first.
+    ended: List,
+    names: Names,
+    pub(super) counts: Counts,
+    /// Heap memory behind the records.
+    heap_bytes: usize,
+}
+
+impl Shard {
+    /// An empty shard, which hashes ids as the store does.
+    pub(super) fn new(hasher: RandomState) -> Shard {
+        Shard {
+            hasher,
+            slab: Slab::new(),
+            by_id: HashTable::new(),
+            by_arrival: BTreeMap::new(),
+            open: List::new(Chain::Order),
+            used: List::new(Chain::Order),
+            ended: List::new(Chain::Ending),
+            names: Names::default(),
+            counts: Counts::default(),
+            heap_bytes: 0,
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.slab.len()
+    }
+
+    /// Adds an open record, the newest of its id.
+    pub(super) fn insert(&mut self, seq: u64, id: &str, route: &str, unix_us: i64) -> Place {
+        let record = Record::new(id, self.names.share(route), unix_us);
+        self.counts.arrives(&record.route);
+        self.heap_bytes += record.heap_bytes();
+        let slot = self.slab.insert(Entry { seq, record });
+        self.by_arrival.insert(seq, slot);
+        self.open.push(&mut self.slab, slot);
+        self.join_id(id, slot);
+        Place { slot, seq }
+    }
+
+    /// Changes a record, unless it has left.
+    pub(super) fn edit(&mut self, place: Place, change: impl FnOnce(&mut Record, &mut Names)) {
+        let Some(entry) = self.slab.get_mut(place.slot).filter(|entry| entry.seq == place.seq)
+        else {
+            return;
+        };
+        self.heap_bytes -= entry.record.heap_bytes();
+        change(&mut entry.record, &mut self.names);
+        self.heap_bytes += entry.record.heap_bytes();
+    }
+
+    /// A request got a worker, perhaps in place of an earlier one. Counts even if its record left.
+    pub(super) fn route(
+        &mut self,
+        place: Place,
+        from: Option<&Arc<WorkerName>>,
+        to: &Arc<WorkerName>,
+    ) {
+        let is_held = self.holds(place);
+        self.counts.changes_worker(from, to, is_held);
+        self.edit(place, |record, _| record.attempt(to));
+    }
+
+    /// An open request came further without ending. Counts even if its record left.
+    pub(super) fn set_status(&mut self, place: Place, from: Status, to: Status) {
+        let is_held = self.holds(place);
+        self.counts.changes_status(from, to, is_held);
+        self.edit(place, |record, _| record.status = to);
+    }
+
+    /// A request ended. Counts even if its record left.
+    pub(super) fn end(
+        &mut self,
+        place: Place,
+        from: Status,
+        to: Status,
+        had_worker: bool,
+        now_us: u64,
+    ) {
+        self.set_status(place, from, to);
+        if !had_worker {
+            self.counts.ends_unrouted();
+        }
+        if !self.holds(place) {
+            return;
+        }
+        // Threads may come here out of order; the list of endings must not run backwards.
+        let last_us = self.ended.last().map_or(0, |slot| self.slab.at(slot).record.ended_us);
+        self.edit(place, |record, _| record.ended_us = now_us.max(last_us));
+        self.open.remove(&mut self.slab, place.slot);
+        self.used.push(&mut self.slab, place.slot);
+        self.ended.push(&mut self.slab, place.slot);
+    }
+
+    /// The newest record with this id; looking at it is a use.
+    pub(super) fn get(&mut self, id: &str, routing_policy: &str) -> Option<Trace> {
+        let hash = self.hasher.hash_one(id);
+        let list = self.by_id.find(hash, |list| list_id(&self.slab, list) == id)?;
+        let (slot, same_id) = (list.last()?, list.len());
+        let record = &self.slab.at(slot).record;
+        let mut trace = record.view(routing_policy);
+        trace.same_id = (same_id > 1).then_some(same_id);
+        if record.status.is_ended() {
+            self.used.remove(&mut self.slab, slot);
+            self.used.push(&mut self.slab, slot);
+        }
+        Some(trace)
+    }
+
+    /// Matching records that arrived before the one numbered `before`, newest first: up to
+    /// `max_found` of them, out of a bounded number looked at.
+    pub(super) fn newest_before(
+        &self,
+        before: u64,
+        query: &Query,
+        max_found: usize,
+        routing_policy: &str,
+    ) -> Found {
+        let mut found = Found { traces: Vec::new(), before, is_exhausted: false };
+        let mut older = self.by_arrival.range(..before).rev();
+        for _ in 0..MAX_SCANNED {
+            let Some((&seq, &slot)) = older.next() else {
+                found.is_exhausted = true;
+                break;
+            };
+            found.before = seq;
+            let record = &self.slab.at(slot).record;
+            if query.matches(record) {
+                found.traces.push((seq, record.view(routing_policy)));
+                if found.traces.len() == max_found {
+                    break;
+                }
+            }
+        }
+        found
+    }
+
+    /// Whether [`Shard::expire`] would remove anything.
+    pub(super) fn has_expired(&self, now_us: u64, ttl_us: u64) -> bool {
+        self.ended.first().is_some_and(|slot| {
+            self.slab.at(slot).record.ended_us.saturating_add(ttl_us) <= now_us
+        })
+    }
+
+    /// Removes the records that ended `ttl_us` ago or earlier; says how many.
+    pub(super) fn expire(&mut self, now_us: u64, ttl_us: u64) -> usize {
+        let mut removed = 0;
+        while self.has_expired(now_us, ttl_us) {
+            let Some(slot) = self.ended.first() else { break };
+            self.remove(slot);
+            removed += 1;
+        }
+        self.counts.expired += removed as u64;
+        removed
+    }
+
+    /// Removes the least recently used ended record, else the oldest open one; says if there was
+    /// any.
+    pub(super) fn evict(&mut self) -> bool {
+        let Some(slot) = self.used.first().or_else(|| self.open.first()) else {
+            return false;
+        };
+        self.remove(slot);
+        self.counts.evicted += 1;
+        true
+    }
+
+    /// Arrival of the oldest and of the newest record, each with its number.
+    pub(super) fn arrivals(&self) -> Option<[(u64, Timestamp); 2]> {
+        let arrival = |(&seq, &slot): (&u64, &u32)| {
+            (seq, Timestamp::from_unix_us(self.slab.at(slot).record.arrived_unix_us))
+        };
+        let oldest = self.by_arrival.first_key_value().map(arrival)?;
+        let newest = self.by_arrival.last_key_value().map(arrival)?;
+        Some([oldest, newest])
+    }
+
+    /// Estimate of all memory the shard has taken.
+    pub(super) fn memory_bytes(&self) -> usize {
+        size_of::<Shard>()
+            + self.slab.memory_bytes()
+            + self.by_id.allocation_size()
+            + self.by_arrival.len() * BY_ARRIVAL_BYTES
+            + self.names.memory_bytes()
+            + self.counts.memory_bytes()
+            + self.heap_bytes
+    }
+
+    fn holds(&self, place: Place) -> bool {
+        self.slab.get(place.slot).is_some_and(|entry| entry.seq == place.seq)
+    }
+
+    fn join_id(&mut self, id: &str, slot: u32) {
+        let hash = self.hasher.hash_one(id);
+        let list = match self.by_id.find_mut(hash, |list| list_id(&self.slab, list) == id) {
+            Some(list) => list,
+            None => {
+                let rehash = |list: &List| self.hasher.hash_one(list_id(&self.slab, list));
+                let list = List::new(Chain::SameId);
+                self.by_id.insert_unique(hash, list, rehash).into_mut()
+            }
+        };
+        list.push(&mut self.slab, slot);
+    }
+
+    fn leave_id(&mut self, id: &str, slot: u32) {
+        let hash = self.hasher.hash_one(id);
+        let entry = self.by_id.find_entry(hash, |list| list_id(&self.slab, list) == id);
+        let mut entry = entry.expect("a record is in the list of its id");
+        entry.get_mut().remove(&mut self.slab, slot);
+        if entry.get().len() == 0 {
+            entry.remove();
+        }
+    }
+
+    fn remove(&mut self, slot: u32) {
+        let id = self.slab.at(slot).record.request_id.clone();
+        self.leave_id(&id, slot);
+        if self.slab.at(slot).record.status.is_ended() {
+            self.used.remove(&mut self.slab, slot);
+            self.ended.remove(&mut self.slab, slot);
+        } else {
+            self.open.remove(&mut self.slab, slot);
+        }
+        let Entry { seq, record } = self.slab.remove(slot);
+        self.by_arrival.remove(&seq);
+        self.heap_bytes -= record.heap_bytes();
+        self.counts.leaves(&record);
+    }
+}
+
+/// The id that all records of a list have.
+fn list_id<'a>(slab: &'a Slab<Entry>, list: &List) -> &'a str {
+    list.first().map_or("", |slot| &slab.at(slot).record.request_id)
+}

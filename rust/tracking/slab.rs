@@ -1,0 +1,218 @@
+//! Values in numbered slots, and lists threaded through them.
+//!
+//! A value sits in up to three doubly linked lists at once without any allocation of its own: each
+//! node carries one pair of links per [`Chain`]. A [`List`] is only its two ends, so joining and
+//! leaving one are O(1). Each value is boxed on its own: removing it gives its memory back, and
+//! growing moves pointers, never values.
+
+use std::mem::size_of;
+
+/// Stands for "no slot" in links.
+const NIL: u32 = u32::MAX;
+
+/// Which of a node's links a list runs along.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Chain {
+    /// Open records by arrival; ended ones by last use.
+    Order = 0,
+    /// Ended records by their ending.
+    Ending = 1,
+    /// Records with one id, by arrival.
+    SameId = 2,
+}
+
+const CHAINS: usize = 3;
+
+#[derive(Debug, Clone, Copy)]
+struct Link {
+    previous: u32,
+    next: u32,
+}
+
+const UNLINKED: Link = Link { previous: NIL, next: NIL };
+
+#[derive(Debug)]
+struct Node<T> {
+    links: [Link; CHAINS],
+    value: T,
+}
+
+/// Values by slot number. A slot is reused once its value is removed.
+#[derive(Debug)]
+pub(super) struct Slab<T> {
+    // Bounded by its owner, which removes a value before it inserts one too many.
+    nodes: Vec<Option<Box<Node<T>>>>,
+    free: Vec<u32>,
+}
+
+impl<T> Slab<T> {
+    pub(super) fn new() -> Slab<T> {
+        Slab { nodes: Vec::new(), free: Vec::new() }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.nodes.len() - self.free.len()
+    }
+
+    pub(super) fn insert(&mut self, value: T) -> u32 {
+        let node = Some(Box::new(Node { links: [UNLINKED; CHAINS], value }));
+        if let Some(slot) = self.free.pop() {
+            self.nodes[slot as usize] = node;
+            return slot;
+        }
+        let slot = u32::try_from(self.nodes.len()).expect("capacity is at most 2^31");
+        self.nodes.push(node);
+        slot
+    }
+
+    /// Takes the value out of a slot that no list runs through any more.
+    pub(super) fn remove(&mut self, slot: u32) -> T {
+        let node = self.nodes[slot as usize].take().expect("a slot in use holds a value");
+        self.free.push(slot);
+        node.value
+    }
+
+    pub(super) fn get(&self, slot: u32) -> Option<&T> {
+        let node = self.nodes.get(slot as usize)?.as_ref()?;
+        Some(&node.value)
+    }
+
+    pub(super) fn get_mut(&mut self, slot: u32) -> Option<&mut T> {
+        let node = self.nodes.get_mut(slot as usize)?.as_mut()?;
+        Some(&mut node.value)
+    }
+
+    /// The value in a slot known to be in use.
+    pub(super) fn at(&self, slot: u32) -> &T {
+        self.get(slot).expect("a slot in use holds a value")
+    }
+
+    /// Heap memory of the slab, without what the values themselves point to.
+    pub(super) fn memory_bytes(&self) -> usize {
+        self.nodes.capacity() * size_of::<Option<Box<Node<T>>>>()
+            + self.free.capacity() * size_of::<u32>()
+            + self.len() * size_of::<Node<T>>()
+    }
+
+    fn link(&mut self, chain: Chain, slot: u32) -> &mut Link {
+        let node = self.nodes[slot as usize].as_mut().expect("a listed slot holds a value");
+        &mut node.links[chain as usize]
+    }
+}
+
+/// A list through the slots of one slab, along one chain.
+#[derive(Debug)]
+pub(super) struct List {
+    chain: Chain,
+    first: u32,
+    last: u32,
+    len: u32,
+}
+
+impl List {
+    pub(super) fn new(chain: Chain) -> List {
+        List { chain, first: NIL, last: NIL, len: 0 }
+    }
+
+    pub(super) fn len(&self) -> u32 {
+        self.len
+    }
+
+    pub(super) fn first(&self) -> Option<u32> {
+        (self.first != NIL).then_some(self.first)
+    }
+
+    pub(super) fn last(&self) -> Option<u32> {
+        (self.last != NIL).then_some(self.last)
+    }
+
+    pub(super) fn push<T>(&mut self, slab: &mut Slab<T>, slot: u32) {
+        *slab.link(self.chain, slot) = Link { previous: self.last, next: NIL };
+        match self.last() {
+            Some(last) => slab.link(self.chain, last).next = slot,
+            None => self.first = slot,
+        }
+        self.last = slot;
+        self.len += 1;
+    }
+
+    /// Takes a slot of this list out of it.
+    pub(super) fn remove<T>(&mut self, slab: &mut Slab<T>, slot: u32) {
+        let Link { previous, next } = std::mem::replace(slab.link(self.chain, slot), UNLINKED);
+        match previous {
+            NIL => self.first = next,
+            _ => slab.link(self.chain, previous).next = next,
+        }
+        match next {
+            NIL => self.last = previous,
+            _ => slab.link(self.chain, next).previous = previous,
+        }
+        self.len -= 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn forwards(slab: &mut Slab<u32>, list: &List) -> Vec<u32> {
+        let mut slots = Vec::new();
+        let mut next = list.first;
+        while next != NIL {
+            slots.push(next);
+            next = slab.link(list.chain, next).next;
+        }
+        slots
+    }
+
+    fn backwards(slab: &mut Slab<u32>, list: &List) -> Vec<u32> {
+        let mut slots = Vec::new();
+        let mut previous = list.last;
+        while previous != NIL {
+            slots.push(previous);
+            previous = slab.link(list.chain, previous).previous;
+        }
+        slots
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        // A number below 100 inserts a value; a larger one picks which value leaves.
+        #[test]
+        fn lists_keep_the_order_of_joining(steps in prop::collection::vec(0u32..200, 0..120)) {
+            let mut slab = Slab::new();
+            let mut order = List::new(Chain::Order);
+            let mut even = List::new(Chain::SameId);
+            let mut model: Vec<(u32, u32)> = Vec::new();
+            for step in steps {
+                if step < 100 {
+                    let slot = slab.insert(step);
+                    order.push(&mut slab, slot);
+                    if step % 2 == 0 {
+                        even.push(&mut slab, slot);
+                    }
+                    model.push((slot, step));
+                } else if !model.is_empty() {
+                    let (slot, value) = model.remove(step as usize % model.len());
+                    order.remove(&mut slab, slot);
+                    if value % 2 == 0 {
+                        even.remove(&mut slab, slot);
+                    }
+                    prop_assert_eq!(slab.remove(slot), value);
+                    prop_assert!(slab.get(slot).is_none());
+                }
+                let all: Vec<u32> = model.iter().map(|entry| entry.0).collect();
+                let evens: Vec<u32> =
+                    model.iter().filter(|entry| entry.1 % 2 == 0).map(|entry| entry.0).collect();
+                let reversed: Vec<u32> = all.iter().rev().copied().collect();
+                prop_assert_eq!(slab.len(), model.len());
+                prop_assert_eq!(order.len() as usize, model.len());
+                prop_assert_eq!(forwards(&mut slab, &even), evens);
+                prop_assert_eq!(forwards(&mut slab, &order), all);
+                prop_assert_eq!(backwards(&mut slab, &order), reversed);
+            }
+        }
+    }
+}

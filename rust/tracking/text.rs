@@ -1,0 +1,202 @@
+//! How a record keeps its strings small: names that repeat are shared, ids in hex are packed.
+//!
+//! A `Text` is one pointer. Names that many records have in common (route, model, finish reason)
+//! come out of a bounded `Names` set and cost the record that pointer; a text of its own costs its
+//! bytes as well. A `CompactId` halves the usual id of 32 hex digits.
+
+use std::borrow::Borrow;
+use std::collections::HashSet;
+use std::fmt::{self, Display, Formatter};
+use std::hash::{Hash, Hasher};
+use std::mem::size_of;
+use std::sync::Arc;
+
+/// Most names one `Names` set shares; records with further ones keep a text of their own.
+const MAX_NAMES: usize = 1_024;
+
+/// What an `Arc` adds to its content: two counts.
+const ARC_COUNTS_BYTES: usize = 2 * size_of::<usize>();
+
+/// The longest head of `text` that has at most `max_bytes` bytes and ends between characters.
+pub(super) fn capped(text: &str, max_bytes: usize) -> &str {
+    if text.len() <= max_bytes {
+        return text;
+    }
+    let mut end = max_bytes;
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
+}
+
+/// An immutable string behind one pointer.
+#[derive(Debug, Clone)]
+pub(super) struct Text(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    /// Held by a `Names` set, which accounts for its memory.
+    named: bool,
+    text: Box<str>,
+}
+
+impl Text {
+    /// A text of its own.
+    pub(super) fn new(text: &str) -> Text {
+        Text(Arc::new(Shared { named: false, text: text.into() }))
+    }
+
+    pub(super) fn as_str(&self) -> &str {
+        &self.0.text
+    }
+
+    /// Heap memory this text adds to its record: none if it is shared by name.
+    pub(super) fn own_bytes(&self) -> usize {
+        if self.0.named { 0 } else { self.heap_bytes() }
+    }
+
+    fn heap_bytes(&self) -> usize {
+        ARC_COUNTS_BYTES + size_of::<Shared>() + self.0.text.len()
+    }
+}
+
+impl PartialEq for Text {
+    fn eq(&self, other: &Text) -> bool {
+        self.as_str() == other.as_str()
+    }
+}
+
+impl Eq for Text {}
+
+impl Hash for Text {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.as_str().hash(state);
+    }
+}
+
+impl Borrow<str> for Text {
+    fn borrow(&self) -> &str {
+        self.as_str()
+    }
+}
+
+/// The texts that records share, at most [`MAX_NAMES`].
+#[derive(Debug, Default)]
+pub(super) struct Names {
+    texts: HashSet<Text>,
+    heap_bytes: usize,
+}
+
+impl Names {
+    /// The shared text equal to `name`; a text of its own when the set is full.
+    pub(super) fn share(&mut self, name: &str) -> Text {
+        if let Some(text) = self.texts.get(name) {
+            return text.clone();
+        }
+        if self.texts.len() >= MAX_NAMES {
+            return Text::new(name);
+        }
+        let text = Text(Arc::new(Shared { named: true, text: name.into() }));
+        self.heap_bytes += text.heap_bytes();
+        self.texts.insert(text.clone());
+        text
+    }
+
+    /// Heap memory of the set and its texts.
+    pub(super) fn memory_bytes(&self) -> usize {
+        // One control byte per bucket stands beside each pointer.
+        self.heap_bytes + self.texts.capacity() * (size_of::<Text>() + 1)
+    }
+}
+
+/// An id, in 16 bytes when it is 32 lower-case hex digits.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum CompactId {
+    Hex([u8; 16]),
+    Other(Box<str>),
+}
+
+impl CompactId {
+    pub(super) fn new(id: &str) -> CompactId {
+        match parse_hex(id) {
+            Some(bytes) => CompactId::Hex(bytes),
+            None => CompactId::Other(id.into()),
+        }
+    }
+
+    pub(super) fn heap_bytes(&self) -> usize {
+        match self {
+            CompactId::Hex(_) => 0,
+            CompactId::Other(id) => id.len(),
+        }
+    }
+}
+
+impl Display for CompactId {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self {
+            CompactId::Hex(bytes) => f.write_str(&hex(*bytes)),
+            CompactId::Other(id) => f.write_str(id),
+        }
+    }
+}
+
+/// The 16 bytes that 32 lower-case hex digits stand for; `None` for any other text.
+pub(super) fn parse_hex(text: &str) -> Option<[u8; 16]> {
+    let lower_hex = |digit: u8| matches!(digit, b'0'..=b'9' | b'a'..=b'f');
+    if text.len() != 32 || !text.bytes().all(lower_hex) {
+        return None;
+    }
+    u128::from_str_radix(text, 16).ok().map(u128::to_be_bytes)
+}
+
+/// 32 lower-case hex digits.
+pub(super) fn hex(bytes: [u8; 16]) -> String {
+    format!("{:032x}", u128::from_be_bytes(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_cap_never_splits_a_character() {
+        assert_eq!(capped("abc", 3), "abc");
+        assert_eq!(capped("abc", 2), "ab");
+        assert_eq!(capped("aé", 2), "a");
+        assert_eq!(capped("中文", 5), "中");
+        assert_eq!(capped("中", 0), "");
+    }
+
+    #[test]
+    fn names_are_shared_up_to_the_bound_and_kept_beyond_it() {
+        let mut names = Names::default();
+        for number in 0..MAX_NAMES + 10 {
+            let name = format!("model-{number}");
+            assert_eq!(names.share(&name).as_str(), name);
+        }
+        assert_eq!(names.texts.len(), MAX_NAMES);
+        assert_eq!(names.share("model-0").own_bytes(), 0);
+        assert!(names.share("one more").own_bytes() > 0);
+        assert!(names.memory_bytes() > MAX_NAMES * 40);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn an_id_comes_back_as_it_went_in(id in "[0-9a-f]{32}|[0-9a-fA-F]{31,33}|.{0,40}") {
+            prop_assert_eq!(CompactId::new(&id).to_string(), id);
+        }
+    }
+
+    #[test]
+    fn only_lower_case_hex_of_the_right_length_is_packed() {
+        let id = "00f067aa0ba902b700f067aa0ba902b7";
+        assert_eq!(CompactId::new(id).heap_bytes(), 0);
+        assert_eq!(parse_hex(&id.to_uppercase()), None);
+        assert_eq!(parse_hex(&id[1..]), None);
+        assert_eq!(parse_hex("+0f067aa0ba902b700f067aa0ba902b7"), None);
+    }
+}
