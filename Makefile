@@ -19,9 +19,8 @@ build: ## the program without Python: target/release/sglang-router-rs
 
 install: $(INSTALLED) ## the Python package, built from here, into .venv
 
-wheel: $(TOOLS) ## a manylinux_2_28 wheel in target/wheels, for any Linux of the last years
-	$(BIN)/pip install --quiet 'maturin[zig]>=1.9,<2'
-	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/maturin build --release --locked --zig --compatibility manylinux_2_28
+wheel: $(TOOLS) ## a wheel in dist/ for any Linux with glibc 2.28 or later
+	PATH=$(CURDIR)/$(BIN):$$PATH maturin build --release --locked --zig --compatibility manylinux_2_28 --out dist
 
 demo: ## a router, two simulated workers, five requests, and who served them
 	./examples/demo.sh
@@ -60,12 +59,12 @@ clean: ## remove what was built
 
 $(TOOLS): pyproject.toml
 	python3 -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet 'maturin>=1.9,<2' \
-	    $$($(BIN)/python -c 'import re,sys; text=open("pyproject.toml").read(); print(*re.findall(r"\"([^\"]+)\"", re.search(r"dev = \[(.*?)\]", text, re.S)[1]))')
+	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/pip install --quiet --group dev
 	touch $@
 
 $(INSTALLED): $(TOOLS) $(RUST) $(PYTHON)
-	$(BIN)/maturin build --release --locked --out target/wheels
-	$(BIN)/pip install --quiet --force-reinstall target/wheels/sglang_router_rs-*.whl
+	rm -rf target/install
+	$(BIN)/maturin build --release --locked --out target/install
+	$(BIN)/pip install --quiet --force-reinstall target/install/*.whl
 	touch $@
