@@ -7,7 +7,7 @@ use clap::{CommandFactory, FromArgMatches, Parser};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::options::{self, Options};
-use crate::server::Running;
+use crate::running::Running;
 use crate::sim;
 
 /// A router in front of SGLang servers that tells which worker served which request, why, and how long it took
@@ -59,12 +59,16 @@ pub fn run(argv: &[String]) -> u8 {
     }
 }
 
-/// clap's own words; for an option the router does not have yet, the reason.
+/// clap's own words, or why an option is not there yet.
 fn refuse(error: &clap::Error) -> u8 {
-    // Nothing can be done about a terminal that is gone.
-    let _ = error.print();
     if let Some(name) = options::not_yet(error) {
-        eprintln!("sglang_router_rs {} does not support {name} yet", env!("CARGO_PKG_VERSION"));
+        eprintln!(
+            "error: sglang_router_rs {} does not support {name} yet",
+            env!("CARGO_PKG_VERSION")
+        );
+    } else {
+        // Nothing can be done about a terminal that is gone.
+        let _ = error.print();
     }
     u8::try_from(error.exit_code()).unwrap_or(2)
 }

@@ -18,7 +18,8 @@ use crate::cli;
 use crate::error::Kind;
 use crate::options::{self, OptionError, Options, Setting, Shape, Source};
 use crate::routing::PolicyKind;
-use crate::server::{Running, routes};
+use crate::running::Running;
+use crate::server::routes;
 use crate::telemetry::metrics;
 use crate::tracking::{Query, Tracker};
 

@@ -26,7 +26,7 @@ pub(super) async fn one(
     State(app): State<Arc<App>>,
     Path(id): Path<String>,
 ) -> Result<Json<Trace>, Error> {
-    let trace = app.tracker()?.get(&id);
+    let trace = app.traces()?.get(&id);
     trace.map(Json).ok_or_else(|| {
         let message = format!("no trace of {id:?}: never seen here, or expired, or evicted");
         Error::new(Kind::NotFound, message)
@@ -42,7 +42,7 @@ pub(super) async fn batch(
     State(app): State<Arc<App>>,
     request: Request,
 ) -> Result<Json<Vec<Trace>>, Error> {
-    let tracker = app.tracker()?;
+    let tracker = app.traces()?;
     let (head, body) = request.into_parts();
     let body = body::read(&head.headers, body, BATCH_BYTES_MAX).await?;
     let batch: Batch = serde_json::from_slice(&body).map_err(|error| {
@@ -62,7 +62,7 @@ pub(super) async fn list(
     State(app): State<Arc<App>>,
     pairs: Result<Pairs<Vec<(String, String)>>, axum::extract::rejection::QueryRejection>,
 ) -> Result<Response, Error> {
-    let tracker = app.tracker()?;
+    let tracker = app.traces()?;
     let invalid = |error: String| Error::new(Kind::InvalidQuery, error);
     let Pairs(pairs) = pairs.map_err(|error| invalid(error.body_text()))?;
     let query = Query::parse(pairs).map_err(|error| invalid(error.to_string()))?;
@@ -90,12 +90,12 @@ pub(super) async fn list(
 }
 
 pub(super) async fn stats(State(app): State<Arc<App>>) -> Result<Json<Stats>, Error> {
-    Ok(Json(app.tracker()?.stats()))
+    Ok(Json(app.traces()?.stats()))
 }
 
 impl App {
-    fn tracker(&self) -> Result<&Arc<Tracker>, Error> {
-        self.tracker.as_ref().ok_or_else(|| {
+    fn traces(&self) -> Result<&Arc<Tracker>, Error> {
+        self.tracker().ok_or_else(|| {
             let message = "request tracking is off: start the router with --enable-request-tracking, or in \
                            Python with Router(..., enable_request_tracking=True)";
             Error::new(Kind::TrackingDisabled, message)

@@ -27,7 +27,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
 /// uvicorn, SGLang's server, closes a connection that was idle for 5 s; ours are gone before.
-const IDLE_MAX: Duration = Duration::from_secs(3);
+const IDLE_MAX: Duration = Duration::from_millis(2500);
 const TCP_KEEPALIVE: Duration = Duration::from_secs(30);
 
 /// Why a request got no answer from this worker.
@@ -59,7 +59,7 @@ pub struct Connections {
     host: Box<str>,
     port: u16,
     connect_timeout: Duration,
-    /// Newest last. Holds at most as many as were in use at once within the last 3 s.
+    /// Newest last. Holds at most as many as were in use at once within that time.
     idle: Mutex<Vec<Idle>>,
 }
 
