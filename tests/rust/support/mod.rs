@@ -9,7 +9,7 @@ mod wire;
 use std::time::Duration;
 
 pub use message::{Message, chunked, ok, request};
-pub use router::Router;
+pub use router::{Router, encoded};
 pub use scripted_worker::{Exchange, Health, ScriptedWorker};
 pub use simulated::Simulated;
 pub use wire::Wire;

@@ -19,19 +19,33 @@ pub struct Router {
 impl Router {
     /// Starts a router in front of these workers, with request tracking, in turn unless `flags` say otherwise.
     pub fn start(worker_urls: &[&str], flags: &[&str]) -> Router {
-        let ours = ["--enable-request-tracking", "--policy=round_robin", "--worker-threads=2"];
-        let mut argv: Vec<String> =
-            ["--port=0", "--log-level=off"].iter().chain(&ours).map(|flag| (*flag).to_owned()).collect();
+        let ours = [
+            "--enable-request-tracking",
+            "--policy=round_robin",
+            "--worker-threads=2",
+        ];
+        let mut argv: Vec<String> = ["--port=0", "--log-level=off"]
+            .iter()
+            .chain(&ours)
+            .map(|flag| (*flag).to_owned())
+            .collect();
         argv.extend(worker_urls.iter().map(|url| format!("--worker-urls={url}")));
         argv.extend(flags.iter().map(|flag| (*flag).to_owned()));
         let named = std::iter::once("launch".to_owned()).chain(argv.iter().cloned());
-        let matches = options::command().try_get_matches_from(named).expect("flags");
+        let matches = options::command()
+            .try_get_matches_from(named)
+            .expect("flags");
         let options =
             Options::from_command_line(&matches, &argv, std::iter::empty()).expect("options");
         // Starting blocks for a moment, which a test's own runtime does not allow.
-        let running = std::thread::spawn(|| Running::start(options)).join().expect("no panic");
+        let running = std::thread::spawn(|| Running::start(options))
+            .join()
+            .expect("no panic");
         let running = running.expect("a free port");
-        Router { address: running.address(), running: Some(running) }
+        Router {
+            address: running.address(),
+            running: Some(running),
+        }
     }
 
     /// The same, once so many workers may be picked.
@@ -61,12 +75,21 @@ impl Router {
     }
 
     pub async fn get(&self, path: &str) -> Message {
-        self.ask(request(&format!("GET {path}"), &[("connection", "close")], "")).await
+        self.ask(request(
+            &format!("GET {path}"),
+            &[("connection", "close")],
+            "",
+        ))
+        .await
     }
 
     pub async fn post(&self, path: &str, body: impl AsRef<[u8]>) -> Message {
-        let headers = [("content-type", "application/json"), ("connection", "close")];
-        self.ask(request(&format!("POST {path}"), &headers, body)).await
+        let headers = [
+            ("content-type", "application/json"),
+            ("connection", "close"),
+        ];
+        self.ask(request(&format!("POST {path}"), &headers, body))
+            .await
     }
 
     /// A JSON answer with status 200.
@@ -139,7 +162,10 @@ impl Drop for Router {
         let running = self.running.take();
         // Ending blocks for a moment, which a test's own runtime does not allow.
         let ended = std::thread::spawn(move || drop(running)).join();
-        assert!(ended.is_ok() || std::thread::panicking(), "the router panicked at its end");
+        assert!(
+            ended.is_ok() || std::thread::panicking(),
+            "the router panicked at its end"
+        );
     }
 }
 

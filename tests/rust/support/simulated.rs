@@ -12,7 +12,11 @@ impl Simulated {
     /// So many workers on free ports, a thousand times faster than time.
     pub async fn start(count: usize) -> Simulated {
         let ports: Ports = vec!["0"; count].join(",").parse().expect("ports");
-        let options = Options { ports: Some(ports), speed: 1000.0, ..Options::default() };
+        let options = Options {
+            ports: Some(ports),
+            speed: 1000.0,
+            ..Options::default()
+        };
         let sim = Sim::bind(options).await.expect("free ports");
         let urls = sim.urls();
         let serving = tokio::spawn(sim.run(std::future::pending::<()>())).abort_handle();
