@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 
 use axum::Json;
 use axum::body::Body;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, Request, State};
 use axum::http::header;
 use axum::http::uri::PathAndQuery;
@@ -74,8 +75,9 @@ pub(super) async fn workers(State(app): State<Arc<App>>) -> Json<Value> {
 
 pub(super) async fn worker(
     State(app): State<Arc<App>>,
-    Path(id): Path<String>,
+    id: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Value>, Error> {
+    let Path(id) = id?;
     let snapshot = app.workers.snapshot();
     let by_id = snapshot.all.iter().find(|worker| worker.index.to_string() == id);
     match by_id.or_else(|| snapshot.find(&id)) {

@@ -1,6 +1,7 @@
 //! How the router's own errors look over HTTP: `{"error":{"type","code","message"}}` and `x-router-error-code`.
 
 use axum::Json;
+use axum::extract::rejection::PathRejection;
 use axum::response::{IntoResponse, Response};
 use hyper::StatusCode;
 use hyper::header::{HeaderName, HeaderValue};
@@ -25,6 +26,13 @@ impl IntoResponse for Error {
         let body = json!({"error": {"type": reason, "code": code, "message": self.message}});
         let header = [(X_ROUTER_ERROR_CODE, HeaderValue::from_static(code))];
         (status, header, Json(body)).into_response()
+    }
+}
+
+impl From<PathRejection> for Error {
+    /// A path that is no text names nothing.
+    fn from(rejection: PathRejection) -> Self {
+        Self::new(Kind::NotFound, rejection.body_text())
     }
 }
 

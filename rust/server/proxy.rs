@@ -159,10 +159,11 @@ fn pick(
     let snapshot = app.workers.snapshot();
     let mut rng = app.draws.next();
     let picked = if let Some(pin) = pin {
-        let index = pinned(&snapshot, pin)?;
-        if tried.contains(&snapshot.routable[index].index) {
+        // It had its chance, and there is no other.
+        if !tried.is_empty() {
             return Ok(None);
         }
+        let index = pinned(&snapshot, pin)?;
         let pick = app.policy.pick(request, &snapshot.targets[index..=index], &mut rng);
         Some((index, Pick { reason: PINNED, ..pick }))
     } else if tried.is_empty() {
@@ -242,6 +243,8 @@ impl Outgoing {
         *request.uri_mut() = worker.uri(&self.path);
         *request.headers_mut() = self.headers.clone();
         request.headers_mut().insert(header::HOST, worker.url.authority().clone());
+        // Left alone, hyper would say nothing of a body of length 0.
+        request.headers_mut().insert(header::CONTENT_LENGTH, self.body.len().into());
         request
     }
 }

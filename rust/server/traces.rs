@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::body::Body;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, Query as Pairs, Request, State};
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
@@ -24,8 +25,9 @@ const X_NEXT_CURSOR: HeaderName = HeaderName::from_static("x-next-cursor");
 
 pub(super) async fn one(
     State(app): State<Arc<App>>,
-    Path(id): Path<String>,
+    id: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Trace>, Error> {
+    let Path(id) = id?;
     let trace = app.traces()?.get(&id);
     trace.map(Json).ok_or_else(|| {
         let message = format!("no trace of {id:?}: never seen here, or expired, or evicted");

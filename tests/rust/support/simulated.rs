@@ -1,0 +1,31 @@
+//! Simulated SGLang workers in the test's own runtime.
+
+use sglang_router_rs::sim::{Options, Ports, Sim};
+use tokio::task::AbortHandle;
+
+pub struct Simulated {
+    pub urls: Vec<String>,
+    serving: AbortHandle,
+}
+
+impl Simulated {
+    /// So many workers on free ports, a thousand times faster than time.
+    pub async fn start(count: usize) -> Simulated {
+        let ports: Ports = vec!["0"; count].join(",").parse().expect("ports");
+        let options = Options { ports: Some(ports), speed: 1000.0, ..Options::default() };
+        let sim = Sim::bind(options).await.expect("free ports");
+        let urls = sim.urls();
+        let serving = tokio::spawn(sim.run(std::future::pending::<()>())).abort_handle();
+        Simulated { urls, serving }
+    }
+
+    pub fn urls(&self) -> Vec<&str> {
+        self.urls.iter().map(String::as_str).collect()
+    }
+}
+
+impl Drop for Simulated {
+    fn drop(&mut self) {
+        self.serving.abort();
+    }
+}
