@@ -140,11 +140,12 @@ impl Options {
     }
 
     /// Options from the flags that clap has parsed as `matches`, the environment, and the file that either names.
-    /// `flags` are those same flags as they were written.
+    /// `flags` are those same flags as they were written; `defaults` replace the declared ones.
     pub fn from_command_line(
         matches: &ArgMatches,
         flags: &[String],
         environment: impl Iterator<Item = (String, String)>,
+        defaults: &[Setting],
     ) -> Result<Self, OptionError> {
         let is_flag = |name: &str| matches.value_source(name) == Some(ValueSource::CommandLine);
         let environment = from_environment(environment)?;
@@ -161,7 +162,8 @@ impl Options {
         let file = config.map_or_else(|| Ok(vec![]), |path| read_file(&path))?;
         let is_set =
             |name: &str| is_flag(name) || environment.iter().any(|setting| setting.name == name);
-        let mut argv = argv(&without(file, is_set));
+        let mut argv = argv(defaults);
+        argv.extend(self::argv(&without(file, is_set)));
         argv.extend(self::argv(&environment));
         argv.extend_from_slice(flags);
         parse_argv(argv, &Source::Keyword)
@@ -421,7 +423,7 @@ mod tests {
         let argv = std::iter::once("launch".to_owned()).chain(flags.clone());
         let matches = command().try_get_matches_from(argv).map_err(|error| error.to_string())?;
         let environment = environment.iter().map(|(name, text)| ((*name).into(), (*text).into()));
-        Options::from_command_line(&matches, &flags, environment).map_err(|error| error.to_string())
+        Options::from_command_line(&matches, &flags, environment, &[]).map_err(|error| error.to_string())
     }
 
     /// A file in the temporary folder, gone with the value.
