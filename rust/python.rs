@@ -8,6 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyTypeError, PyValueError};
@@ -27,7 +28,18 @@ use crate::tracking::{Query, Tracker};
 /// A router with its options, not yet serving.
 #[pyclass(frozen)]
 struct Server {
-    running: Running,
+    running: Arc<Running>,
+    /// The process its threads live in.
+    process: u32,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if self.process != std::process::id() {
+            // A fork copies locks as they were and no threads: an end in the child could wait for ever.
+            std::mem::forget(self.running.clone());
+        }
+    }
 }
 
 #[pymethods]
@@ -44,7 +56,7 @@ impl Server {
     fn start(py: Python<'_>, keywords: Vec<(String, Vec<String>)>) -> PyResult<Self> {
         let options = parse(keywords)?;
         let running = py.detach(|| Running::start(options)).map_err(os_error)?;
-        Ok(Self { running })
+        Ok(Self { running: Arc::new(running), process: std::process::id() })
     }
 
     /// (host, port) it listens on.

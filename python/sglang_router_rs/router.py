@@ -62,18 +62,18 @@ class Router:
             OSError: the port is taken; names it.
             RuntimeError: it is serving already.
         """
-        server = self._begin()
+        self._check_idle()
         try:
+            server = self._begin()
             if _may_handle_signals():
                 _serve_until_signalled(server)
             else:
                 _wait(server)
-        except KeyboardInterrupt:
-            server.stop()
-            _wait(server)
-            raise
         except BaseException:
-            server.stop()
+            # Also a KeyboardInterrupt of the moment before signals are handled here.
+            if self._server is not None:
+                self._server.stop()
+                _wait(self._server)
             raise
 
     def stop(self, grace_secs: float | None = None) -> None:
@@ -97,12 +97,15 @@ class Router:
         return True
 
     def __enter__(self) -> Self:
+        self._check_idle()
         self._begin()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  traceback: TracebackType | None) -> None:
-        self.stop()
+        # A forked child that leaves the block has nothing to stop.
+        if os.getpid() == self._pid:
+            self.stop()
 
     @property
     def is_running(self) -> bool:
@@ -142,10 +145,11 @@ class Router:
         stats: dict[str, Any] = json.loads(self._tracking().trace_stats())
         return stats
 
-    def _begin(self) -> _core.Server:
-        self._check_process()
+    def _check_idle(self) -> None:
         if self.is_running:
             raise RuntimeError("this router is serving already")
+
+    def _begin(self) -> _core.Server:
         self._server = _core.Server(self._settings)
         return self._server
 
