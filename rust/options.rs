@@ -423,7 +423,8 @@ mod tests {
         let argv = std::iter::once("launch".to_owned()).chain(flags.clone());
         let matches = command().try_get_matches_from(argv).map_err(|error| error.to_string())?;
         let environment = environment.iter().map(|(name, text)| ((*name).into(), (*text).into()));
-        Options::from_command_line(&matches, &flags, environment, &[]).map_err(|error| error.to_string())
+        Options::from_command_line(&matches, &flags, environment, &[])
+            .map_err(|error| error.to_string())
     }
 
     /// A file in the temporary folder, gone with the value.

@@ -137,10 +137,8 @@ impl Server {
 fn run(py: Python<'_>, arguments: Vec<String>, defaults: BTreeMap<String, String>) -> i32 {
     let argv: Vec<String> =
         std::iter::once("sglang-router-rs".to_owned()).chain(arguments).collect();
-    let defaults: Vec<Setting> = defaults
-        .into_iter()
-        .map(|(name, value)| Setting { name, values: vec![value] })
-        .collect();
+    let defaults: Vec<Setting> =
+        defaults.into_iter().map(|(name, value)| Setting { name, values: vec![value] }).collect();
     py.detach(|| i32::from(cli::run(&argv, &defaults)))
 }
 
