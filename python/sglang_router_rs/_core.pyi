@@ -1,9 +1,22 @@
 """The Rust core. `Router` and the command line are what to use; this is what they stand on."""
 
-from typing import TypedDict
+from typing import TypedDict, final, type_check_only
+
+__all__ = [
+    "Server",
+    "__version__",
+    "check_flags",
+    "errors",
+    "metrics",
+    "options",
+    "policies",
+    "routes",
+    "run",
+]
 
 __version__: str
 
+@type_check_only
 class Option(TypedDict):
     name: str
     shape: str
@@ -12,12 +25,14 @@ class Option(TypedDict):
     help: str
     aliases: list[str]
 
+@type_check_only
 class Policy(TypedDict):
     member: str
     name: str
     rule: str
     reasons: list[str]
 
+@final
 class Server:
     def __new__(cls, keywords: list[tuple[str, list[str]]]) -> Server: ...
     @staticmethod

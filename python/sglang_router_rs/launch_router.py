@@ -12,15 +12,19 @@ import sys
 from typing import Any
 
 from . import _core
+from .__main__ import run
 
 # How many values a flag takes, in argparse's words.
 _ONE, _MANY, _NONE = None, "*", 0
+
+# Names of flags by how many values they take.
+_Flags = dict["str | int | None", str]
 
 # Where sglang_router's defaults differ. Weaker than the environment and a --config file.
 _DEFAULTS = {"host": "0.0.0.0", "port": "30000", "prometheus_host": "0.0.0.0", "prometheus_port": "29000"}
 
 # The core has an option of that name, or says that it does not have it yet.
-_PASSED_ON = {
+_PASSED_ON: _Flags = {
     _ONE: """
         host port policy cache-threshold balance-abs-threshold balance-rel-threshold eviction-interval-secs
         max-tree-size max-payload-size worker-startup-timeout-secs worker-startup-check-interval api-key log-dir
@@ -35,7 +39,7 @@ _PASSED_ON = {
 }
 
 # Values of options that the core does not have yet which ask for what it does anyway.
-_SAME_AS_WITHOUT = {
+_SAME_AS_WITHOUT: dict[str, list[str]] = {
     "max-concurrent-requests": ["-1"],
     "queue-size": ["100"],
     "cors-allowed-origins": [],
@@ -44,7 +48,7 @@ _SAME_AS_WITHOUT = {
 
 # Nothing that this router does depends on them: it neither tokenizes nor parses answers nor keeps conversations.
 # The last lines only shape what is switched on by a flag in _REFUSED.
-_WITHOUT_EFFECT = {
+_WITHOUT_EFFECT: _Flags = {
     _ONE: """
         model-path tokenizer-path chat-template tokenizer-cache-l0-max-entries tokenizer-cache-l1-max-memory
         reasoning-parser tool-call-parser mcp-config-path backend history-backend max-idle-secs assignment-mode
@@ -64,7 +68,7 @@ _PD = "prefill and decode workers are not supported yet; give complete servers t
 _TLS = "workers are reached by http:// only; put a TLS proxy before them"
 _SERVER_TLS = "put a TLS proxy before the router"
 _AUTH = "not supported yet; bind --host to an address that only you reach, or put a proxy that checks keys before it"
-_REFUSED = {
+_REFUSED: dict[str, tuple[str | int | None, str]] = {
     "pd-disaggregation": (_NONE, _PD),
     "prefill": (_MANY, _PD),
     "decode": (_MANY, _PD),
@@ -95,12 +99,14 @@ def _parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     helps = {option["name"].replace("_", "-"): option["help"] for option in _core.options()}
-    for flags, otherwise in ((_PASSED_ON, "not supported yet"), (_WITHOUT_EFFECT, "without effect here")):
-        for takes, names in flags.items():
-            for name in names.split():
-                _add(parser, name, takes, helps.get(name, otherwise))
-    for name, (takes, instead) in _REFUSED.items():
-        _add(parser, name, takes, f"not supported: {instead}")
+    for takes, names in _PASSED_ON.items():
+        for name in names.split():
+            _add(parser, name, takes, helps.get(name, "not supported yet"))
+    for takes, names in _WITHOUT_EFFECT.items():
+        for name in names.split():
+            _add(parser, name, takes, "without effect here")
+    for name, (arity, instead) in _REFUSED.items():
+        _add(parser, name, arity, f"not supported: {instead}")
     return parser
 
 
@@ -140,7 +146,7 @@ def main() -> int:
     flags, warnings = launch_arguments(sys.argv[1:])
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    return _core.run(["launch", *flags], _DEFAULTS)
+    return run(["launch", *flags], _DEFAULTS)
 
 
 if __name__ == "__main__":

@@ -41,12 +41,11 @@ class Router:
     Use ``start()`` to serve until a signal, or a ``with`` block to serve in the background.
     """
 
-    def __init__(self, worker_urls: Sequence[str] | None = None, policy: str | None = None,
-                 **options: Unpack[RouterOptions]) -> None:
+    def __init__(
+        self, worker_urls: Sequence[str] | None = None, policy: str | None = None, **options: Unpack[RouterOptions]
+    ) -> None:
         given = {"worker_urls": worker_urls, "policy": policy, **options}
-        self._settings = [
-            (name, _texts(name, value)) for name, value in given.items() if value is not None
-        ]
+        self._settings = [(name, _texts(name, value)) for name, value in given.items() if value is not None]
         self._pid = os.getpid()
         self._server: _core.Server | None = None
         _core.Server.check(self._settings)
@@ -101,8 +100,9 @@ class Router:
         self._begin()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         # A forked child that leaves the block has nothing to stop.
         if os.getpid() == self._pid:
             self.stop()
@@ -167,8 +167,7 @@ class Router:
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
-            raise RuntimeError(
-                "this router belongs to the process it was made in; after a fork, make a new Router")
+            raise RuntimeError("this router belongs to the process it was made in; after a fork, make a new Router")
 
 
 def _signature() -> inspect.Signature:
@@ -190,7 +189,8 @@ def _default(option: _core.Option) -> Any:
     if text is None:
         return None
     return {"bool": lambda: text == "true", "int": lambda: int(text), "float": lambda: float(text)}.get(
-        shape, lambda: text)()
+        shape, lambda: text
+    )()
 
 
 Router.__signature__ = _signature()  # type: ignore[attr-defined]

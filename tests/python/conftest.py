@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import pytest
 from running import Sim
-
 from sglang_router_rs import Router
 
 

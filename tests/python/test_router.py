@@ -7,7 +7,6 @@ import threading
 
 import pytest
 from running import Program, Sim, ask, generate, until
-
 from sglang_router_rs import Router, TracingDisabled
 
 QUIET = {"port": 0, "log_level": "off"}
@@ -39,7 +38,12 @@ def test_port_0_takes_a_free_port(router: Router) -> None:
 
 @pytest.mark.parametrize(
     ("host", "url"),
-    [("0.0.0.0", "http://127.0.0.1"), ("localhost", "http://127.0.0.1"), ("::1", "http://[::1]"), ("[::1]", "http://[::1]")],
+    [
+        ("0.0.0.0", "http://127.0.0.1"),
+        ("localhost", "http://127.0.0.1"),
+        ("::1", "http://[::1]"),
+        ("[::1]", "http://[::1]"),
+    ],
 )
 def test_the_url_is_where_a_client_here_reaches_it(host: str, url: str) -> None:
     try:
