@@ -1,6 +1,6 @@
 """Shows the newest traces of a router as a table: which worker served which request, and why.
 
-    python examples/show_traces.py http://127.0.0.1:30001
+python examples/show_traces.py http://127.0.0.1:30001
 """
 
 import sys

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{CommandFactory, FromArgMatches, Parser};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::options::{self, Options};
+use crate::options::{self, Options, Setting};
 use crate::running::Running;
 use crate::sim;
 
@@ -29,8 +29,8 @@ pub fn command() -> clap::Command {
 }
 
 /// Runs one command line, `argv[0]` being the program, until it ends; returns the exit status. Errors and help go
-/// to the terminal.
-pub fn run(argv: &[String]) -> u8 {
+/// to the terminal. `defaults` replace those of `launch`.
+pub fn run(argv: &[String], defaults: &[Setting]) -> u8 {
     let matches = match command().try_get_matches_from(argv) {
         Ok(matches) => matches,
         Err(error) => return refuse(&error),
@@ -39,7 +39,7 @@ pub fn run(argv: &[String]) -> u8 {
         Some(("launch", launch)) => {
             // A subcommand is the first argument: the program itself has no options but --help and --version.
             let flags = argv.get(2..).unwrap_or_default();
-            match Options::from_command_line(launch, flags, std::env::vars()) {
+            match Options::from_command_line(launch, flags, std::env::vars(), defaults) {
                 Ok(options) => self::launch(options),
                 Err(error) => Err(anyhow::Error::new(error)),
             }

@@ -9,6 +9,7 @@ use std::any::TypeId;
 use std::collections::BTreeMap;
 use std::error::Error as _;
 use std::fmt;
+use std::num::ParseIntError;
 use std::path::{Path, PathBuf};
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
@@ -140,11 +141,12 @@ impl Options {
     }
 
     /// Options from the flags that clap has parsed as `matches`, the environment, and the file that either names.
-    /// `flags` are those same flags as they were written.
+    /// `flags` are those same flags as they were written; `defaults` replace the declared ones.
     pub fn from_command_line(
         matches: &ArgMatches,
         flags: &[String],
         environment: impl Iterator<Item = (String, String)>,
+        defaults: &[Setting],
     ) -> Result<Self, OptionError> {
         let is_flag = |name: &str| matches.value_source(name) == Some(ValueSource::CommandLine);
         let environment = from_environment(environment)?;
@@ -161,7 +163,8 @@ impl Options {
         let file = config.map_or_else(|| Ok(vec![]), |path| read_file(&path))?;
         let is_set =
             |name: &str| is_flag(name) || environment.iter().any(|setting| setting.name == name);
-        let mut argv = argv(&without(file, is_set));
+        let mut argv = argv(defaults);
+        argv.extend(self::argv(&without(file, is_set)));
         argv.extend(self::argv(&environment));
         argv.extend_from_slice(flags);
         parse_argv(argv, &Source::Keyword)
@@ -257,6 +260,9 @@ fn invalid(error: &clap::Error, origin: &Source) -> OptionError {
     let flag = flag.trim_start_matches('-').split([' ', '=', '[']).next().unwrap_or_default();
     let value = text(ContextKind::InvalidValue).unwrap_or_default();
     let why = match (error.source(), text(ContextKind::ValidValue)) {
+        (Some(source), _) if source.is::<ParseIntError>() => {
+            format!("not a whole number {}", integer_range(flag))
+        }
         (Some(source), _) => source.to_string(),
         (None, Some(valid)) => format!("not one of {valid}"),
         (None, None) if error.kind() == ErrorKind::InvalidValue => "a value is missing".to_owned(),
@@ -264,6 +270,17 @@ fn invalid(error: &clap::Error, origin: &Source) -> OptionError {
     };
     let message = if value.is_empty() { why } else { format!("bad value {value:?}: {why}") };
     OptionError::Invalid { origin: origin.clone(), name: flag.replace('-', "_"), message }
+}
+
+/// The range of an integer option in words. clap tells it only to who leaves it.
+fn integer_range(flag: &str) -> String {
+    let beyond = |value: i64| {
+        let argv = ["launch".to_owned(), format!("--{flag}={value}")];
+        let error = command().try_get_matches_from(argv).err()?;
+        let text = error.source()?.to_string();
+        text.split_once(" is not in ").map(|(_, range)| format!("in {range}"))
+    };
+    beyond(i64::MAX).or_else(|| beyond(0)).unwrap_or_else(|| "in 0..=2^64-1".to_owned())
 }
 
 fn from_environment(
@@ -421,7 +438,8 @@ mod tests {
         let argv = std::iter::once("launch".to_owned()).chain(flags.clone());
         let matches = command().try_get_matches_from(argv).map_err(|error| error.to_string())?;
         let environment = environment.iter().map(|(name, text)| ((*name).into(), (*text).into()));
-        Options::from_command_line(&matches, &flags, environment).map_err(|error| error.to_string())
+        Options::from_command_line(&matches, &flags, environment, &[])
+            .map_err(|error| error.to_string())
     }
 
     /// A file in the temporary folder, gone with the value.
@@ -477,7 +495,13 @@ mod tests {
         assert!(error("worker_urls", &["localhost:1"]).contains("no scheme"));
         assert!(error("worker_urls", &["http://a:1", "http://a:1/"]).starts_with("worker_urls: "));
         assert!(error("cache_threshold", &["nan"]).contains("0 to 1"));
-        assert!(error("seed", &["-1"]).contains("seed"));
+        assert_eq!(
+            error("request_timeout_secs", &["-1"]),
+            "request_timeout_secs: bad value \"-1\": not a whole number in 1..=604800"
+        );
+        assert!(error("port", &["http"]).contains("0..=65535"));
+        assert!(error("trace_ttl_seconds", &["x"]).contains("in 1.."));
+        assert!(error("seed", &["-1"]).contains("in 0..=2^64-1"));
         assert!(error("disable_retries", &["maybe"]).contains("disable_retries"));
     }
 
