@@ -64,10 +64,7 @@ fn refuse(error: &clap::Error) -> u8 {
     // Nothing can be done about a terminal that is gone.
     let _ = error.print();
     if let Some(name) = options::not_yet(error) {
-        eprintln!(
-            "sglang_router_rs {} does not support {name} yet",
-            env!("CARGO_PKG_VERSION")
-        );
+        eprintln!("sglang_router_rs {} does not support {name} yet", env!("CARGO_PKG_VERSION"));
     }
     u8::try_from(error.exit_code()).unwrap_or(2)
 }

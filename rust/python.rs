@@ -14,13 +14,13 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use serde::Serialize;
 
+use crate::cli;
 use crate::error::Kind;
 use crate::options::{self, OptionError, Options, Setting, Shape, Source};
 use crate::routing::PolicyKind;
 use crate::server::{Running, routes};
 use crate::telemetry::metrics;
 use crate::tracking::{Query, Tracker};
-use crate::cli;
 
 /// A router with its options, not yet serving.
 #[pyclass(frozen)]

@@ -178,9 +178,9 @@ fn runtime(options: &Options, log: &Dispatch) -> io::Result<Runtime> {
 /// A listener with a long backlog on the first address of `host` that takes it.
 fn listen(runtime: &Runtime, host: &str, port: u16) -> io::Result<TcpListener> {
     let bare = host.trim_start_matches('[').trim_end_matches(']');
-    let addresses = runtime
-        .block_on(tokio::net::lookup_host((bare, port)))
-        .map_err(|error| io::Error::new(error.kind(), format!("cannot listen on {host}: {error}")))?;
+    let addresses = runtime.block_on(tokio::net::lookup_host((bare, port))).map_err(|error| {
+        io::Error::new(error.kind(), format!("cannot listen on {host}: {error}"))
+    })?;
     let mut failure = None;
     for address in addresses {
         let bind = || {

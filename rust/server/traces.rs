@@ -51,7 +51,8 @@ pub(super) async fn batch(
     })?;
     let ids = batch.request_ids;
     if ids.len() > BATCH_IDS_MAX {
-        let message = format!("{} ids in one batch; at most {BATCH_IDS_MAX} are looked up", ids.len());
+        let message =
+            format!("{} ids in one batch; at most {BATCH_IDS_MAX} are looked up", ids.len());
         return Err(Error::new(Kind::PayloadTooLarge, message));
     }
     Ok(Json(tracker.get_many(&ids)))
@@ -68,7 +69,8 @@ pub(super) async fn list(
     match query.format {
         Format::Json => {
             let page = tracker.list(&query);
-            let next = page.next_cursor.and_then(|next| HeaderValue::try_from(next.to_string()).ok());
+            let next =
+                page.next_cursor.and_then(|next| HeaderValue::try_from(next.to_string()).ok());
             let mut response = Json(page.traces).into_response();
             if let Some(next) = next {
                 response.headers_mut().insert(X_NEXT_CURSOR, next);
@@ -107,7 +109,8 @@ fn export(
     content_type: &'static str,
 ) -> Response {
     let chunks = pages.map(|page| Ok::<_, std::convert::Infallible>(Bytes::from(page)));
-    ([(header::CONTENT_TYPE, content_type)], Body::from_stream(stream::iter(chunks))).into_response()
+    ([(header::CONTENT_TYPE, content_type)], Body::from_stream(stream::iter(chunks)))
+        .into_response()
 }
 
 fn json_lines(traces: &[Trace]) -> Vec<u8> {
