@@ -25,14 +25,22 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
-
 from sglang_router_rs import Router
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", "docs/guide.md", "docs/traces.md"]
 TWINS = [("README.md", "README.zh-CN.md"), ("docs/guide.md", "docs/guide.zh-CN.md")]
+LINKED = [
+    *PAGES,
+    *(chinese for _, chinese in TWINS),
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    *(f"docs/decisions/{page.name}" for page in sorted((ROOT / "docs/decisions").iterdir())),
+]
 BLOCK = re.compile(r"^```(\w+)(?: (\w+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # 29000 is the first port of the free ones, 30000 to 30010 are the next.
 PORT = re.compile(r"\b(29000|300(?:0\d|10))\b")
@@ -53,9 +61,13 @@ ELSEWHERE = {
 SGLANG_FLAGS = {"--model-path", "--host", "--port", "--base-gpu-id"}
 
 
+def text(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
 def blocks(page: str) -> list[tuple[str, str, str]]:
     """(language, what a test can do, code) of each block, in order."""
-    return BLOCK.findall((ROOT / page).read_text())
+    return BLOCK.findall(text(page))
 
 
 def free_ports() -> int:
@@ -85,7 +97,8 @@ class Page:
         for script in (directory / "examples").glob("*.py"):
             script.write_text(self.moved(script.read_text()))
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        self.environment = {**os.environ, "PATH": path, "no_proxy": "*", "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, "PATH": path, "no_proxy": "*"}
+        self.place: dict[str, Any] = {"cwd": directory, "env": environment, "stdin": subprocess.DEVNULL}
 
     def port(self, written: int) -> int:
         return self.base if written == 29_000 else self.base + 1 + written - 30_000
@@ -98,8 +111,8 @@ class Page:
         return ["bash", "-c", strict + code] if language == "bash" else [sys.executable, "-c", code]
 
     def run(self, language: str, code: str) -> None:
-        done = subprocess.run(self.command(language, self.moved(code)), cwd=self.directory, env=self.environment,
-                              stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
+        command = self.command(language, self.moved(code))
+        done = subprocess.run(command, **self.place, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, f"{code}\n{done.stdout}{done.stderr}"
         assert '"error":{' not in done.stdout, f"{code}\n{done.stdout}"
         assert "❌" not in done.stdout, f"{code}\n{done.stdout}"
@@ -109,14 +122,16 @@ class Page:
         self.stop(own)
         log = self.directory / f"{own}.log"
         with log.open("wb") as output:
-            server = subprocess.Popen(self.command(language, self.moved(code)), cwd=self.directory,
-                                      env=self.environment, stdin=subprocess.DEVNULL, stdout=output,
-                                      stderr=subprocess.STDOUT, start_new_session=True)
+            command = self.command(language, self.moved(code))
+            server = subprocess.Popen(
+                command, **self.place, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
         self.servers[own] = server
         deadline = time.monotonic() + 20
         for port in {self.port(int(found)) for found in PORT.findall(code)}:
             while not is_open(port):
-                assert server.poll() is None and time.monotonic() < deadline, f"{code}\n{log.read_text()}"
+                is_starting = server.poll() is None and time.monotonic() < deadline
+                assert is_starting, f"{code}\n{log.read_text()}"
                 time.sleep(0.02)
 
     def stop(self, port: str) -> None:
@@ -126,13 +141,13 @@ class Page:
             server.wait(timeout=20)
 
 
-def check_elsewhere(code: str) -> None:
+def check_elsewhere(_language: str, code: str) -> None:
     for line in code.replace("\\\n", " ").strip().splitlines():
         command = next((known for known in ELSEWHERE if line.startswith(known)), None)
         assert command is not None, f"nobody knows whether this command works: {line}"
         assert all((ROOT / path).exists() for path in ELSEWHERE[command]), line
         if command == "make":
-            targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            targets = re.findall(r"^([\w-]+):", text("Makefile"), re.MULTILINE)
             assert line.split()[1] in targets, line
         if command.endswith("launch_server"):
             assert set(re.findall(r"--[\w-]+", line)) <= SGLANG_FLAGS, line
@@ -145,8 +160,7 @@ def test_the_blocks_of_a_page_run(name: str, tmp_path: Path) -> None:
         for language, how, code in blocks(name):
             if language in ("bash", "python"):
                 assert how in ("", "server", "elsewhere"), f"unknown mark: {how}"
-                {"": page.run, "server": page.start, "elsewhere": lambda _, code: check_elsewhere(code)}[how](
-                    language, code)
+                {"": page.run, "server": page.start, "elsewhere": check_elsewhere}[how](language, code)
             else:
                 assert language in ("json", "text", "toml"), f"unknown language: {language}"
     finally:
@@ -157,17 +171,14 @@ def test_the_blocks_of_a_page_run(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("english", "chinese"), TWINS)
 def test_twins_have_the_same_blocks_and_sections(english: str, chinese: str) -> None:
     assert blocks(english) == blocks(chinese)
-    levels = [re.findall(r"^#+(?= )", BLOCK.sub("", (ROOT / page).read_text()), re.MULTILINE)
-              for page in (english, chinese)]
+    levels = [re.findall(r"^#+(?= )", BLOCK.sub("", text(page)), re.MULTILINE) for page in (english, chinese)]
     assert levels[0] == levels[1]
 
 
-@pytest.mark.parametrize("name", [*PAGES, "README.zh-CN.md", "docs/guide.zh-CN.md", "ARCHITECTURE.md",
-                                  "CONTRIBUTING.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("name", LINKED)
 def test_links_lead_somewhere(name: str) -> None:
-    page = ROOT / name
-    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
-        assert (page.parent / link).exists(), f"{name}: {link}"
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text(name)):
+        assert (ROOT / name).parent.joinpath(link).exists(), f"{name}: {link}"
 
 
 def test_fields_of_traces_and_statistics_are_those_on_the_page() -> None:
@@ -175,8 +186,7 @@ def test_fields_of_traces_and_statistics_are_those_on_the_page() -> None:
         with urllib.request.urlopen(f"{router.url}/v1/traces?format=csv") as answer:
             columns = next(csv.reader([answer.read().decode()]))
         stats = list(router.trace_stats())
-    _, fields, statistics = re.split(r"^## (?=Fields$|Statistics$)", (ROOT / "docs/traces.md").read_text(),
-                                     flags=re.MULTILINE)
+    _, fields, statistics = re.split(r"^## (?=Fields$|Statistics$)", text("docs/traces.md"), flags=re.MULTILINE)
     row = re.compile(r"^\| ((?:`\w+`(?:, )?)+) \|", re.MULTILINE)
     for section, names in [(fields.split("\n## ")[0], columns), (statistics.split("\n## ")[0], stats)]:
         assert [name for cell in row.findall(section) for name in re.findall(r"\w+", cell)] == names
