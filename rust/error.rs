@@ -67,7 +67,7 @@ kinds! {
     NotFound "not_found" 404 Client "No such route, trace or worker.";
     MethodNotAllowed "method_not_allowed" 405 Client "The route exists, but not for this method.";
     PayloadTooLarge "payload_too_large" 413 Client "The request body is larger than `max_payload_size`, or a batch names too many ids.";
-    IncompleteBody "incomplete_body" 400 Client "The request body ended or broke before it was complete.";
+    IncompleteBody "incomplete_body" 400 Client "The request body is not framed as HTTP asks.";
     Aborted "aborted" 499 Client "The client left before its answer began.";
     TrackingDisabled "tracking_disabled" 501 Router "Traces were asked for, but request tracking is off.";
     QueueTimeout "queue_timeout" 408 Router "The request waited longer than `queue_timeout_secs` to be routed.";
@@ -90,8 +90,51 @@ impl Error {
     }
 }
 
+/// Longest text of a stranger's that a message repeats, in characters.
+const SHOWN_MAX: usize = 80;
+
+/// A stranger's text as a message may repeat it: quoted, with control characters escaped, and cut.
+pub fn shown(text: &str) -> String {
+    match text.char_indices().nth(SHOWN_MAX) {
+        Some((end, _)) => format!("{:?}...", &text[..end]),
+        None => format!("{text:?}"),
+    }
+}
+
+/// An error and what caused it, in one line: libraries tell the reason only in the error's sources.
+pub fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut line = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !line.contains(&cause_text) {
+            line = format!("{line}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    line
+}
+
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.code())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_strangers_text_is_quoted_escaped_and_cut() {
+        assert_eq!(shown("a\nb\u{1b}"), r#""a\nb\u{1b}""#);
+        assert_eq!(shown(&"é".repeat(90)), format!("\"{}\"...", "é".repeat(80)));
+    }
+
+    #[test]
+    fn causes_are_told_once_each() {
+        let inner = std::io::Error::other("disk full");
+        let error = anyhow::Error::new(inner).context("cannot write");
+        assert_eq!(with_causes(error.as_ref()), "cannot write: disk full");
     }
 }

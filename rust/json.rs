@@ -8,7 +8,7 @@
 use std::borrow::Cow;
 use std::fmt;
 
-use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
 /// A field's value as it stands in the text; `None` when it is absent or `null`.
@@ -37,6 +37,27 @@ pub(crate) fn string(value: &RawValue) -> Option<Cow<'_, str>> {
 /// The items of the list `json`; `None` when it is something else. 16 bytes are held per item.
 pub(crate) fn list(json: &str) -> Option<Vec<&RawValue>> {
     serde_json::from_str(json).ok()
+}
+
+/// The first item of the list `json`; `None` when it is empty or something else. Holds nothing of the others.
+pub(crate) fn first(json: &str) -> Option<&RawValue> {
+    struct First;
+
+    impl<'de> Visitor<'de> for First {
+        type Value = Option<&'de RawValue>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a list")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Self::Value, A::Error> {
+            let first = items.next_element()?;
+            while items.next_element::<IgnoredAny>()?.is_some() {}
+            Ok(first)
+        }
+    }
+
+    serde_json::Deserializer::from_str(json).deserialize_seq(First).ok()?
 }
 
 /// The whole number `value` is; `None` when it is something else, negative, fractional or too large.

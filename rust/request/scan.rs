@@ -98,7 +98,7 @@ fn route_by<'a>(prompt_fields: &[Field<'a>]) -> Option<Routed<'a>> {
 
 /// The string `value` is, or the first string of the list it is.
 fn first_string(value: &RawValue) -> Option<Cow<'_, str>> {
-    json::string(value).or_else(|| json::list(value.get())?.into_iter().find_map(json::string))
+    json::string(value).or_else(|| json::first(value.get()).and_then(json::string))
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! The request's body, whole: it is looked at once and may have to be sent twice.
 
+use std::error::Error as _;
 use std::time::Duration;
 
 use axum::body::Body;
@@ -9,7 +10,7 @@ use hyper::HeaderMap;
 use hyper::body::Body as _;
 use hyper::header;
 
-use crate::error::{Error, Kind};
+use crate::error::{Error, Kind, with_causes};
 
 /// How much of a body that is too large is read and thrown away, and for how long, so that a client that is still
 /// sending it gets to read the refusal.
@@ -55,16 +56,25 @@ pub(super) async fn read(
 
 async fn next(body: &mut Body) -> Result<Option<Bytes>, Error> {
     while let Some(frame) = body.frame().await {
-        let frame = frame.map_err(|error| {
-            let message = format!("the request body broke off: {error}");
-            Error::new(Kind::IncompleteBody, message)
-        })?;
+        let frame = frame.map_err(|error| broken(&error))?;
         // Trailers are not data.
         if let Ok(data) = frame.into_data() {
             return Ok(Some(data));
         }
     }
     Ok(None)
+}
+
+/// A body in bad form, or a client that left.
+fn broken(error: &axum::Error) -> Error {
+    let cause = error.source().and_then(|source| source.downcast_ref::<hyper::Error>());
+    let has_left = cause.is_some_and(|cause| cause.is_incomplete_message() || cause.is_closed());
+    if has_left {
+        Error::new(Kind::Aborted, "client disconnected before its request was complete")
+    } else {
+        let message = format!("the request body is broken: {}", with_causes(error));
+        Error::new(Kind::IncompleteBody, message)
+    }
 }
 
 async fn drain(mut body: Body) {

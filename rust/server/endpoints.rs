@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 
 use super::engine_metrics::Merge;
 use super::{App, headers};
-use crate::error::{Error, Kind};
+use crate::error::{Error, Kind, shown};
 use crate::telemetry::metrics::{CONTENT_TYPE, WorkerLabels};
 use crate::upstream::{Answer, SendError};
 use crate::workers::{State as Health, Worker};
@@ -83,7 +83,8 @@ pub(super) async fn worker(
     match by_id.or_else(|| snapshot.find(&id)) {
         Some(worker) => Ok(Json(describe(worker))),
         None => {
-            let message = format!("no worker has the id or URL {id:?}; GET /workers lists them");
+            let message =
+                format!("no worker has the id or URL {}; GET /workers lists them", shown(&id));
             Err(Error::new(Kind::NotFound, message))
         }
     }
@@ -119,7 +120,12 @@ pub(super) async fn from_worker(
     let headers = headers::towards_worker(head.headers.clone());
     let mut failure = None;
     for worker in &app.workers.snapshot().routable {
-        match app.within_timeout(get(worker, path, &headers)).await? {
+        let exchange = async {
+            let mut answer = get(worker, path, &headers).await?;
+            answer.body_mut().begin().await?;
+            Ok::<_, SendError>(answer)
+        };
+        match app.within_timeout(exchange).await? {
             Ok(answer) => return Ok(app.pass_on(answer, worker)),
             Err(error) => {
                 if error.is_unconnected() {
@@ -190,7 +196,7 @@ async fn get(
 impl App {
     fn pass_on(&self, answer: hyper::Response<Answer>, worker: &Worker) -> Response {
         let mut answer = answer.map(Body::new);
-        headers::drop_hop_by_hop(answer.headers_mut());
+        headers::towards_client(answer.headers_mut());
         self.name_worker(answer.headers_mut(), worker);
         answer
     }

@@ -78,15 +78,20 @@ fn same_kind(one: &str, other: &str) -> bool {
 /// A sample line with the worker's label in front of its own; None where the line is no sample.
 fn labelled(line: &str, worker: &str) -> Option<String> {
     let worker = worker.replace('\\', r"\\").replace('"', "\\\"");
-    let name_ends = line.find(['{', ' ', '\t'])?;
-    let (name, rest) = line.split_at(name_ends);
-    match rest.strip_prefix('{') {
-        Some(labels) if labels.trim_start().starts_with('}') => {
-            Some(format!("{name}{{{LABEL}=\"{worker}\"{labels}"))
-        }
-        Some(labels) => Some(format!("{name}{{{LABEL}=\"{worker}\",{labels}")),
-        None => Some(format!("{name}{{{LABEL}=\"{worker}\"}}{rest}")),
+    let (name, rest) = line.split_at(line.find(['{', ' ', '\t'])?);
+    let (labels, value) = match rest.strip_prefix('{') {
+        Some(rest) => rest.rsplit_once('}')?,
+        None => ("", rest),
+    };
+    value.split_ascii_whitespace().next()?.parse::<f64>().ok()?;
+    if name.is_empty() {
+        return None;
     }
+    // A label of that name is the worker's own word; Prometheus renames such ones the same way.
+    let own = format!(",{}", labels.trim())
+        .replace(&format!(",{LABEL}="), &format!(",exported_{LABEL}="));
+    let own = own.trim_end_matches(',');
+    Some(format!("{name}{{{LABEL}=\"{worker}\"{own}}}{value}"))
 }
 
 #[cfg(test)]
@@ -108,9 +113,17 @@ mod tests {
     }
 
     #[test]
+    fn a_workers_own_label_of_that_name_is_kept_under_another() {
+        let mut merge = Merge::default();
+        merge.add("w", "a{worker_addr=\"x\",b=\"y\"} 1\n");
+        let merged = "a{worker_addr=\"w\",exported_worker_addr=\"x\",b=\"y\"} 1\n";
+        assert_eq!(merge.render(), merged);
+    }
+
+    #[test]
     fn what_is_no_sample_is_left_out() {
         let mut merge = Merge::default();
-        merge.add("w", "garbage\n# EOF\n#\n");
+        merge.add("w", "garbage\n# EOF\n#\nb{ 3\n{} 4\nc{x=\"1\"} many\n");
         assert_eq!(merge.render(), "");
     }
 }

@@ -4,12 +4,11 @@ use axum::Json;
 use axum::extract::rejection::PathRejection;
 use axum::response::{IntoResponse, Response};
 use hyper::StatusCode;
-use hyper::header::{HeaderName, HeaderValue};
+use hyper::header::HeaderValue;
 use serde_json::json;
 
+use super::headers::X_ROUTER_ERROR_CODE;
 use crate::error::{Error, Kind};
-
-const X_ROUTER_ERROR_CODE: HeaderName = HeaderName::from_static("x-router-error-code");
 
 impl Kind {
     pub(super) fn http_status(self) -> StatusCode {

@@ -19,9 +19,10 @@ const HOP_BY_HOP: [HeaderName; 9] = [
 pub(super) const X_TARGET_WORKER: HeaderName = HeaderName::from_static("x-sglang-target-worker");
 pub(super) const X_WORKER: HeaderName = HeaderName::from_static("x-sglang-worker");
 pub(super) const X_NODE: HeaderName = HeaderName::from_static("x-sglang-node");
+pub(super) const X_ROUTER_ERROR_CODE: HeaderName = HeaderName::from_static("x-router-error-code");
 
 /// Drops hop-by-hop headers, those that `connection` names among them.
-pub(super) fn drop_hop_by_hop(headers: &mut HeaderMap) {
+fn drop_hop_by_hop(headers: &mut HeaderMap) {
     if headers.contains_key(header::CONNECTION) {
         let named: Vec<HeaderName> = headers
             .get_all(header::CONNECTION)
@@ -36,7 +37,20 @@ pub(super) fn drop_hop_by_hop(headers: &mut HeaderMap) {
             headers.remove(name);
         }
     }
+    if headers.contains_key(header::TRANSFER_ENCODING) {
+        // Beside a transfer encoding the length means nothing (RFC 9112, section 6.3).
+        headers.remove(header::CONTENT_LENGTH);
+    }
     for name in &HOP_BY_HOP {
+        headers.remove(name);
+    }
+}
+
+/// The headers of an answer as the client gets them, before the router adds its own.
+pub(super) fn towards_client(headers: &mut HeaderMap) {
+    drop_hop_by_hop(headers);
+    // These are the router's words.
+    for name in [X_ROUTER_ERROR_CODE, X_WORKER, X_NODE] {
         headers.remove(name);
     }
 }
@@ -79,6 +93,21 @@ mod tests {
         let mut names: Vec<_> = kept.keys().map(HeaderName::as_str).collect();
         names.sort_unstable();
         assert_eq!(names, ["authorization", "traceparent"]);
+    }
+
+    #[test]
+    fn a_length_beside_a_transfer_encoding_goes() {
+        let mut answer = headers(&[("transfer-encoding", "chunked"), ("content-length", "3")]);
+        towards_client(&mut answer);
+        assert!(answer.is_empty());
+    }
+
+    #[test]
+    fn a_worker_does_not_speak_for_the_router() {
+        let lines = [("x-router-error-code", "timeout"), ("x-sglang-worker", "x"), ("server", "y")];
+        let mut answer = headers(&lines);
+        towards_client(&mut answer);
+        assert_eq!(answer.len(), 1);
     }
 
     #[test]

@@ -21,11 +21,14 @@ use super::flight::Flight;
 use super::relay::Relay;
 use super::request_id::X_REQUEST_ID;
 use super::{App, body, headers};
-use crate::error::{Error, Kind};
-use crate::request;
+use crate::error::{Error, Kind, shown};
+use crate::request::{self, Scan};
 use crate::routing::{self, Pick};
 use crate::upstream::{Answer, SendError};
 use crate::workers::{Snapshot, Worker};
+
+/// Scanning takes up to a millisecond per 100 KB; more than this is not done between other requests.
+const LARGE_BODY_BYTES: usize = 256 << 10;
 
 /// The `reason` of a request that named its worker itself.
 const PINNED: &str = "pinned";
@@ -36,9 +39,12 @@ pub(super) async fn proxy(app: Arc<App>, route: Arc<str>, request: Request) -> R
     let header_id = app.request_ids.in_headers(&head.headers);
     let mut flight = Flight::begin(app.clone(), route, header_id);
 
-    let answer = match body::read(&head.headers, body, app.options.max_payload_size).await {
-        Ok(body) => exchange(&app, &mut flight, head, body).await,
-        Err(error) => Err(error),
+    let reading = body::read(&head.headers, body, app.options.max_payload_size);
+    let deadline = flight.arrived_at() + app.options.request_timeout();
+    let answer = match tokio::time::timeout_at(deadline.into(), reading).await {
+        Ok(Ok(body)) => exchange(&app, &mut flight, head, body).await,
+        Ok(Err(error)) => Err(error),
+        Err(_) => Err(timed_out(&app)),
     };
 
     // An id is visible ASCII.
@@ -47,7 +53,7 @@ pub(super) async fn proxy(app: Arc<App>, route: Arc<str>, request: Request) -> R
     let mut response = match answer {
         Ok(answer) => {
             let mut answer = Relay::begin(answer, flight, app.options.request_timeout());
-            headers::drop_hop_by_hop(answer.headers_mut());
+            headers::towards_client(answer.headers_mut());
             answer.map(Body::new)
         }
         Err(error) => {
@@ -72,7 +78,7 @@ async fn exchange(
     body: Bytes,
 ) -> Result<hyper::Response<Answer>, Error> {
     let scan_began = Instant::now();
-    let scan = request::scan(&body);
+    let scan = scan(&body);
     let scan_took = scan_began.elapsed();
     flight.describe(&scan, trace_id(&head.headers));
 
@@ -108,6 +114,15 @@ async fn exchange(
         tried.push(worker.index);
     }
     Err(failure)
+}
+
+/// A large body is scanned where it holds up no other request.
+fn scan(body: &[u8]) -> Scan<'_> {
+    if body.len() < LARGE_BODY_BYTES {
+        request::scan(body)
+    } else {
+        tokio::task::block_in_place(|| request::scan(body))
+    }
 }
 
 /// Sends to one worker. The head of a stream goes to the client at once; any other head goes along with the first of
@@ -192,8 +207,9 @@ fn pinned(snapshot: &Snapshot, pin: &HeaderValue) -> Result<usize, Error> {
     let name = String::from_utf8_lossy(pin.as_bytes());
     let Some(worker) = snapshot.find(&name) else {
         let message = format!(
-            "{} names {name:?}, which is neither the node_id nor the URL of a worker; GET /workers lists them",
-            headers::X_TARGET_WORKER
+            "{} names {}, which is neither the node_id nor the URL of a worker; GET /workers lists them",
+            headers::X_TARGET_WORKER,
+            shown(&name)
         );
         return Err(Error::new(Kind::UnknownTargetWorker, message));
     };

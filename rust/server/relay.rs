@@ -14,6 +14,7 @@ use hyper::{HeaderMap, Response, header};
 use tokio::time::Sleep;
 
 use super::flight::Flight;
+use crate::error::with_causes;
 use crate::upstream::Answer;
 use crate::upstream::answer::{Facts, Reader};
 
@@ -75,7 +76,9 @@ impl Relay {
     fn ended(&mut self) {
         let facts = self.reader.take().map_or_else(Facts::default, Reader::finish);
         let excerpt = self.excerpt.take().unwrap_or_default();
-        self.flight.relayed(&facts, String::from_utf8_lossy(&excerpt).trim());
+        // On one line, whatever the worker wrote.
+        let excerpt = String::from_utf8_lossy(&excerpt).replace(char::is_control, " ");
+        self.flight.relayed(&facts, excerpt.trim());
     }
 }
 
@@ -109,7 +112,8 @@ impl Body for Relay {
                 }
             }
             Some(Err(error)) => {
-                this.flight.broke(&format!("the worker's answer broke off: {error}"));
+                let causes = with_causes(error);
+                this.flight.broke(&format!("the worker's answer broke off: {causes}"));
             }
             None => this.ended(),
         }

@@ -8,7 +8,7 @@ use axum::routing::{MethodRouter, get, post};
 use hyper::Method;
 
 use super::{App, endpoints, proxy, traces};
-use crate::error::{Error, Kind};
+use crate::error::{Error, Kind, shown};
 
 /// What answers a route.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -134,7 +134,7 @@ fn handler(method: &Method, path: &str, purpose: Purpose) -> MethodRouter<Arc<Ap
 pub(super) fn parse_extra(path: &str) -> Result<String, String> {
     let is_path = path.starts_with('/')
         && path.len() > 1
-        && path.bytes().all(|byte| byte.is_ascii_graphic() && !b"{}*?#".contains(&byte));
+        && path.bytes().all(|byte| byte.is_ascii_graphic() && !b"{}*?#:".contains(&byte));
     if !is_path {
         return Err(format!("{path:?} is not a plain path like /v1/audio/transcriptions"));
     }
@@ -152,7 +152,7 @@ async fn not_found(request: Request) -> Error {
         "{} {} is no route of sglang_router_rs; a further route to pass on to the workers is named by the \
          option extra_routes",
         request.method(),
-        request.uri().path()
+        shown(request.uri().path())
     );
     Error::new(Kind::NotFound, message)
 }
@@ -164,8 +164,12 @@ async fn not_allowed(request: Request) -> Error {
         .filter(|(_, declared, _)| *declared == path)
         .map(|(method, _, _)| method.as_str())
         .collect();
-    let allowed = if methods.is_empty() { "another method".to_owned() } else { methods.join(", ") };
-    let message = format!("{} is not for {path}; use {allowed}", request.method());
+    let allowed = if methods.is_empty() {
+        "what the header allow says".to_owned()
+    } else {
+        methods.join(", ")
+    };
+    let message = format!("{} is not for {}; use {allowed}", request.method(), shown(path));
     Error::new(Kind::MethodNotAllowed, message)
 }
 
@@ -176,7 +180,9 @@ mod tests {
     #[test]
     fn an_extra_route_is_a_plain_path_of_its_own() {
         assert!(parse_extra("/v1/audio/transcriptions").is_ok());
-        for path in ["", "x", "/", "/a{b}", "/*", "/generate", "/v1/traces/x", "/a?b", "/a b"] {
+        for path in
+            ["", "x", "/", "/a{b}", "/*", "/generate", "/v1/traces/x", "/a?b", "/a b", "/:a"]
+        {
             assert!(parse_extra(path).is_err(), "{path}");
         }
     }

@@ -14,7 +14,7 @@ use hyper::header::{HeaderName, HeaderValue};
 use serde::Deserialize;
 
 use super::{App, body};
-use crate::error::{Error, Kind};
+use crate::error::{Error, Kind, shown};
 use crate::tracking::{Format, Query, Stats, Trace, Tracker, csv_header, csv_rows};
 
 const BATCH_IDS_MAX: usize = 10_000;
@@ -27,10 +27,12 @@ pub(super) async fn one(
     State(app): State<Arc<App>>,
     id: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Trace>, Error> {
+    let tracker = app.traces()?;
     let Path(id) = id?;
-    let trace = app.traces()?.get(&id);
+    let trace = tracker.get(&id);
     trace.map(Json).ok_or_else(|| {
-        let message = format!("no trace of {id:?}: never seen here, or expired, or evicted");
+        let message =
+            format!("no trace of {}: never seen here, or expired, or evicted", shown(&id));
         Error::new(Kind::NotFound, message)
     })
 }

@@ -21,7 +21,7 @@ use axum::response::Response;
 use futures_util::stream;
 use http_body_util::BodyExt;
 use hyper::body::{Frame, SizeHint};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::refusal::Refusal;
 use super::worker::Worker;
@@ -50,10 +50,19 @@ pub struct Faults {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Change {
+    #[serde(default, deserialize_with = "given")]
     fail_rate: Option<f64>,
+    #[serde(default, deserialize_with = "given")]
     fail_status: Option<u16>,
+    #[serde(default, deserialize_with = "given")]
     die_after_chunks: Option<u32>,
+    #[serde(default, deserialize_with = "given")]
     hang: Option<bool>,
+}
+
+/// A value that is there. `null` would change nothing, and say so to nobody.
+fn given<'de, T: Deserialize<'de>, D: Deserializer<'de>>(value: D) -> Result<Option<T>, D::Error> {
+    T::deserialize(value).map(Some)
 }
 
 fn parse_fail_rate(text: &str) -> Result<f64, String> {

@@ -19,12 +19,14 @@ use bytes::Bytes;
 use http_body_util::Full;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper::client::conn::http1::{self, SendRequest};
-use hyper::{Request, Response};
+use hyper::{Request, Response, StatusCode, Version};
 use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
+
+use crate::error::with_causes;
 
 /// uvicorn, SGLang's server, closes a connection that was idle for 5 s; ours are gone before.
 const IDLE_MAX: Duration = Duration::from_millis(2500);
@@ -39,10 +41,12 @@ pub enum SendError {
     #[error("no connection to {address} within {} s", timeout.as_secs())]
     ConnectTimeout { address: Box<str>, timeout: Duration },
     /// A new connection ended, or spoke something else than HTTP, before the head of an answer.
-    #[error("the connection to {address} ended before an answer: {source}")]
+    #[error("the connection to {address} ended before an answer: {}", with_causes(source))]
     NoAnswer { address: Box<str>, source: hyper::Error },
+    #[error("{address} switched to another protocol, which nobody had asked for")]
+    Upgrade { address: Box<str> },
     /// The head of an answer came, and nothing of its body.
-    #[error("the answer broke off before its first byte: {source}")]
+    #[error("the answer broke off before its first byte: {}", with_causes(source))]
     BrokenAnswer { source: hyper::Error },
 }
 
@@ -94,11 +98,24 @@ impl Connections {
             let before = received.load(Ordering::Relaxed);
             match self.send_on(connection, request.clone()).await {
                 Err(_) if received.load(Ordering::Relaxed) == before => {}
-                answered => return answered.map_err(|source| self.no_answer(source)),
+                answered => return self.final_answer(answered),
             }
         }
         let connection = self.connect().await?;
-        self.send_on(connection, request).await.map_err(|source| self.no_answer(source))
+        self.final_answer(self.send_on(connection, request).await)
+    }
+
+    fn final_answer(
+        &self,
+        answered: Result<Response<Answer>, hyper::Error>,
+    ) -> Result<Response<Answer>, SendError> {
+        match answered {
+            Ok(answer) if answer.status() == StatusCode::SWITCHING_PROTOCOLS => {
+                Err(SendError::Upgrade { address: self.address() })
+            }
+            Ok(answer) => Ok(answer),
+            Err(source) => Err(self.no_answer(source)),
+        }
     }
 
     /// Closes what has been idle for too long. Called every second or so.
@@ -111,7 +128,9 @@ impl Connections {
         mut connection: Connection,
         request: Request<Full<Bytes>>,
     ) -> Result<Response<Answer>, hyper::Error> {
-        let response = connection.sender.send_request(request).await?;
+        let mut response = connection.sender.send_request(request).await?;
+        // The version is a matter of one connection; the client's is another one.
+        *response.version_mut() = Version::HTTP_11;
         let connections = self.clone();
         let lease = Some(Lease { connections, connection });
         Ok(response.map(|body| Answer { body, held: None, lease }))
@@ -220,6 +239,8 @@ impl Body for Answer {
             return Poll::Ready(Some(Ok(held)));
         }
         let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        // Trailers are hop-by-hop here, as is the header that announces them; nothing follows them.
+        let frame = frame.filter(|frame| !frame.as_ref().is_ok_and(Frame::is_trailers));
         if frame.is_none() || self.body.is_end_stream() {
             self.end();
         }

@@ -9,6 +9,7 @@ use hyper::http::uri::PathAndQuery;
 use hyper::{Request, StatusCode, header};
 
 use super::health::State;
+use super::node_id::NodeIdFrom;
 use super::{ServerInfo, Worker, Workers};
 
 /// A check's answer is read up to here and thrown away.
@@ -23,7 +24,8 @@ pub(super) async fn check_forever(workers: Arc<Workers>, worker: Arc<Worker>) {
     let mut reported = false;
     loop {
         let outcome = get(&worker, &options.health_check_endpoint, options.check_timeout()).await;
-        if outcome.is_ok() && worker.info.get().is_none() {
+        let is_unknown = outcome.is_ok() && worker.info.get().is_none();
+        if is_unknown && options.node_id_from == NodeIdFrom::Gpu {
             learn(&worker, options.check_timeout()).await;
         }
         let waited = began.elapsed().as_secs();
@@ -36,6 +38,9 @@ pub(super) async fn check_forever(workers: Arc<Workers>, worker: Arc<Worker>) {
         workers.checked(&worker, outcome.map(|_| ()));
         if std::mem::take(&mut is_first) {
             workers.first_check_ended();
+        }
+        if is_unknown && worker.info.get().is_none() {
+            learn(&worker, options.check_timeout()).await;
         }
         let pause = worker.health.lock().pause(options);
         tokio::select! {
@@ -56,12 +61,16 @@ pub(super) async fn close_idle_forever(workers: Arc<Workers>) {
     }
 }
 
-/// Asks the worker about itself. Nothing depends on an answer.
+/// Asks the worker about itself. Nothing but a name by GPU waits for it.
 async fn learn(worker: &Worker, timeout: Duration) {
     for path in ["/get_server_info", "/server_info"] {
         match get(worker, path, timeout).await {
             Ok(body) => {
                 if let Some(info) = ServerInfo::parse(&body) {
+                    tracing::info!(
+                        worker = %worker.url, model = info.model_id, gpu = info.base_gpu_id,
+                        kv_tokens = info.kv_tokens, "worker told about itself"
+                    );
                     // Only this task sets it.
                     let _ = worker.info.set(info);
                     return;

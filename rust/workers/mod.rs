@@ -180,8 +180,7 @@ impl Workers {
         if changed {
             match (worker.state(), outcome) {
                 (State::Healthy, _) => tracing::info!(
-                    node = worker.node_id(), worker = %worker.url,
-                    gpu = worker.info().and_then(|info| info.base_gpu_id), "worker healthy"
+                    node = worker.node_id(), worker = %worker.url, "worker healthy"
                 ),
                 (state, Err(why)) => {
                     tracing::warn!(worker = %worker.url, "worker {}: {why}", state.name());

@@ -3,6 +3,9 @@
 use serde::Deserialize;
 use serde_json::Value;
 
+/// A longer model name is taken for nonsense.
+const NAME_BYTES_MAX: usize = 1024;
+
 /// A worker's own words, as far as the router uses them.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ServerInfo {
@@ -29,7 +32,8 @@ impl ServerInfo {
     /// Reads an answer; None where it is not a JSON object. A field of another type is unknown.
     pub fn parse(body: &[u8]) -> Option<Self> {
         let answer: Answer = serde_json::from_slice(body).ok()?;
-        let text = |value: &Value| value.as_str().map(str::to_owned);
+        let is_name = |text: &&str| text.len() <= NAME_BYTES_MAX;
+        let text = |value: &Value| value.as_str().filter(is_name).map(str::to_owned);
         Some(Self {
             model_id: text(&answer.served_model_name).or_else(|| text(&answer.model_path)),
             base_gpu_id: answer.base_gpu_id.as_u64(),
