@@ -183,7 +183,7 @@ async fn of_lists_the_tokens_are_sums() {
         });
         let answer = ask(&router, &id, "/generate", &body).await;
         let items = if stream {
-            last_of_each(frames(&answer))
+            last_of_each(&frames(&answer))
         } else {
             answer.json().as_array().expect("a list").clone()
         };
@@ -200,7 +200,7 @@ async fn of_lists_the_tokens_are_sums() {
     }
 }
 
-fn last_of_each(frames: Vec<Value>) -> Vec<Value> {
+fn last_of_each(frames: &[Value]) -> Vec<Value> {
     let last = |index| {
         frames
             .iter()
