@@ -6,8 +6,8 @@ use std::time::Duration;
 use clap::{CommandFactory, FromArgMatches, Parser};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::options::{self, Options};
-use crate::server::Running;
+use crate::options::{self, Options, Setting};
+use crate::running::Running;
 use crate::sim;
 
 /// A router in front of SGLang servers that tells which worker served which request, why, and how long it took
@@ -29,8 +29,8 @@ pub fn command() -> clap::Command {
 }
 
 /// Runs one command line, `argv[0]` being the program, until it ends; returns the exit status. Errors and help go
-/// to the terminal.
-pub fn run(argv: &[String]) -> u8 {
+/// to the terminal. `defaults` replace those of `launch`.
+pub fn run(argv: &[String], defaults: &[Setting]) -> u8 {
     let matches = match command().try_get_matches_from(argv) {
         Ok(matches) => matches,
         Err(error) => return refuse(&error),
@@ -39,7 +39,7 @@ pub fn run(argv: &[String]) -> u8 {
         Some(("launch", launch)) => {
             // A subcommand is the first argument: the program itself has no options but --help and --version.
             let flags = argv.get(2..).unwrap_or_default();
-            match Options::from_command_line(launch, flags, std::env::vars()) {
+            match Options::from_command_line(launch, flags, std::env::vars(), defaults) {
                 Ok(options) => self::launch(options),
                 Err(error) => Err(anyhow::Error::new(error)),
             }
@@ -59,15 +59,16 @@ pub fn run(argv: &[String]) -> u8 {
     }
 }
 
-/// clap's own words; for an option the router does not have yet, the reason.
+/// clap's own words, or why an option is not there yet.
 fn refuse(error: &clap::Error) -> u8 {
-    // Nothing can be done about a terminal that is gone.
-    let _ = error.print();
     if let Some(name) = options::not_yet(error) {
         eprintln!(
-            "sglang_router_rs {} does not support {name} yet",
+            "error: sglang_router_rs {} does not support {name} yet",
             env!("CARGO_PKG_VERSION")
         );
+    } else {
+        // Nothing can be done about a terminal that is gone.
+        let _ = error.print();
     }
     u8::try_from(error.exit_code()).unwrap_or(2)
 }

@@ -31,9 +31,7 @@ pub(crate) fn string(value: &RawValue) -> Option<Cow<'_, str>> {
     #[derive(serde::Deserialize)]
     struct Borrowed<'a>(#[serde(borrow)] Cow<'a, str>);
 
-    serde_json::from_str(value.get())
-        .ok()
-        .map(|Borrowed(string)| string)
+    serde_json::from_str(value.get()).ok().map(|Borrowed(string)| string)
 }
 
 /// The items of the list `json`; `None` when it is something else. 16 bytes are held per item.
@@ -109,31 +107,16 @@ mod tests {
 
     #[test]
     fn the_last_of_a_repeated_name_wins() {
-        let found = texts(
-            r#" {"a": 1 ,"b":[2, {}],"\u0061":"x","c":null} "#,
-            ["b", "a", "c", "d"],
-        );
-        assert_eq!(
-            found,
-            Some([Some("[2, {}]".into()), Some("\"x\"".into()), None, None])
-        );
+        let found = texts(r#" {"a": 1 ,"b":[2, {}],"\u0061":"x","c":null} "#, ["b", "a", "c", "d"]);
+        assert_eq!(found, Some([Some("[2, {}]".into()), Some("\"x\"".into()), None, None]));
         assert_eq!(texts(r#"{"a":1,"a":null}"#, ["a"]), Some([None]));
     }
 
     #[test]
     fn only_one_whole_object_is_read() {
-        for json in [
-            "",
-            "[]",
-            "null",
-            "1",
-            "{",
-            "{}{}",
-            "{}x",
-            r#"{"a":}"#,
-            r#"{"a":01}"#,
-            "{'a':1}",
-        ] {
+        for json in
+            ["", "[]", "null", "1", "{", "{}{}", "{}x", r#"{"a":}"#, r#"{"a":01}"#, "{'a':1}"]
+        {
             assert_eq!(texts(json, ["a"]), None, "{json}");
         }
         assert_eq!(texts("{}", ["a"]), Some([None]));
@@ -143,32 +126,19 @@ mod tests {
     fn depth_costs_no_stack() {
         let nest = "[".repeat(200_000) + &"]".repeat(200_000);
         let json = format!(r#"{{"skipped":{nest},"a":{nest},"b":1}}"#);
-        assert_eq!(
-            texts(&json, ["b", "a"]),
-            Some([Some("1".into()), Some(nest)])
-        );
+        assert_eq!(texts(&json, ["b", "a"]), Some([Some("1".into()), Some(nest)]));
     }
 
     #[test]
     fn values_are_read_as_what_they_are() {
         let read = |json| fields(json, ["a"]).and_then(|[a]| a);
-        assert!(matches!(
-            read(r#"{"a":"x y"}"#).and_then(string),
-            Some(Cow::Borrowed("x y"))
-        ));
-        assert_eq!(
-            read(r#"{"a":"\u00e9\n"}"#).and_then(string).as_deref(),
-            Some("é\n")
-        );
+        assert!(matches!(read(r#"{"a":"x y"}"#).and_then(string), Some(Cow::Borrowed("x y"))));
+        assert_eq!(read(r#"{"a":"\u00e9\n"}"#).and_then(string).as_deref(), Some("é\n"));
         assert_eq!(read(r#"{"a":"\ud800"}"#).and_then(string), None);
         assert_eq!(read(r#"{"a":4294967295}"#).and_then(number), Some(u32::MAX));
         for json in ["4294967296", "-1", "1.0", "1e2", "\"1\"", "true", "[1]"] {
             let json = format!(r#"{{"a":{json}}}"#);
-            assert_eq!(
-                fields(&json, ["a"]).and_then(|[a]| a).and_then(number),
-                None,
-                "{json}"
-            );
+            assert_eq!(fields(&json, ["a"]).and_then(|[a]| a).and_then(number), None, "{json}");
         }
         assert_eq!(list("[1, [2]]").map(|items| items.len()), Some(2));
         assert!(list("{}").is_none());

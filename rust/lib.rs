@@ -2,6 +2,7 @@
 //! and how long each part took.
 //!
 //! In reading order:
+//! - [`running`]: a router at work, from binding its port to its end.
 //! - [`server`]: the HTTP side. `server/proxy.rs` is the life of a request, top to bottom.
 //! - [`request`]: what is read in a request's body.
 //! - [`routing`]: the policies that pick a worker. Pure: no network, no clock.
@@ -22,6 +23,7 @@ pub mod options;
 mod python;
 pub mod request;
 pub mod routing;
+pub mod running;
 pub mod server;
 pub mod sim;
 pub mod telemetry;

@@ -9,6 +9,7 @@ use std::any::TypeId;
 use std::collections::BTreeMap;
 use std::error::Error as _;
 use std::fmt;
+use std::num::ParseIntError;
 use std::path::{Path, PathBuf};
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
@@ -133,21 +134,24 @@ impl Options {
             Some(path) => read_file(Path::new(path))?,
             None => vec![],
         };
-        let mut settings = without(file, |name| keywords.iter().any(|setting| setting.name == name));
+        let mut settings =
+            without(file, |name| keywords.iter().any(|setting| setting.name == name));
         settings.extend_from_slice(keywords);
         parse(&settings, &Source::Keyword)
     }
 
     /// Options from the flags that clap has parsed as `matches`, the environment, and the file that either names.
-    /// `flags` are those same flags as they were written.
+    /// `flags` are those same flags as they were written; `defaults` replace the declared ones.
     pub fn from_command_line(
         matches: &ArgMatches,
         flags: &[String],
         environment: impl Iterator<Item = (String, String)>,
+        defaults: &[Setting],
     ) -> Result<Self, OptionError> {
         let is_flag = |name: &str| matches.value_source(name) == Some(ValueSource::CommandLine);
-        let environment = without(from_environment(environment)?, is_flag);
+        let environment = from_environment(environment)?;
         parse(&environment, &Source::Environment)?;
+        let environment = without(environment, is_flag);
         let config = match matches.get_one::<PathBuf>("config") {
             Some(path) => Some(path.clone()),
             None => environment
@@ -157,10 +161,10 @@ impl Options {
                 .map(PathBuf::from),
         };
         let file = config.map_or_else(|| Ok(vec![]), |path| read_file(&path))?;
-        let is_set = |name: &str| {
-            is_flag(name) || environment.iter().any(|setting| setting.name == name)
-        };
-        let mut argv = argv(&without(file, is_set));
+        let is_set =
+            |name: &str| is_flag(name) || environment.iter().any(|setting| setting.name == name);
+        let mut argv = argv(defaults);
+        argv.extend(self::argv(&without(file, is_set)));
         argv.extend(self::argv(&environment));
         argv.extend_from_slice(flags);
         parse_argv(argv, &Source::Keyword)
@@ -175,7 +179,9 @@ impl Options {
 
 /// The option that a command line was refused for, if it is one the router will have.
 pub fn not_yet(error: &clap::Error) -> Option<&'static str> {
-    let Some(ContextValue::String(flag)) = error.get(ContextKind::InvalidArg) else { return None };
+    let Some(ContextValue::String(flag)) = error.get(ContextKind::InvalidArg) else {
+        return None;
+    };
     let name = flag.trim_start_matches('-').replace('-', "_");
     NOT_YET.iter().copied().find(|known| *known == name)
 }
@@ -190,7 +196,11 @@ fn parse(settings: &[Setting], origin: &Source) -> Result<Options, OptionError> 
         }
         if !is_known {
             let nearest = nearest(&command, name);
-            return Err(OptionError::Unknown { origin: origin.clone(), name: name.clone(), nearest });
+            return Err(OptionError::Unknown {
+                origin: origin.clone(),
+                name: name.clone(),
+                nearest,
+            });
         }
     }
     parse_argv(argv(settings), origin)
@@ -250,6 +260,9 @@ fn invalid(error: &clap::Error, origin: &Source) -> OptionError {
     let flag = flag.trim_start_matches('-').split([' ', '=', '[']).next().unwrap_or_default();
     let value = text(ContextKind::InvalidValue).unwrap_or_default();
     let why = match (error.source(), text(ContextKind::ValidValue)) {
+        (Some(source), _) if source.is::<ParseIntError>() => {
+            format!("not a whole number {}", integer_range(flag))
+        }
         (Some(source), _) => source.to_string(),
         (None, Some(valid)) => format!("not one of {valid}"),
         (None, None) if error.kind() == ErrorKind::InvalidValue => "a value is missing".to_owned(),
@@ -259,19 +272,35 @@ fn invalid(error: &clap::Error, origin: &Source) -> OptionError {
     OptionError::Invalid { origin: origin.clone(), name: flag.replace('-', "_"), message }
 }
 
+/// The range of an integer option in words. clap tells it only to who leaves it.
+fn integer_range(flag: &str) -> String {
+    let beyond = |value: i64| {
+        let argv = ["launch".to_owned(), format!("--{flag}={value}")];
+        let error = command().try_get_matches_from(argv).err()?;
+        let text = error.source()?.to_string();
+        text.split_once(" is not in ").map(|(_, range)| format!("in {range}"))
+    };
+    beyond(i64::MAX).or_else(|| beyond(0)).unwrap_or_else(|| "in 0..=2^64-1".to_owned())
+}
+
 fn from_environment(
     environment: impl Iterator<Item = (String, String)>,
 ) -> Result<Vec<Setting>, OptionError> {
     let command = command();
     let mut settings = Vec::new();
     for (variable, text) in environment {
-        let Some(name) = variable.strip_prefix(ENVIRONMENT_PREFIX) else { continue };
+        let Some(name) = variable.strip_prefix(ENVIRONMENT_PREFIX) else {
+            continue;
+        };
         let name = name.to_ascii_lowercase();
-        let is_list = command
-            .get_arguments()
-            .any(|arg| arg.get_id() == name.as_str() && matches!(arg.get_action(), ArgAction::Append));
+        let is_list = command.get_arguments().any(|arg| {
+            arg.get_id() == name.as_str() && matches!(arg.get_action(), ArgAction::Append)
+        });
         let values = if is_list {
-            text.split(',').map(|item| item.trim().to_owned()).filter(|item| !item.is_empty()).collect()
+            text.split(',')
+                .map(|item| item.trim().to_owned())
+                .filter(|item| !item.is_empty())
+                .collect()
         } else {
             vec![text]
         };
@@ -372,9 +401,8 @@ fn describe(arg: &Arg) -> Described {
 fn shape(arg: &Arg) -> Shape {
     let id = arg.get_value_parser().type_id();
     let is_any = |types: &[TypeId]| types.iter().any(|of| id == *of);
-    let is_map = || {
-        arg.get_value_names().is_some_and(|names| names.iter().any(|name| name.contains('=')))
-    };
+    let is_map =
+        || arg.get_value_names().is_some_and(|names| names.iter().any(|name| name.contains('=')));
     if matches!(arg.get_action(), ArgAction::Append) {
         if is_map() { Shape::Map } else { Shape::List }
     } else if is_any(&[TypeId::of::<bool>()]) {
@@ -410,7 +438,8 @@ mod tests {
         let argv = std::iter::once("launch".to_owned()).chain(flags.clone());
         let matches = command().try_get_matches_from(argv).map_err(|error| error.to_string())?;
         let environment = environment.iter().map(|(name, text)| ((*name).into(), (*text).into()));
-        Options::from_command_line(&matches, &flags, environment).map_err(|error| error.to_string())
+        Options::from_command_line(&matches, &flags, environment, &[])
+            .map_err(|error| error.to_string())
     }
 
     /// A file in the temporary folder, gone with the value.
@@ -454,15 +483,25 @@ mod tests {
 
     #[test]
     fn errors_name_option_value_and_range() {
-        let error = |name: &str, values: &[&str]| keywords(&[setting(name, values)]).expect_err(name);
-        assert_eq!(error("port", &["70000"]), "port: bad value \"70000\": 70000 is not in 0..=65535");
+        let error =
+            |name: &str, values: &[&str]| keywords(&[setting(name, values)]).expect_err(name);
+        assert_eq!(
+            error("port", &["70000"]),
+            "port: bad value \"70000\": 70000 is not in 0..=65535"
+        );
         assert!(error("policy", &["best"]).contains("not one of random, round_robin"));
         assert!(error("prot", &["1"]).contains("did you mean port?"));
         assert!(error("api_key", &["x"]).contains("does not support this option yet"));
         assert!(error("worker_urls", &["localhost:1"]).contains("no scheme"));
         assert!(error("worker_urls", &["http://a:1", "http://a:1/"]).starts_with("worker_urls: "));
         assert!(error("cache_threshold", &["nan"]).contains("0 to 1"));
-        assert!(error("seed", &["-1"]).contains("seed"));
+        assert_eq!(
+            error("request_timeout_secs", &["-1"]),
+            "request_timeout_secs: bad value \"-1\": not a whole number in 1..=604800"
+        );
+        assert!(error("port", &["http"]).contains("0..=65535"));
+        assert!(error("trace_ttl_seconds", &["x"]).contains("in 1.."));
+        assert!(error("seed", &["-1"]).contains("in 0..=2^64-1"));
         assert!(error("disable_retries", &["maybe"]).contains("disable_retries"));
     }
 
@@ -473,12 +512,15 @@ mod tests {
         let options = keywords(&[urls, names]).expect("options");
         assert_eq!(options.workers.worker_urls.len(), 2);
         assert_eq!(options.workers.node_ids[0].1, "left");
-        assert!(keywords(&[setting("worker_urls", &[])]).expect("none").workers.worker_urls.is_empty());
+        assert!(
+            keywords(&[setting("worker_urls", &[])]).expect("none").workers.worker_urls.is_empty()
+        );
     }
 
     #[test]
     fn flags_beat_the_environment_which_beats_the_file() {
-        let file = File::new("a.toml", "port = 1\nhost = \"h\"\nseed = 7\nworker_urls = ['http://f:1']");
+        let file =
+            File::new("a.toml", "port = 1\nhost = \"h\"\nseed = 7\nworker_urls = ['http://f:1']");
         let environment = [
             ("SGLANG_ROUTER__PORT", "2"),
             ("SGLANG_ROUTER__HOST", "e"),
@@ -499,10 +541,16 @@ mod tests {
         assert_eq!((options.server.port, options.workers.node_ids[0].1.as_str()), (5, "x"));
         let bad = File::new("c.json", r#"{"port": 70000}"#);
         let error = command_line(&[&bad.flag()], &[]).expect_err("range");
-        assert!(error.contains("port in ") && error.contains("c.json") && error.contains("0..=65535"));
+        assert!(
+            error.contains("port in ") && error.contains("c.json") && error.contains("0..=65535")
+        );
         let nested = File::new("d.toml", "[port]\nx = [1]");
         assert!(command_line(&[&nested.flag()], &[]).expect_err("nested").contains("flat"));
-        assert!(command_line(&["--config=/nowhere.toml"], &[]).expect_err("none").contains("/nowhere.toml"));
+        assert!(
+            command_line(&["--config=/nowhere.toml"], &[])
+                .expect_err("none")
+                .contains("/nowhere.toml")
+        );
     }
 
     #[test]
@@ -515,11 +563,16 @@ mod tests {
 
     #[test]
     fn booleans_stand_alone_or_with_a_value() {
-        let is_on = |flags: &[&str]| command_line(flags, &[]).expect("flags").tracking.enable_request_tracking;
+        let is_on = |flags: &[&str]| {
+            command_line(flags, &[]).expect("flags").tracking.enable_request_tracking
+        };
         assert!(is_on(&["--enable-request-tracking"]));
         assert!(!is_on(&["--enable-request-tracking=false"]));
         assert!(is_on(&["--enable-request-tracing"]));
-        assert!(!is_on(&["--enable-request-tracking", "--enable-request-tracking=false"]), "the last wins");
+        assert!(
+            !is_on(&["--enable-request-tracking", "--enable-request-tracking=false"]),
+            "the last wins"
+        );
     }
 
     #[test]

@@ -6,7 +6,9 @@
 // The names below are Python's, exported by PyO3's macros.
 #![allow(unreachable_pub)]
 
+use std::collections::BTreeMap;
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyTypeError, PyValueError};
@@ -14,26 +16,39 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use serde::Serialize;
 
+use crate::cli;
 use crate::error::Kind;
 use crate::options::{self, OptionError, Options, Setting, Shape, Source};
 use crate::routing::PolicyKind;
-use crate::server::{Running, routes};
+use crate::running::Running;
+use crate::server::routes;
 use crate::telemetry::metrics;
 use crate::tracking::{Query, Tracker};
-use crate::cli;
 
 /// A router with its options, not yet serving.
 #[pyclass(frozen)]
 struct Server {
-    running: Running,
+    running: Arc<Running>,
+    /// The process its threads live in.
+    process: u32,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if self.process != std::process::id() {
+            // A fork copies locks as they were and no threads: an end in the child could wait for ever.
+            std::mem::forget(self.running.clone());
+        }
+    }
 }
 
 #[pymethods]
 impl Server {
-    /// Checks options given as (name, texts). Raises TypeError for an unknown name, ValueError for a bad value.
+    /// Checks options given as (name, texts); what they come to. Raises TypeError for an unknown name, ValueError
+    /// for a bad value.
     #[staticmethod]
-    fn check(keywords: Vec<(String, Vec<String>)>) -> PyResult<()> {
-        parse(keywords).map(|_| ())
+    fn check(keywords: Vec<(String, Vec<String>)>) -> PyResult<String> {
+        parse(keywords).map(|options| format!("{options:?}"))
     }
 
     /// Binds the port and serves on threads of its own. Raises OSError when the port is taken.
@@ -41,7 +56,7 @@ impl Server {
     fn start(py: Python<'_>, keywords: Vec<(String, Vec<String>)>) -> PyResult<Self> {
         let options = parse(keywords)?;
         let running = py.detach(|| Running::start(options)).map_err(os_error)?;
-        Ok(Self { running })
+        Ok(Self { running: Arc::new(running), process: std::process::id() })
     }
 
     /// (host, port) it listens on.
@@ -115,12 +130,28 @@ impl Server {
     }
 }
 
-/// Runs a command line (without the program's name) until it ends; its exit status.
+/// Runs a command line (without the program's name) until it ends; its exit status. `defaults` replace those of
+/// `launch`.
 #[pyfunction]
-fn run(py: Python<'_>, arguments: Vec<String>) -> i32 {
+#[pyo3(signature = (arguments, defaults=BTreeMap::new()))]
+fn run(py: Python<'_>, arguments: Vec<String>, defaults: BTreeMap<String, String>) -> i32 {
     let argv: Vec<String> =
         std::iter::once("sglang-router-rs".to_owned()).chain(arguments).collect();
-    py.detach(|| i32::from(cli::run(&argv)))
+    let defaults: Vec<Setting> =
+        defaults.into_iter().map(|(name, value)| Setting { name, values: vec![value] }).collect();
+    py.detach(|| i32::from(cli::run(&argv, &defaults)))
+}
+
+/// What the flags of `launch` and an environment come to, to compare with `Server.check`. Raises ValueError for
+/// what the command line refuses.
+#[pyfunction]
+fn check_flags(flags: Vec<String>, environment: BTreeMap<String, String>) -> PyResult<String> {
+    let argv = std::iter::once("launch".to_owned()).chain(flags.clone());
+    let refused = |error: &dyn std::fmt::Display| PyValueError::new_err(error.to_string());
+    let matches = options::command().try_get_matches_from(argv).map_err(|error| refused(&error))?;
+    Options::from_command_line(&matches, &flags, environment.into_iter(), &[])
+        .map(|options| format!("{options:?}"))
+        .map_err(|error| refused(&error))
 }
 
 /// Every option: name, shape, default (text or None), choices, help, aliases.
@@ -180,6 +211,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<Server>()?;
     module.add_function(wrap_pyfunction!(run, module)?)?;
+    module.add_function(wrap_pyfunction!(check_flags, module)?)?;
     module.add_function(wrap_pyfunction!(all_options, module)?)?;
     module.add_function(wrap_pyfunction!(all_policies, module)?)?;
     module.add_function(wrap_pyfunction!(all_errors, module)?)?;

@@ -1,9 +1,22 @@
 """The Rust core. `Router` and the command line are what to use; this is what they stand on."""
 
-from typing import TypedDict
+from typing import TypedDict, final, type_check_only
+
+__all__ = [
+    "Server",
+    "__version__",
+    "check_flags",
+    "errors",
+    "metrics",
+    "options",
+    "policies",
+    "routes",
+    "run",
+]
 
 __version__: str
 
+@type_check_only
 class Option(TypedDict):
     name: str
     shape: str
@@ -12,16 +25,18 @@ class Option(TypedDict):
     help: str
     aliases: list[str]
 
+@type_check_only
 class Policy(TypedDict):
     member: str
     name: str
     rule: str
     reasons: list[str]
 
+@final
 class Server:
     def __new__(cls, keywords: list[tuple[str, list[str]]]) -> Server: ...
     @staticmethod
-    def check(keywords: list[tuple[str, list[str]]]) -> None: ...
+    def check(keywords: list[tuple[str, list[str]]]) -> str: ...
     @property
     def address(self) -> tuple[str, int]: ...
     @property
@@ -35,7 +50,8 @@ class Server:
     def traces(self, filters: list[tuple[str, str]]) -> tuple[str, str | None]: ...
     def trace_stats(self) -> str: ...
 
-def run(arguments: list[str]) -> int: ...
+def run(arguments: list[str], defaults: dict[str, str] = ...) -> int: ...
+def check_flags(flags: list[str], environment: dict[str, str]) -> str: ...
 def options() -> list[Option]: ...
 def policies() -> list[Policy]: ...
 def errors() -> list[tuple[str, int, str, str]]: ...

@@ -7,7 +7,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlencode
 
 if TYPE_CHECKING:
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 # One trace: the JSON object described in docs/traces.md.
 Trace = dict[str, Any]
+
+# What an answer is: an object or a list.
+_Shape = TypeVar("_Shape", dict[str, Any], list[Any])
 
 # What one request may ask for.
 _PAGE_MAX = 1000
@@ -28,7 +31,8 @@ class TracingDisabled(RuntimeError):
     def __init__(self) -> None:
         super().__init__(
             "request tracking is off: start the router with Router(..., enable_request_tracking=True) or "
-            "--enable-request-tracking")
+            "--enable-request-tracking"
+        )
 
 
 class NotThisRouter(RuntimeError):
@@ -44,10 +48,10 @@ class _Answer:
     def __init__(self, status: int, error_code: str | None, cursor: str | None, body: bytes) -> None:
         self.status, self.error_code, self.cursor, self.body = status, error_code, cursor, body
 
-    def json(self, url: str) -> Any:
+    def json(self, url: str, kind: type[_Shape]) -> _Shape:
         """The body of a 2xx answer; raises what any other answer means."""
         if 200 <= self.status < 300:
-            return json.loads(self.body)
+            return self._parsed(url, kind)
         if self.error_code == "tracking_disabled":
             raise TracingDisabled
         if self.error_code is None and self.status in (404, 405):
@@ -56,13 +60,23 @@ class _Answer:
             message = json.loads(self.body)["error"]["message"]
         except (ValueError, KeyError, TypeError):
             message = self.body[:200].decode(errors="replace")
-        kind = ValueError if self.error_code == "invalid_query" else RuntimeError
-        raise kind(f"{url} answered {self.status}: {message}")
+        error = ValueError if self.error_code == "invalid_query" else RuntimeError
+        raise error(f"{url} answered {self.status}: {message}")
 
-    def json_or_none(self, url: str) -> Any:
+    def json_or_none(self, url: str) -> Trace | None:
         """The same, with ``None`` for a trace that is not there."""
         is_missing = self.status == 404 and self.error_code == "not_found"
-        return None if is_missing else self.json(url)
+        return None if is_missing else self.json(url, dict)
+
+    def _parsed(self, url: str, kind: type[_Shape]) -> _Shape:
+        # Some servers answer every path with a page of theirs.
+        try:
+            value = json.loads(self.body)
+        except ValueError:
+            value = None
+        if not isinstance(value, kind):
+            raise NotThisRouter(url)
+        return value
 
 
 def _trace_path(request_id: str) -> str:
@@ -107,7 +121,7 @@ def pages(ask: Callable[[_Pairs], _Page], limit: int | None, filters: dict[str, 
 def _batches(ids: Iterable[str]) -> Iterator[list[str]]:
     ids = list(ids)
     for start in range(0, len(ids), _BATCH_MAX):
-        yield ids[start:start + _BATCH_MAX]
+        yield ids[start : start + _BATCH_MAX]
 
 
 class RouterTraceClient:
@@ -126,26 +140,28 @@ class RouterTraceClient:
     def get_request_trace(self, request_id: str) -> Trace | None:
         """The newest trace with this id; ``None`` if there is none."""
         answer = self._ask(_trace_path(request_id))
-        trace: Trace | None = answer.json_or_none(self.url)
-        return trace
+        return answer.json_or_none(self.url)
 
     def batch_get_traces(self, ids: Sequence[str]) -> list[Trace]:
         """The traces of these ids, in their order; unknown ids are left out. Any number of ids."""
-        return [trace for batch in _batches(ids)
-                for trace in self._ask("/v1/traces/batch", {"request_ids": batch}).json(self.url)]
+        return [
+            trace
+            for batch in _batches(ids)
+            for trace in self._ask("/v1/traces/batch", {"request_ids": batch}).json(self.url, list)
+        ]
 
     def list_recent_traces(self, limit: int | None = 100, **filters: Any) -> list[Trace]:
         """Traces, newest first: at most ``limit`` (``None``: all), filtered as ``GET /v1/traces`` does."""
+
         def page(pairs: _Pairs) -> _Page:
             answer = self._ask(f"/v1/traces?{urlencode(pairs)}")
-            return answer.json(self.url), answer.cursor
+            return answer.json(self.url, list), answer.cursor
 
         return [trace for traces in pages(page, limit, filters) for trace in traces]
 
     def get_trace_stats(self) -> dict[str, Any]:
         """Counts since the start and of what is held now."""
-        stats: dict[str, Any] = self._ask("/v1/traces/stats").json(self.url)
-        return stats
+        return self._ask("/v1/traces/stats").json(self.url, dict)
 
     def _ask(self, path: str, body: object = None) -> _Answer:
         data = None if body is None else json.dumps(body).encode()
@@ -175,15 +191,14 @@ class AsyncRouterTraceClient:
     async def get_request_trace(self, request_id: str) -> Trace | None:
         """The newest trace with this id; ``None`` if there is none."""
         answer = await self._ask(_trace_path(request_id))
-        trace: Trace | None = answer.json_or_none(self.url)
-        return trace
+        return answer.json_or_none(self.url)
 
     async def batch_get_traces(self, ids: Sequence[str]) -> list[Trace]:
         """The traces of these ids, in their order; unknown ids are left out. Any number of ids."""
         traces: list[Trace] = []
         for batch in _batches(ids):
             answer = await self._ask("/v1/traces/batch", {"request_ids": batch})
-            traces += answer.json(self.url)
+            traces += answer.json(self.url, list)
         return traces
 
     async def list_recent_traces(self, limit: int | None = 100, **filters: Any) -> list[Trace]:
@@ -194,7 +209,7 @@ class AsyncRouterTraceClient:
             pairs = next(queries)
             while True:
                 answer = await self._ask(f"/v1/traces?{urlencode(pairs)}")
-                traces = answer.json(self.url)
+                traces = answer.json(self.url, list)
                 found += traces
                 pairs = queries.send((traces, answer.cursor))
         except StopIteration:
@@ -203,8 +218,7 @@ class AsyncRouterTraceClient:
     async def get_trace_stats(self) -> dict[str, Any]:
         """Counts since the start and of what is held now."""
         answer = await self._ask("/v1/traces/stats")
-        stats: dict[str, Any] = answer.json(self.url)
-        return stats
+        return answer.json(self.url, dict)
 
     async def close(self) -> None:
         """Close its connections."""
@@ -215,13 +229,15 @@ class AsyncRouterTraceClient:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                        traceback: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         await self.close()
 
     async def _ask(self, path: str, body: object = None) -> _Answer:
-        import aiohttp
-        from yarl import URL
+        # The blocking client does without it, and starts the faster.
+        import aiohttp  # noqa: PLC0415
+        from yarl import URL  # noqa: PLC0415
 
         if self._session is None:
             timeout = aiohttp.ClientTimeout(total=self._timeout)
@@ -229,8 +245,12 @@ class AsyncRouterTraceClient:
         method = "GET" if body is None else "POST"
         # The id in the path is quoted already.
         url = URL(self.url + path, encoded=True)
-        async with self._session.request(method, url, json=body) as response:
-            return _read(response.status, response.headers, await response.read())
+        try:
+            async with self._session.request(method, url, json=body) as response:
+                return _read(response.status, response.headers, await response.read())
+        except aiohttp.ServerDisconnectedError as error:
+            # The one end of a connection that aiohttp does not count among the OSErrors.
+            raise ConnectionResetError(f"{self.url} closed the connection without an answer") from error
 
 
 def _read(status: int, headers: Any, body: bytes) -> _Answer:

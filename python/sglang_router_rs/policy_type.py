@@ -24,7 +24,8 @@ class PolicyType(str, enum.Enum):
     """Drawn by the workers' weights."""
 
     CacheAware = "cache_aware"
-    """The worker that was sent the longest prefix of the prompt, unless the load is uneven or the prefix is short: then the fewest requests in flight."""
+    """The worker that was sent the longest prefix of the prompt, unless the load is uneven or the prefix is short:
+    then the fewest requests in flight."""
 
     def __str__(self) -> str:
         return self.value

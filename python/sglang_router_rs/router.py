@@ -41,12 +41,11 @@ class Router:
     Use ``start()`` to serve until a signal, or a ``with`` block to serve in the background.
     """
 
-    def __init__(self, worker_urls: Sequence[str] | None = None, policy: str | None = None,
-                 **options: Unpack[RouterOptions]) -> None:
+    def __init__(
+        self, worker_urls: Sequence[str] | None = None, policy: str | None = None, **options: Unpack[RouterOptions]
+    ) -> None:
         given = {"worker_urls": worker_urls, "policy": policy, **options}
-        self._settings = [
-            (name, _texts(name, value)) for name, value in given.items() if value is not None
-        ]
+        self._settings = [(name, _texts(name, value)) for name, value in given.items() if value is not None]
         self._pid = os.getpid()
         self._server: _core.Server | None = None
         _core.Server.check(self._settings)
@@ -62,18 +61,18 @@ class Router:
             OSError: the port is taken; names it.
             RuntimeError: it is serving already.
         """
-        server = self._begin()
+        self._check_idle()
         try:
+            server = self._begin()
             if _may_handle_signals():
                 _serve_until_signalled(server)
             else:
                 _wait(server)
-        except KeyboardInterrupt:
-            server.stop()
-            _wait(server)
-            raise
         except BaseException:
-            server.stop()
+            # Also a KeyboardInterrupt of the moment before signals are handled here.
+            if self._server is not None:
+                self._server.stop()
+                _wait(self._server)
             raise
 
     def stop(self, grace_secs: float | None = None) -> None:
@@ -97,12 +96,16 @@ class Router:
         return True
 
     def __enter__(self) -> Self:
+        self._check_idle()
         self._begin()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 traceback: TracebackType | None) -> None:
-        self.stop()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # A forked child that leaves the block has nothing to stop.
+        if os.getpid() == self._pid:
+            self.stop()
 
     @property
     def is_running(self) -> bool:
@@ -142,10 +145,11 @@ class Router:
         stats: dict[str, Any] = json.loads(self._tracking().trace_stats())
         return stats
 
-    def _begin(self) -> _core.Server:
-        self._check_process()
+    def _check_idle(self) -> None:
         if self.is_running:
             raise RuntimeError("this router is serving already")
+
+    def _begin(self) -> _core.Server:
         self._server = _core.Server(self._settings)
         return self._server
 
@@ -163,8 +167,7 @@ class Router:
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
-            raise RuntimeError(
-                "this router belongs to the process it was made in; after a fork, make a new Router")
+            raise RuntimeError("this router belongs to the process it was made in; after a fork, make a new Router")
 
 
 def _signature() -> inspect.Signature:
@@ -186,7 +189,8 @@ def _default(option: _core.Option) -> Any:
     if text is None:
         return None
     return {"bool": lambda: text == "true", "int": lambda: int(text), "float": lambda: float(text)}.get(
-        shape, lambda: text)()
+        shape, lambda: text
+    )()
 
 
 Router.__signature__ = _signature()  # type: ignore[attr-defined]

@@ -40,10 +40,7 @@ impl<'a> Prompt<'a> {
     pub(super) fn add(&mut self, field: &'a RawValue) {
         let before = self.mark();
         let mut source = serde_json::Deserializer::from_str(field.get());
-        let reading = Reading {
-            prompt: self,
-            in_list: false,
-        };
+        let reading = Reading { prompt: self, in_list: false };
         if reading.deserialize(&mut source).is_err() {
             self.go_back(before);
         }
@@ -59,10 +56,7 @@ impl<'a> Prompt<'a> {
             return None;
         }
         let tokens = u32::try_from(self.ids.len() / 4).unwrap_or(u32::MAX);
-        Some(Routed {
-            bytes: Cow::Owned(self.ids),
-            tokens,
-        })
+        Some(Routed { bytes: Cow::Owned(self.ids), tokens })
     }
 
     fn push_borrowed(&mut self, piece: &'a str) {
@@ -177,13 +171,7 @@ impl<'de> Visitor<'de> for Reading<'_, 'de> {
 
     fn visit_seq<S: SeqAccess<'de>>(self, mut list: S) -> Result<(), S::Error> {
         let prompt = self.prompt;
-        while list
-            .next_element_seed(Reading {
-                prompt,
-                in_list: true,
-            })?
-            .is_some()
-        {}
+        while list.next_element_seed(Reading { prompt, in_list: true })?.is_some() {}
         Ok(())
     }
 
@@ -195,10 +183,7 @@ impl<'de> Visitor<'de> for Reading<'_, 'de> {
                 Key::Text => {
                     // A message has `content`, a part has `text`: of either, the last one counts.
                     prompt.go_back(before);
-                    object.next_value_seed(Reading {
-                        prompt,
-                        in_list: false,
-                    })?;
+                    object.next_value_seed(Reading { prompt, in_list: false })?;
                 }
                 Key::Other => drop(object.next_value::<IgnoredAny>()?),
             }

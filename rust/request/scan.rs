@@ -64,10 +64,7 @@ pub struct Scan<'a> {
 /// beyond 32 bits are no ids.
 pub fn scan(body: &[u8]) -> Scan<'_> {
     // All of it is checked once here; reading from a `str` then checks nothing twice.
-    std::str::from_utf8(body)
-        .ok()
-        .and_then(scan_object)
-        .unwrap_or_default()
+    std::str::from_utf8(body).ok().and_then(scan_object).unwrap_or_default()
 }
 
 fn scan_object(body: &str) -> Option<Scan<'_>> {
@@ -125,11 +122,7 @@ mod tests {
         let scan = scan(body.as_bytes());
         let expected = joined(pieces);
         assert_eq!(scan.prompt, expected, "{body}");
-        assert_eq!(
-            scan.input_tokens,
-            Some(expected.len().div_ceil(4) as u32),
-            "{body}"
-        );
+        assert_eq!(scan.input_tokens, Some(expected.len().div_ceil(4) as u32), "{body}");
     }
 
     fn assert_ids(body: &str, ids: &[u32]) {
@@ -140,11 +133,7 @@ mod tests {
 
     fn assert_no_prompt(body: &str) {
         let scan = scan(body.as_bytes());
-        assert_eq!(
-            (&*scan.prompt, scan.input_tokens),
-            (&b""[..], None),
-            "{body}"
-        );
+        assert_eq!((&*scan.prompt, scan.input_tokens), (&b""[..], None), "{body}");
         assert!(scan.stream.is_some(), "{body} is an object");
     }
 
@@ -154,10 +143,7 @@ mod tests {
         let scan = scan(body);
         assert_eq!(scan.stream, Some(true));
         assert!(matches!(scan.rid, Some(Cow::Borrowed("r-1"))));
-        assert!(
-            matches!(scan.prompt, Cow::Borrowed(b"Once upon a time")),
-            "not copied"
-        );
+        assert!(matches!(scan.prompt, Cow::Borrowed(b"Once upon a time")), "not copied");
         assert_eq!((scan.input_tokens, scan.model), (Some(4), None));
         assert_text(r#"{"text":["a","b c"]}"#, &["a", "b c"]);
         assert_text(r#"{"text":"tab\t\u00e9\ud83d\ude00"}"#, &["tab\té😀"]);
@@ -170,10 +156,7 @@ mod tests {
     #[test]
     fn completions() {
         let body = r#"{"model":"llama","prompt":"hi"}"#;
-        assert!(matches!(
-            scan(body.as_bytes()).model,
-            Some(Cow::Borrowed("llama"))
-        ));
+        assert!(matches!(scan(body.as_bytes()).model, Some(Cow::Borrowed("llama"))));
         assert_text(body, &["hi"]);
         assert_text(r#"{"prompt":["hi","ho"]}"#, &["hi", "ho"]);
         assert_ids(r#"{"prompt":[5,6]}"#, &[5, 6]);
@@ -232,14 +215,9 @@ mod tests {
 
     #[test]
     fn ids_that_are_none() {
-        for ids in [
-            "[-1]",
-            "[1,4294967296]",
-            "[1.0]",
-            "[1e99]",
-            "[[1],[-2]]",
-            "[18446744073709551616]",
-        ] {
+        for ids in
+            ["[-1]", "[1,4294967296]", "[1.0]", "[1e99]", "[[1],[-2]]", "[18446744073709551616]"]
+        {
             assert_no_prompt(&format!(r#"{{"input_ids":{ids}}}"#));
             assert_text(&format!(r#"{{"input_ids":{ids},"prompt":"p"}}"#), &["p"]);
         }
@@ -248,41 +226,18 @@ mod tests {
     #[test]
     fn a_wrong_type_spoils_its_field_alone() {
         let scan_of = |fields: &str| format!(r#"{{"text":"t",{fields}}}"#);
-        for wrong in [
-            "5",
-            "[]",
-            "[1,null]",
-            "{}",
-            "true",
-            "{\"a\":\"b\"}",
-            "\"\\ud800\"",
-        ] {
+        for wrong in ["5", "[]", "[1,null]", "{}", "true", "{\"a\":\"b\"}", "\"\\ud800\""] {
             let body = scan_of(&format!(r#""rid":{wrong},"model":{wrong}"#));
             let scan = scan(body.as_bytes());
-            assert_eq!(
-                (scan.rid, scan.model, &*scan.prompt),
-                (None, None, &b"t"[..]),
-                "{wrong}"
-            );
+            assert_eq!((scan.rid, scan.model, &*scan.prompt), (None, None, &b"t"[..]), "{wrong}");
         }
         for wrong in ["\"yes\"", "1", "[true]", "{}"] {
             let body = scan_of(&format!(r#""stream":{wrong}"#));
             assert_eq!(scan(body.as_bytes()).stream, None, "{wrong}");
         }
-        assert_eq!(
-            scan(scan_of(r#""stream":null"#).as_bytes()).stream,
-            Some(false)
-        );
+        assert_eq!(scan(scan_of(r#""stream":null"#).as_bytes()).stream, Some(false));
         assert_eq!(scan(br#"{}"#).stream, Some(false));
-        for wrong in [
-            "5",
-            "true",
-            "null",
-            "[]",
-            "{}",
-            "\"\\ud800\"",
-            "[{\"content\":{}}]",
-        ] {
+        for wrong in ["5", "true", "null", "[]", "{}", "\"\\ud800\"", "[{\"content\":{}}]"] {
             assert_no_prompt(&format!(r#"{{"text":{wrong}}}"#));
             assert_ids(&format!(r#"{{"text":{wrong},"input_ids":[3]}}"#), &[3]);
         }
@@ -291,29 +246,15 @@ mod tests {
     #[test]
     fn the_last_of_a_repeated_field_wins() {
         assert_text(r#"{"text":"a","text":"b"}"#, &["b"]);
-        assert_text(
-            r#"{"text":["x",{"content":"a","content":["b","c"]}]}"#,
-            &["x", "b", "c"],
-        );
+        assert_text(r#"{"text":["x",{"content":"a","content":["b","c"]}]}"#, &["x", "b", "c"]);
         assert_ids(r#"{"prompt":[{"content":[1,-1],"content":[2]}]}"#, &[2]);
-        assert_eq!(
-            scan(br#"{"rid":"a","rid":["\u0062","c"]}"#).rid.as_deref(),
-            Some("b")
-        );
+        assert_eq!(scan(br#"{"rid":"a","rid":["\u0062","c"]}"#).rid.as_deref(), Some("b"));
     }
 
     #[test]
     fn what_is_no_object_is_unknown() {
-        for body in [
-            "",
-            " ",
-            "[]",
-            "null",
-            "5",
-            "\"text\"",
-            "{\"text\":\"a\"}x",
-            "{\"text\":'a'}",
-        ] {
+        for body in ["", " ", "[]", "null", "5", "\"text\"", "{\"text\":\"a\"}x", "{\"text\":'a'}"]
+        {
             assert_eq!(scan(body.as_bytes()), Scan::default(), "{body}");
         }
         assert_eq!(scan(b"{\"text\":\"\xff\"}"), Scan::default());
@@ -325,11 +266,7 @@ mod tests {
         let body =
             r#"{"rid":"é","stream":true,"messages":[{"content":[{"text":"\u00e9"}]}],"n":1.5e3}"#;
         for len in 0..body.len() {
-            assert_eq!(
-                scan(&body.as_bytes()[..len]),
-                Scan::default(),
-                "first {len} bytes"
-            );
+            assert_eq!(scan(&body.as_bytes()[..len]), Scan::default(), "first {len} bytes");
         }
         assert_text(body, &["é"]);
     }
@@ -360,13 +297,7 @@ mod tests {
         });
         let model = object.get("model").and_then(string);
         let (prompt, input_tokens) = naive_prompt(&object).unzip();
-        Scan {
-            model,
-            stream,
-            rid,
-            prompt: prompt.unwrap_or_default().into(),
-            input_tokens,
-        }
+        Scan { model, stream, rid, prompt: prompt.unwrap_or_default().into(), input_tokens }
     }
 
     fn naive_prompt(object: &Map<String, Value>) -> Option<(Vec<u8>, u32)> {
@@ -401,8 +332,7 @@ mod tests {
             Value::Array(list) => list.iter().for_each(|item| collect(item, true, texts, ids)),
             Value::Object(object) => {
                 let text = object.get("content").or_else(|| object.get("text"));
-                text.into_iter()
-                    .for_each(|text| collect(text, false, texts, ids));
+                text.into_iter().for_each(|text| collect(text, false, texts, ids));
             }
             _ => {}
         }
@@ -422,10 +352,7 @@ mod tests {
                 prop::collection::vec(any::<u16>(), 1..5).prop_map(Value::from),
                 prop::collection::vec(inner.clone(), 0..5).prop_map(Value::from),
                 ("content|text|role", inner.clone(), inner).prop_map(|(key, value, other)| {
-                    Value::Object(Map::from_iter([
-                        (key, value),
-                        ("image_url".to_owned(), other),
-                    ]))
+                    Value::Object(Map::from_iter([(key, value), ("image_url".to_owned(), other)]))
                 }),
             ]
         })

@@ -83,11 +83,7 @@ impl Policy for CacheAware {
         let (index, reason) = self.choose(request.prompt, &matched, targets, rng);
         let tokens = matched.bytes_for(targets[index].id) / BYTES_PER_TOKEN;
         let matched_tokens = Some(u32::try_from(tokens).unwrap_or(u32::MAX));
-        Pick {
-            index,
-            reason,
-            matched_tokens,
-        }
+        Pick { index, reason, matched_tokens }
     }
 
     fn sent(&self, request: &Request, worker: WorkerId) {
@@ -131,31 +127,18 @@ mod tests {
     }
 
     fn pick(policy: &CacheAware, prompt: &[u8], targets: &[Arc<Target>]) -> Pick {
-        policy.pick(
-            &Request { prompt },
-            targets,
-            &mut fastrand::Rng::with_seed(3),
-        )
+        policy.pick(&Request { prompt }, targets, &mut fastrand::Rng::with_seed(3))
     }
 
     fn expect(index: usize, reason: &'static str, tokens: u32) -> Pick {
-        Pick {
-            index,
-            reason,
-            matched_tokens: Some(tokens),
-        }
+        Pick { index, reason, matched_tokens: Some(tokens) }
     }
 
     #[test]
     fn a_prompt_follows_its_prefix() {
         let policy = policy(&[]);
         let (targets, _held) = loaded(&[0, 5, 0]);
-        policy.sent(
-            &Request {
-                prompt: b"You are helpful. What is Rust?",
-            },
-            1,
-        );
+        policy.sent(&Request { prompt: b"You are helpful. What is Rust?" }, 1);
         let found = pick(&policy, b"You are helpful. Who?", &targets);
         assert_eq!(found, expect(1, PREFIX_MATCH, 18 / 4));
     }
@@ -164,30 +147,11 @@ mod tests {
     fn the_longest_prefix_among_the_routable_wins() {
         let policy = policy(&[]);
         let (targets, _held) = loaded(&[0, 0, 0]);
-        policy.sent(
-            &Request {
-                prompt: b"aaaabbbbcccc",
-            },
-            2,
-        );
-        policy.sent(
-            &Request {
-                prompt: b"aaaabbbb",
-            },
-            1,
-        );
-        assert_eq!(
-            pick(&policy, b"aaaabbbbcccc", &targets),
-            expect(2, PREFIX_MATCH, 3)
-        );
-        assert_eq!(
-            pick(&policy, b"aaaabbbbcccc", &targets[..2]),
-            expect(1, PREFIX_MATCH, 2)
-        );
-        assert_eq!(
-            pick(&policy, b"aaaabbbbcccc", &targets[..1]),
-            expect(0, NO_MATCH, 0)
-        );
+        policy.sent(&Request { prompt: b"aaaabbbbcccc" }, 2);
+        policy.sent(&Request { prompt: b"aaaabbbb" }, 1);
+        assert_eq!(pick(&policy, b"aaaabbbbcccc", &targets), expect(2, PREFIX_MATCH, 3));
+        assert_eq!(pick(&policy, b"aaaabbbbcccc", &targets[..2]), expect(1, PREFIX_MATCH, 2));
+        assert_eq!(pick(&policy, b"aaaabbbbcccc", &targets[..1]), expect(0, NO_MATCH, 0));
     }
 
     #[test]
@@ -196,31 +160,17 @@ mod tests {
         let (targets, _held) = loaded(&[1, 2]);
         policy.sent(&Request { prompt: b"aaaa" }, 1);
         assert_eq!(pick(&policy, b"aaaabbbb", &targets), expect(0, NO_MATCH, 0));
-        assert_eq!(
-            pick(&policy, b"aaaabbb", &targets),
-            expect(1, PREFIX_MATCH, 1)
-        );
+        assert_eq!(pick(&policy, b"aaaabbb", &targets), expect(1, PREFIX_MATCH, 1));
     }
 
     #[test]
     fn what_the_least_loaded_has_is_reported_also_when_that_was_not_the_reason() {
         let policy = policy(&["--cache-threshold=0.9", "--balance-abs-threshold=2"]);
-        policy.sent(
-            &Request {
-                prompt: b"aaaabbbb",
-            },
-            0,
-        );
+        policy.sent(&Request { prompt: b"aaaabbbb" }, 0);
         let (targets, _held) = loaded(&[0, 1]);
-        assert_eq!(
-            pick(&policy, b"aaaabbbbcccc", &targets),
-            expect(0, NO_MATCH, 2)
-        );
+        assert_eq!(pick(&policy, b"aaaabbbbcccc", &targets), expect(0, NO_MATCH, 2));
         let (targets, _held) = loaded(&[0, 3]);
-        assert_eq!(
-            pick(&policy, b"aaaabbbbcccc", &targets),
-            expect(0, IMBALANCE, 2)
-        );
+        assert_eq!(pick(&policy, b"aaaabbbbcccc", &targets), expect(0, IMBALANCE, 2));
     }
 
     #[test]
@@ -265,26 +215,15 @@ mod tests {
         let mut rng = fastrand::Rng::with_seed(5);
         let mut counts = [0; 4];
         for _ in 0..3000 {
-            counts[policy
-                .pick(&Request { prompt: b"aaaa" }, &targets, &mut rng)
-                .index] += 1;
+            counts[policy.pick(&Request { prompt: b"aaaa" }, &targets, &mut rng).index] += 1;
         }
-        assert!(
-            close_to(&counts, &[1000.0, 1000.0, 0.0, 1000.0]),
-            "{counts:?}"
-        );
+        assert!(close_to(&counts, &[1000.0, 1000.0, 0.0, 1000.0]), "{counts:?}");
 
         let counts = tally(&policy, &targets, 2000);
-        assert!(
-            close_to(&counts, &[1000.0, 0.0, 1000.0, 0.0]),
-            "no match: {counts:?}"
-        );
+        assert!(close_to(&counts, &[1000.0, 0.0, 1000.0, 0.0]), "no match: {counts:?}");
         let (targets, _held) = loaded(&[0, 9, 0, 0]);
         let counts = tally(&policy, &targets, 3000);
-        assert!(
-            close_to(&counts, &[1000.0, 0.0, 1000.0, 1000.0]),
-            "uneven: {counts:?}"
-        );
+        assert!(close_to(&counts, &[1000.0, 0.0, 1000.0, 1000.0]), "uneven: {counts:?}");
     }
 
     #[test]

@@ -27,11 +27,7 @@ impl FixedProbability {
 impl Policy for FixedProbability {
     fn pick(&self, _: &Request, targets: &[Arc<Target>], rng: &mut fastrand::Rng) -> Pick {
         match draw(targets, rng) {
-            Some(index) => Pick {
-                index,
-                reason: WEIGHTED,
-                matched_tokens: None,
-            },
+            Some(index) => Pick { index, reason: WEIGHTED, matched_tokens: None },
             None => Pick {
                 index: rng.usize(..targets.len()),
                 reason: ALL_WEIGHTS_ZERO,
@@ -44,10 +40,7 @@ impl Policy for FixedProbability {
 /// An index drawn by weight, or `None` if no target has one.
 fn draw(targets: &[Arc<Target>], rng: &mut fastrand::Rng) -> Option<usize> {
     // Relative to the heaviest, because a sum of huge weights would be infinite.
-    let heaviest = targets
-        .iter()
-        .map(|target| target.weight)
-        .fold(0.0, f64::max);
+    let heaviest = targets.iter().map(|target| target.weight).fold(0.0, f64::max);
     if heaviest == 0.0 {
         return None;
     }
@@ -71,27 +64,19 @@ mod tests {
     use crate::routing::tests::{close_to, tally};
 
     fn weighted(weights: &[f64]) -> Vec<Arc<Target>> {
-        (0..)
-            .zip(weights)
-            .map(|(id, &weight)| Arc::new(Target::new(id, weight)))
-            .collect()
+        (0..).zip(weights).map(|(id, &weight)| Arc::new(Target::new(id, weight))).collect()
     }
 
     fn reason(targets: &[Arc<Target>]) -> &'static str {
         let mut rng = fastrand::Rng::with_seed(0);
-        FixedProbability
-            .pick(&Request { prompt: b"" }, targets, &mut rng)
-            .reason
+        FixedProbability.pick(&Request { prompt: b"" }, targets, &mut rng).reason
     }
 
     #[test]
     fn shares_follow_the_weights() {
         let targets = weighted(&[1.0, 0.0, 3.0, 0.5]);
         let counts = tally(&FixedProbability, &targets, 9000);
-        assert!(
-            close_to(&counts, &[2000.0, 0.0, 6000.0, 1000.0]),
-            "{counts:?}"
-        );
+        assert!(close_to(&counts, &[2000.0, 0.0, 6000.0, 1000.0]), "{counts:?}");
         assert_eq!(reason(&targets), WEIGHTED);
     }
 

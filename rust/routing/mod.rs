@@ -54,11 +54,7 @@ pub struct Target {
 impl Target {
     /// A worker with nothing in flight. `weight` has passed [`check_weight`].
     pub fn new(id: WorkerId, weight: f64) -> Self {
-        Self {
-            id,
-            weight,
-            in_flight: AtomicU32::new(0),
-        }
+        Self { id, weight, in_flight: AtomicU32::new(0) }
     }
 
     /// Requests picked for this worker that have not ended.
@@ -249,9 +245,7 @@ pub fn check_weight(weight: f64) -> Result<f64, String> {
     if (0.0..f64::INFINITY).contains(&weight) {
         Ok(weight)
     } else {
-        Err(format!(
-            "weight {weight} must be a finite number of at least 0"
-        ))
+        Err(format!("weight {weight} must be a finite number of at least 0"))
     }
 }
 
@@ -268,10 +262,7 @@ pub struct Draws {
 impl Draws {
     /// Draws that follow `seed`, or that differ from run to run without one.
     pub fn new(seed: Option<u64>) -> Self {
-        Self {
-            seed: seed.unwrap_or_else(|| fastrand::u64(..)),
-            requests: AtomicU64::new(0),
-        }
+        Self { seed: seed.unwrap_or_else(|| fastrand::u64(..)), requests: AtomicU64::new(0) }
     }
 
     /// The next request's source.
@@ -322,16 +313,13 @@ mod tests {
 
     pub fn options(flags: &[&str]) -> Result<Options, String> {
         let line = Line::try_parse_from([&["test"], flags].concat());
-        line.map(|line| line.routing)
-            .map_err(|error| error.to_string())
+        line.map(|line| line.routing).map_err(|error| error.to_string())
     }
 
     /// Targets with these loads; the guards keep them.
     pub fn loaded(loads: &[u32]) -> (Vec<Arc<Target>>, Vec<InFlight>) {
-        let targets: Vec<_> = (0..)
-            .zip(loads)
-            .map(|(id, _)| Arc::new(Target::new(id, 1.0)))
-            .collect();
+        let targets: Vec<_> =
+            (0..).zip(loads).map(|(id, _)| Arc::new(Target::new(id, 1.0))).collect();
         let held = targets
             .iter()
             .zip(loads)
@@ -345,19 +333,14 @@ mod tests {
         let mut rng = fastrand::Rng::with_seed(7);
         let mut counts = vec![0; targets.len()];
         for _ in 0..rounds {
-            counts[policy
-                .pick(&Request { prompt: b"" }, targets, &mut rng)
-                .index] += 1;
+            counts[policy.pick(&Request { prompt: b"" }, targets, &mut rng).index] += 1;
         }
         counts
     }
 
     /// Whether counts are within a fifth of the expectation, far outside chance for the sizes used.
     pub fn close_to(counts: &[usize], expected: &[f64]) -> bool {
-        counts
-            .iter()
-            .zip(expected)
-            .all(|(&count, &e)| (count as f64 - e).abs() <= e / 5.0)
+        counts.iter().zip(expected).all(|(&count, &e)| (count as f64 - e).abs() <= e / 5.0)
     }
 
     fn built(kind: PolicyKind) -> Arc<dyn Policy> {
@@ -418,10 +401,7 @@ mod tests {
             assert_eq!(kind.to_string(), kind.name());
             assert!(kind.rule().ends_with('.') && !kind.reasons().is_empty());
             let upper = kind.name().to_uppercase();
-            assert_eq!(
-                options(&["--policy", &upper]).expect("any case").policy,
-                kind
-            );
+            assert_eq!(options(&["--policy", &upper]).expect("any case").policy, kind);
         }
     }
 
@@ -481,19 +461,13 @@ mod tests {
     /// Runs the steps on a fresh policy; checks every pick and returns them.
     fn run(kind: PolicyKind, steps: &[Step], weights: &[f64]) -> Vec<Pick> {
         let (policy, draws) = (built(kind), Draws::new(Some(9)));
-        let all: Vec<_> = (0..)
-            .zip(weights)
-            .map(|(id, &w)| Arc::new(Target::new(id, w)))
-            .collect();
+        let all: Vec<_> = (0..).zip(weights).map(|(id, &w)| Arc::new(Target::new(id, w))).collect();
         let (mut held, mut picks) = (Vec::new(), Vec::new());
         for step in steps {
             match step {
                 Step::Ask { prompt, routable } => {
-                    let given: Vec<_> = all
-                        .iter()
-                        .filter(|t| routable >> t.id & 1 == 1)
-                        .cloned()
-                        .collect();
+                    let given: Vec<_> =
+                        all.iter().filter(|t| routable >> t.id & 1 == 1).cloned().collect();
                     let request = Request { prompt };
                     let pick = policy.pick(&request, &given, &mut draws.next());
                     assert!(kind.reasons().contains(&pick.reason));

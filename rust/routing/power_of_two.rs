@@ -26,11 +26,7 @@ impl PowerOfTwo {
 impl Policy for PowerOfTwo {
     fn pick(&self, _: &Request, targets: &[Arc<Target>], rng: &mut fastrand::Rng) -> Pick {
         if targets.len() == 1 {
-            return Pick {
-                index: 0,
-                reason: ONLY_WORKER,
-                matched_tokens: None,
-            };
+            return Pick { index: 0, reason: ONLY_WORKER, matched_tokens: None };
         }
         let first = rng.usize(..targets.len());
         // Drawn from all but the first: those from its place on move up by one.
@@ -39,11 +35,7 @@ impl Policy for PowerOfTwo {
         // On a tie the first wins, which is random as the first was drawn at random.
         let fewer = targets[second].in_flight() < targets[first].in_flight();
         let index = if fewer { second } else { first };
-        Pick {
-            index,
-            reason: FEWER_IN_FLIGHT,
-            matched_tokens: None,
-        }
+        Pick { index, reason: FEWER_IN_FLIGHT, matched_tokens: None }
     }
 }
 

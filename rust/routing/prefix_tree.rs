@@ -70,8 +70,7 @@ struct Child {
 
 impl Node {
     fn child(&self, first_byte: u8) -> Result<usize, usize> {
-        self.children
-            .binary_search_by_key(&first_byte, |child| child.first_byte)
+        self.children.binary_search_by_key(&first_byte, |child| child.first_byte)
     }
 
     /// Bytes this node holds outside of itself.
@@ -147,12 +146,7 @@ impl PrefixTree {
 
     /// The path of `prompt`, as far as the tree has it.
     pub fn matched(&self, prompt: &[u8]) -> Match<'_> {
-        let mut found = Match {
-            tree: self,
-            node: ROOT,
-            bytes_in_node: 0,
-            bytes: 0,
-        };
+        let mut found = Match { tree: self, node: ROOT, bytes_in_node: 0, bytes: 0 };
         while let Some(child) = self.child(found.node, &prompt[found.bytes..]) {
             let text = &self.node(child).text;
             let common = common_prefix(text, &prompt[found.bytes..]);
@@ -216,11 +210,7 @@ impl PrefixTree {
         while let Some(child) = self.child(id, &prompt[bytes..]) {
             let text = &self.node(child).text;
             let common = common_prefix(text, &prompt[bytes..]);
-            id = if common < text.len() {
-                self.split(child, common)
-            } else {
-                child
-            };
+            id = if common < text.len() { self.split(child, common) } else { child };
             bytes += common;
             if let Err(at) = self.node(id).workers.binary_search(&worker) {
                 self.change(id, |node| node.workers.insert(at, worker));
@@ -244,10 +234,7 @@ impl PrefixTree {
         let (head, tail) = node.text.split_at(at);
         let (head, tail): (Box<[u8]>, Box<[u8]>) = (head.into(), tail.into());
         let (workers, parent, newer) = (node.workers.clone(), node.parent, node.newer);
-        let child = Child {
-            first_byte: tail[0],
-            node: lower,
-        };
+        let child = Child { first_byte: tail[0], node: lower };
         let first_byte = head[0];
 
         self.change(lower, |node| node.text = tail);
@@ -284,16 +271,8 @@ impl PrefixTree {
             _ => self.link(leaf, parent, self.node(parent).older),
         }
         self.change(parent, |node| {
-            let place = node
-                .child(text[0])
-                .expect_err("a known child would have been followed");
-            node.children.insert(
-                place,
-                Child {
-                    first_byte: text[0],
-                    node: leaf,
-                },
-            );
+            let place = node.child(text[0]).expect_err("a known child would have been followed");
+            node.children.insert(place, Child { first_byte: text[0], node: leaf });
         });
         leaf
     }
@@ -328,15 +307,11 @@ impl PrefixTree {
     }
 
     fn node(&self, id: NodeId) -> &Node {
-        self.slots[id as usize]
-            .as_deref()
-            .expect("links lead to nodes")
+        self.slots[id as usize].as_deref().expect("links lead to nodes")
     }
 
     fn node_mut(&mut self, id: NodeId) -> &mut Node {
-        self.slots[id as usize]
-            .as_deref_mut()
-            .expect("links lead to nodes")
+        self.slots[id as usize].as_deref_mut().expect("links lead to nodes")
     }
 
     /// Changes a node's text or lists; the only way to, so that `heap_bytes` stays the sum.
@@ -377,20 +352,12 @@ impl PrefixTree {
 
     /// What comes after `id` in the recency list, after its beginning for [`NONE`].
     fn older_of(&mut self, id: NodeId) -> &mut NodeId {
-        if id == NONE {
-            &mut self.newest
-        } else {
-            &mut self.node_mut(id).older
-        }
+        if id == NONE { &mut self.newest } else { &mut self.node_mut(id).older }
     }
 
     /// What comes before `id` in the recency list, before its end for [`NONE`].
     fn newer_of(&mut self, id: NodeId) -> &mut NodeId {
-        if id == NONE {
-            &mut self.oldest
-        } else {
-            &mut self.node_mut(id).newer
-        }
+        if id == NONE { &mut self.oldest } else { &mut self.node_mut(id).newer }
     }
 }
 
@@ -431,17 +398,9 @@ impl<'a> Match<'a> {
 /// Length of the longest common prefix; by blocks the compiler compares in a few instructions.
 fn common_prefix(a: &[u8], b: &[u8]) -> usize {
     const BLOCK: usize = 32;
-    let blocks = a
-        .as_chunks::<BLOCK>()
-        .0
-        .iter()
-        .zip(b.as_chunks::<BLOCK>().0);
+    let blocks = a.as_chunks::<BLOCK>().0.iter().zip(b.as_chunks::<BLOCK>().0);
     let same = blocks.take_while(|(a, b)| a == b).count() * BLOCK;
-    same + a[same..]
-        .iter()
-        .zip(&b[same..])
-        .take_while(|(a, b)| a == b)
-        .count()
+    same + a[same..].iter().zip(&b[same..]).take_while(|(a, b)| a == b).count()
 }
 
 #[cfg(test)]
@@ -456,20 +415,11 @@ impl PrefixTree {
             assert!((1..=MAX_EDGE_BYTES).contains(&node.text.len()));
             assert!(!node.workers.is_empty() && node.workers.is_sorted_by(|a, b| a < b));
             let parent = self.node(node.parent);
-            let place = parent
-                .child(node.text[0])
-                .expect("the parent lists its child");
+            let place = parent.child(node.text[0]).expect("the parent lists its child");
             assert_eq!(parent.children[place].node, id);
             if node.parent != ROOT {
-                assert!(
-                    rank[node.parent as usize] < count,
-                    "a parent is more recent"
-                );
-                assert!(
-                    node.workers
-                        .iter()
-                        .all(|worker| parent.workers.contains(worker))
-                );
+                assert!(rank[node.parent as usize] < count, "a parent is more recent");
+                assert!(node.workers.iter().all(|worker| parent.workers.contains(worker)));
             }
             rank[id as usize] = count;
             count += 1;
@@ -479,14 +429,8 @@ impl PrefixTree {
         assert_eq!(newer, self.oldest);
         assert_eq!((count, text_bytes), (self.node_count(), self.text_bytes));
         let nodes = self.slots.iter().flatten();
-        assert_eq!(
-            nodes.clone().map(|node| node.children.len()).sum::<usize>(),
-            count
-        );
-        assert_eq!(
-            nodes.map(|node| node.heap_bytes()).sum::<usize>(),
-            self.heap_bytes
-        );
+        assert_eq!(nodes.clone().map(|node| node.children.len()).sum::<usize>(), count);
+        assert_eq!(nodes.map(|node| node.heap_bytes()).sum::<usize>(), self.heap_bytes);
         assert!(self.text_bytes <= self.max_bytes);
         assert!(self.memory_bytes() <= self.max_memory_bytes);
     }
@@ -524,23 +468,14 @@ mod tests {
     #[test]
     fn prompts_share_their_prefix() {
         let tree = tree(&[("hello world", 1), ("hello there", 2), ("hello", 3)]);
-        assert_eq!(
-            tree.text_bytes(),
-            "hello ".len() + "world".len() + "there".len()
-        );
+        assert_eq!(tree.text_bytes(), "hello ".len() + "world".len() + "there".len());
         assert_eq!(longest(&tree, b"hello world!"), Some((11, vec![1])));
         assert_eq!(longest(&tree, b"hello you"), Some((6, vec![1, 2])));
         assert_eq!(longest(&tree, b"hell"), Some((4, vec![1, 2, 3])));
         let found = tree.matched(b"hello there");
+        assert_eq!([1, 2, 3, 4].map(|worker| found.bytes_for(worker)), [6, 11, 5, 0]);
         assert_eq!(
-            [1, 2, 3, 4].map(|worker| found.bytes_for(worker)),
-            [6, 11, 5, 0]
-        );
-        assert_eq!(
-            found
-                .deepest_first()
-                .map(|(bytes, _)| bytes)
-                .collect::<Vec<_>>(),
+            found.deepest_first().map(|(bytes, _)| bytes).collect::<Vec<_>>(),
             [11, 6, 5],
             "longest first"
         );
@@ -551,10 +486,7 @@ mod tests {
         let mut tree = tree(&[("abc", 1)]);
         let before = (tree.text_bytes(), tree.memory_bytes(), tree.node_count());
         tree.insert(b"abc", 1);
-        assert_eq!(
-            (tree.text_bytes(), tree.memory_bytes(), tree.node_count()),
-            before
-        );
+        assert_eq!((tree.text_bytes(), tree.memory_bytes(), tree.node_count()), before);
     }
 
     #[test]
@@ -585,16 +517,10 @@ mod tests {
         assert_eq!(tree.node_count(), 1 + 128);
         let wide = tree.child(ROOT, b"x").expect("all prompts begin so");
         for byte in (2..=254).step_by(2) {
-            tree.remove_leaf(
-                tree.child(wide, &[byte])
-                    .expect("the even ones are still there"),
-            );
+            tree.remove_leaf(tree.child(wide, &[byte]).expect("the even ones are still there"));
         }
         tree.check_invariants();
-        assert!(
-            !tree.node(wide).children.spilled(),
-            "one child needs no list of its own"
-        );
+        assert!(!tree.node(wide).children.spilled(), "one child needs no list of its own");
     }
 
     #[test]
@@ -635,10 +561,7 @@ mod tests {
         tree.insert(&prompts[0], 2);
         tree.insert(&prompts[3], 1);
         tree.check_invariants();
-        let kept: Vec<_> = prompts
-            .iter()
-            .map(|prompt| longest(&tree, prompt))
-            .collect();
+        let kept: Vec<_> = prompts.iter().map(|prompt| longest(&tree, prompt)).collect();
         let full = |workers: &[WorkerId]| Some((300, workers.to_vec()));
         assert_eq!(kept, [full(&[1, 2]), None, full(&[1]), full(&[1])]);
     }
@@ -668,10 +591,7 @@ mod tests {
             tree.insert(b"something newer", 1);
             tree.check_invariants();
             let (kept, _) = longest(&tree, &long).unwrap_or_default();
-            assert!(
-                kept + MAX_EDGE_BYTES + 15 >= max_bytes,
-                "only the last node went: {kept}"
-            );
+            assert!(kept + MAX_EDGE_BYTES + 15 >= max_bytes, "only the last node went: {kept}");
         }
     }
 
@@ -691,21 +611,14 @@ mod tests {
     fn many_short_prompts_stay_within_the_memory() {
         let mut tree = PrefixTree::new(100_000);
         for i in 0..20_000_u64 {
-            tree.insert(
-                &i.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes(),
-                (i % 64) as u32,
-            );
+            tree.insert(&i.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes(), (i % 64) as u32);
         }
         tree.check_invariants();
         assert!(tree.node_count() > 500, "{}", tree.node_count());
         let long = vec![1; 100_000];
         tree.insert(&long, 1);
         tree.check_invariants();
-        assert_eq!(
-            tree.matched(&long).bytes_for(1),
-            100_000,
-            "small nodes leave their room"
-        );
+        assert_eq!(tree.matched(&long).bytes_for(1), 100_000, "small nodes leave their room");
     }
 
     #[test]

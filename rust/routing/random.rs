@@ -20,11 +20,7 @@ impl Random {
 
 impl Policy for Random {
     fn pick(&self, _: &Request, targets: &[Arc<Target>], rng: &mut fastrand::Rng) -> Pick {
-        Pick {
-            index: rng.usize(..targets.len()),
-            reason: RANDOM,
-            matched_tokens: None,
-        }
+        Pick { index: rng.usize(..targets.len()), reason: RANDOM, matched_tokens: None }
     }
 }
 

@@ -21,9 +21,7 @@ pub struct RoundRobin {
 
 impl RoundRobin {
     pub fn new(_: &Options) -> Self {
-        Self {
-            next: AtomicU32::new(0),
-        }
+        Self { next: AtomicU32::new(0) }
     }
 }
 
@@ -36,16 +34,10 @@ impl Policy for RoundRobin {
             // After the largest id there is, the turn begins again, which is what 0 means.
             let after = targets[index].id.wrapping_add(1);
             // Only the one pick that moves the turn on may take its worker; the others look again.
-            match self
-                .next
-                .compare_exchange_weak(next, after, Ordering::Relaxed, Ordering::Relaxed)
+            match self.next.compare_exchange_weak(next, after, Ordering::Relaxed, Ordering::Relaxed)
             {
                 Ok(_) => {
-                    return Pick {
-                        index,
-                        reason: ROUND_ROBIN,
-                        matched_tokens: None,
-                    };
+                    return Pick { index, reason: ROUND_ROBIN, matched_tokens: None };
                 }
                 Err(moved) => next = moved,
             }
@@ -63,16 +55,12 @@ mod tests {
     }
 
     fn targets(ids: &[u32]) -> Vec<Arc<Target>> {
-        ids.iter()
-            .map(|&id| Arc::new(Target::new(id, 1.0)))
-            .collect()
+        ids.iter().map(|&id| Arc::new(Target::new(id, 1.0))).collect()
     }
 
     fn turn(policy: &RoundRobin, ids: &[u32]) -> u32 {
         let mut rng = fastrand::Rng::with_seed(0);
-        ids[policy
-            .pick(&Request { prompt: b"" }, &targets(ids), &mut rng)
-            .index]
+        ids[policy.pick(&Request { prompt: b"" }, &targets(ids), &mut rng).index]
     }
 
     #[test]
@@ -88,11 +76,7 @@ mod tests {
         assert_eq!(turn(&policy, &[0, 1, 2, 3]), 0);
         assert_eq!(turn(&policy, &[0, 1, 2, 3]), 1);
         assert_eq!(turn(&policy, &[0, 2, 3]), 2, "the one picked last has left");
-        assert_eq!(
-            turn(&policy, &[0, 2]),
-            0,
-            "the next one has left, and it was the last"
-        );
+        assert_eq!(turn(&policy, &[0, 2]), 0, "the next one has left, and it was the last");
         assert_eq!(turn(&policy, &[0, 1, 2]), 1, "one is back");
         assert_eq!(turn(&policy, &[7]), 7);
         assert_eq!(turn(&policy, &[7]), 7, "the only one repeats");

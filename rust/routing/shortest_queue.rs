@@ -21,11 +21,7 @@ impl ShortestQueue {
 impl Policy for ShortestQueue {
     fn pick(&self, _: &Request, targets: &[Arc<Target>], rng: &mut fastrand::Rng) -> Pick {
         let index = least_in_flight(targets, rng);
-        Pick {
-            index,
-            reason: SHORTEST_QUEUE,
-            matched_tokens: None,
-        }
+        Pick { index, reason: SHORTEST_QUEUE, matched_tokens: None }
     }
 }
 
@@ -44,9 +40,6 @@ mod tests {
     fn ties_are_broken_at_random() {
         let (targets, _held) = loaded(&[1, 2, 1, 1]);
         let counts = tally(&ShortestQueue, &targets, 3000);
-        assert!(
-            close_to(&counts, &[1000.0, 0.0, 1000.0, 1000.0]),
-            "{counts:?}"
-        );
+        assert!(close_to(&counts, &[1000.0, 0.0, 1000.0, 1000.0]), "{counts:?}");
     }
 }

@@ -33,7 +33,9 @@ pub(super) async fn read(
         }
         return Err(too_large(max_bytes));
     }
-    let Some(mut first) = next(&mut body).await? else { return Ok(Bytes::new()) };
+    let Some(mut first) = next(&mut body).await? else {
+        return Ok(Bytes::new());
+    };
     if body.is_end_stream() && first.len() as u64 <= max_bytes {
         return Ok(first);
     }
@@ -89,7 +91,8 @@ mod tests {
     use futures_util::stream;
 
     async fn read_chunks(chunks: &[&'static str], max_bytes: u64) -> Result<Bytes, Kind> {
-        let chunks: Vec<_> = chunks.iter().map(|chunk| Ok::<_, Error>(Bytes::from(*chunk))).collect();
+        let chunks: Vec<_> =
+            chunks.iter().map(|chunk| Ok::<_, Error>(Bytes::from(*chunk))).collect();
         let body = Body::from_stream(stream::iter(chunks));
         read(&HeaderMap::new(), body, max_bytes).await.map_err(|error| error.kind)
     }

@@ -36,7 +36,9 @@ impl Merge {
                 }
                 continue;
             }
-            let Some(sample) = labelled(line, worker) else { continue };
+            let Some(sample) = labelled(line, worker) else {
+                continue;
+            };
             let name = &line[..line.find(['{', ' ', '\t']).unwrap_or(line.len())];
             // `x_bucket`, `x_sum`, `x_count` and `x_total` belong to the family `x` they follow.
             let family = match &current {
@@ -49,7 +51,9 @@ impl Merge {
 
     pub(super) fn render(&self) -> String {
         let mut text = String::new();
-        for line in self.families.iter().flat_map(|family| family.comments.iter().chain(&family.samples)) {
+        for line in
+            self.families.iter().flat_map(|family| family.comments.iter().chain(&family.samples))
+        {
             // Writing into a String does not fail.
             let _ = writeln!(text, "{line}");
         }

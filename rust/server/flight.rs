@@ -76,7 +76,7 @@ impl Flight {
     /// What the body says: the id, where no header gave one, and the facts of the record.
     pub(super) fn describe(&mut self, scan: &Scan<'_>, trace_id: Option<&str>) {
         if self.id.is_none() {
-            let rid = scan.rid.as_deref().and_then(|rid| self.app.request_ids.from_rid(rid));
+            let rid = scan.rid.as_deref().and_then(|rid| self.app.request_ids.in_rid(rid));
             self.open(rid.unwrap_or_else(request_id::generate));
         }
         if let Some(trace) = &mut self.trace {

@@ -1,7 +1,5 @@
-//! The HTTP side: listens, routes requests to their handlers, and ends in an orderly way.
-//!
-//! [`Running`] is a router at work on threads of its own. It is stopped in two steps: no new connections and what
-//! is in flight drains; then, at the end of the grace period, what is left is cut.
+//! The HTTP side. `proxy.rs` is the life of a routed request; `routes.rs` declares every route; `listen.rs` accepts
+//! connections and ends in an orderly way.
 
 mod body;
 mod endpoints;
@@ -9,28 +7,28 @@ mod engine_metrics;
 mod error_response;
 mod flight;
 mod headers;
+mod listen;
 mod options;
 mod proxy;
 mod relay;
 mod request_id;
 pub mod routes;
-mod running;
 mod traces;
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use hyper::HeaderMap;
 use hyper::header::HeaderValue;
 
 use crate::error::{Error, Kind};
-use crate::routing::{Draws, Policy};
+use crate::routing::{self, Draws, Policy};
 use crate::telemetry::metrics::Metrics;
 use crate::tracking::Tracker;
 use crate::workers::{Worker, Workers};
+pub(crate) use listen::{Order, listen, serve};
 pub use options::{Options, WorkerHeaders};
 use request_id::RequestIds;
-pub use running::Running;
 
 /// One router: what its handlers share.
 pub(crate) struct App {
@@ -43,13 +41,64 @@ pub(crate) struct App {
     tracker: Option<Arc<Tracker>>,
     metrics: Metrics,
     request_ids: RequestIds,
-    /// No new requests are wanted.
     is_draining: AtomicBool,
-    /// What is still in flight is being cut.
     is_stopped: AtomicBool,
 }
 
 impl App {
+    pub(crate) fn new(
+        options: Options,
+        workers: Arc<Workers>,
+        policy: Arc<dyn Policy>,
+        routing: &routing::Options,
+        tracker: Option<Arc<Tracker>>,
+    ) -> Self {
+        Self {
+            request_ids: RequestIds::new(&options.request_id_headers),
+            options,
+            workers,
+            policy,
+            policy_name: routing.policy.name(),
+            draws: Draws::new(routing.seed),
+            tracker,
+            metrics: Metrics::default(),
+            is_draining: AtomicBool::new(false),
+            is_stopped: AtomicBool::new(false),
+        }
+    }
+
+    pub(crate) fn options(&self) -> &Options {
+        &self.options
+    }
+
+    pub(crate) fn workers(&self) -> &Arc<Workers> {
+        &self.workers
+    }
+
+    /// None when request tracking is off.
+    pub(crate) fn tracker(&self) -> Option<&Arc<Tracker>> {
+        self.tracker.as_ref()
+    }
+
+    pub(crate) fn policy_name(&self) -> &'static str {
+        self.policy_name
+    }
+
+    /// Whether a request would find a worker now.
+    pub(crate) fn is_ready(&self) -> bool {
+        !self.is_draining.load(Ordering::Relaxed) && !self.workers.snapshot().routable.is_empty()
+    }
+
+    /// No new requests are wanted.
+    pub(crate) fn drain(&self) {
+        self.is_draining.store(true, Ordering::Relaxed);
+    }
+
+    /// What is still in flight is being cut.
+    pub(crate) fn stop(&self) {
+        self.is_stopped.store(true, Ordering::Relaxed);
+    }
+
     fn no_available_workers(&self) -> Error {
         let all = &self.workers.snapshot().all;
         let message = if all.is_empty() {

@@ -33,7 +33,7 @@ const PINNED: &str = "pinned";
 /// Serves one request on a routed route.
 pub(super) async fn proxy(app: Arc<App>, route: Arc<str>, request: Request) -> Response {
     let (head, body) = request.into_parts();
-    let header_id = app.request_ids.from_headers(&head.headers);
+    let header_id = app.request_ids.in_headers(&head.headers);
     let mut flight = Flight::begin(app.clone(), route, header_id);
 
     let answer = match body::read(&head.headers, body, app.options.max_payload_size).await {
@@ -94,10 +94,12 @@ async fn exchange(
     let mut failure = app.no_available_workers();
     for _ in 0..app.options.attempts_max() {
         let pick_began = Instant::now();
-        let Some((worker, pick)) = pick(app, &prompt, pin.as_ref(), &tried)? else { break };
+        let Some((worker, pick)) = pick(app, &prompt, pin.as_ref(), &tried)? else {
+            break;
+        };
         flight.picked(worker.clone(), &pick, scan_took + pick_began.elapsed());
 
-        let sending = worker.connections.send(outgoing.towards(&worker));
+        let sending = send(flight, &worker, outgoing.towards(&worker));
         match tokio::time::timeout_at(deadline.into(), sending).await {
             Ok(Ok(answer)) => return Ok(answer),
             Ok(Err(error)) => failure = unanswered(app, flight, &worker, &error),
@@ -106,6 +108,23 @@ async fn exchange(
         tried.push(worker.index);
     }
     Err(failure)
+}
+
+/// Sends to one worker. The head of a stream goes to the client at once; any other head goes along with the first of
+/// its body, so that a client that looks at the status alone does not leave before the answer was relayed, and a
+/// worker that dies between the two has not answered.
+async fn send(
+    flight: &mut Flight,
+    worker: &Worker,
+    request: hyper::Request<Full<Bytes>>,
+) -> Result<hyper::Response<Answer>, SendError> {
+    let mut answer = worker.connections.send(request).await?;
+    flight.answered(answer.status());
+    let content_type = answer.headers().get(header::CONTENT_TYPE);
+    if !content_type.is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream")) {
+        answer.body_mut().begin().await?;
+    }
+    Ok(answer)
 }
 
 /// Waits, where it would help, until the workers have been checked for the first time.
@@ -149,12 +168,17 @@ fn pick(
         Some((index, Pick { reason: PINNED, ..pick }))
     } else if tried.is_empty() {
         let targets = &snapshot.targets;
-        (!targets.is_empty()).then(|| app.policy.pick(request, targets, &mut rng)).map(|pick| (pick.index, pick))
+        (!targets.is_empty())
+            .then(|| app.policy.pick(request, targets, &mut rng))
+            .map(|pick| (pick.index, pick))
     } else {
-        let left: Vec<usize> =
-            (0..snapshot.routable.len()).filter(|index| !tried.contains(&snapshot.routable[*index].index)).collect();
+        let left: Vec<usize> = (0..snapshot.routable.len())
+            .filter(|index| !tried.contains(&snapshot.routable[*index].index))
+            .collect();
         let targets: Vec<_> = left.iter().map(|index| snapshot.targets[*index].clone()).collect();
-        (!targets.is_empty()).then(|| app.policy.pick(request, &targets, &mut rng)).map(|pick| (left[pick.index], pick))
+        (!targets.is_empty())
+            .then(|| app.policy.pick(request, &targets, &mut rng))
+            .map(|pick| (left[pick.index], pick))
     };
     Ok(picked.map(|(index, pick)| {
         let worker = snapshot.routable[index].clone();

@@ -36,12 +36,11 @@ impl Relay {
     /// Turns a worker's answer into the client's. `timeout` is what the whole request may take.
     pub(super) fn begin(
         answer: Response<Answer>,
-        mut flight: Flight,
+        flight: Flight,
         timeout: Duration,
     ) -> Response<Self> {
         let deadline = tokio::time::Instant::from_std(flight.arrived_at() + timeout);
         let status = answer.status();
-        flight.answered(status);
         let reader = flight.is_traced().then(|| reader(answer.headers()));
         let is_readable = !answer.headers().contains_key(header::CONTENT_ENCODING);
         let excerpt = (!status.is_success() && is_readable).then(Vec::new);

@@ -35,13 +35,13 @@ impl RequestIds {
     }
 
     /// The first usable id among the headers.
-    pub(super) fn from_headers(&self, headers: &HeaderMap) -> Option<String> {
+    pub(super) fn in_headers(&self, headers: &HeaderMap) -> Option<String> {
         let values = self.headers.iter().filter_map(|name| headers.get(name));
         values.map(HeaderValue::as_bytes).find_map(|value| self.usable(value))
     }
 
     /// The body's `rid`, if it is usable.
-    pub(super) fn from_rid(&self, rid: &str) -> Option<String> {
+    pub(super) fn in_rid(&self, rid: &str) -> Option<String> {
         self.usable(rid.as_bytes())
     }
 
@@ -87,7 +87,7 @@ mod tests {
                 (HeaderName::from_static(name), value)
             })
             .collect();
-        RequestIds::new(&[]).from_headers(&headers)
+        RequestIds::new(&[]).in_headers(&headers)
     }
 
     #[test]
@@ -105,8 +105,8 @@ mod tests {
         assert_eq!(from(&[("x-request-id", &[b'x'; 256])]).map(|id| id.len()), Some(256));
         assert_eq!(from(&[("x-request-id", b"a/b\"%2F'")]).as_deref(), Some("a/b\"%2F'"));
         let ids = RequestIds::new(&[]);
-        assert_eq!(ids.from_rid("r"), Some("r".into()));
-        assert_eq!(ids.from_rid("\u{e9}"), None);
+        assert_eq!(ids.in_rid("r"), Some("r".into()));
+        assert_eq!(ids.in_rid("\u{e9}"), None);
     }
 
     #[test]

@@ -88,7 +88,7 @@ pub const ROUTES: &[(Method, &str, Purpose)] = &[
 ];
 
 /// The routes as axum serves them.
-pub(super) fn router(app: &Arc<App>) -> Router {
+pub(crate) fn router(app: &Arc<App>) -> Router {
     let mut router = Router::new();
     for (method, path, purpose) in ROUTES {
         router = router.route(path, handler(method, path, *purpose));
@@ -97,6 +97,14 @@ pub(super) fn router(app: &Arc<App>) -> Router {
         router = router.route(path, handler(&Method::POST, path, Purpose::Routed));
     }
     router.fallback(not_found).method_not_allowed_fallback(not_allowed).with_state(app.clone())
+}
+
+/// What the second listener serves.
+pub(crate) fn metrics_only(app: &Arc<App>) -> Router {
+    Router::new()
+        .route("/metrics", get(endpoints::metrics))
+        .fallback(not_found)
+        .with_state(app.clone())
 }
 
 fn handler(method: &Method, path: &str, purpose: Purpose) -> MethodRouter<Arc<App>> {

@@ -28,7 +28,7 @@ pub(super) async fn one(
     id: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Trace>, Error> {
     let Path(id) = id?;
-    let trace = app.tracker()?.get(&id);
+    let trace = app.traces()?.get(&id);
     trace.map(Json).ok_or_else(|| {
         let message = format!("no trace of {id:?}: never seen here, or expired, or evicted");
         Error::new(Kind::NotFound, message)
@@ -44,7 +44,7 @@ pub(super) async fn batch(
     State(app): State<Arc<App>>,
     request: Request,
 ) -> Result<Json<Vec<Trace>>, Error> {
-    let tracker = app.tracker()?;
+    let tracker = app.traces()?;
     let (head, body) = request.into_parts();
     let body = body::read(&head.headers, body, BATCH_BYTES_MAX).await?;
     let batch: Batch = serde_json::from_slice(&body).map_err(|error| {
@@ -53,7 +53,8 @@ pub(super) async fn batch(
     })?;
     let ids = batch.request_ids;
     if ids.len() > BATCH_IDS_MAX {
-        let message = format!("{} ids in one batch; at most {BATCH_IDS_MAX} are looked up", ids.len());
+        let message =
+            format!("{} ids in one batch; at most {BATCH_IDS_MAX} are looked up", ids.len());
         return Err(Error::new(Kind::PayloadTooLarge, message));
     }
     Ok(Json(tracker.get_many(&ids)))
@@ -63,14 +64,15 @@ pub(super) async fn list(
     State(app): State<Arc<App>>,
     pairs: Result<Pairs<Vec<(String, String)>>, axum::extract::rejection::QueryRejection>,
 ) -> Result<Response, Error> {
-    let tracker = app.tracker()?;
+    let tracker = app.traces()?;
     let invalid = |error: String| Error::new(Kind::InvalidQuery, error);
     let Pairs(pairs) = pairs.map_err(|error| invalid(error.body_text()))?;
     let query = Query::parse(pairs).map_err(|error| invalid(error.to_string()))?;
     match query.format {
         Format::Json => {
             let page = tracker.list(&query);
-            let next = page.next_cursor.and_then(|next| HeaderValue::try_from(next.to_string()).ok());
+            let next =
+                page.next_cursor.and_then(|next| HeaderValue::try_from(next.to_string()).ok());
             let mut response = Json(page.traces).into_response();
             if let Some(next) = next {
                 response.headers_mut().insert(X_NEXT_CURSOR, next);
@@ -90,12 +92,12 @@ pub(super) async fn list(
 }
 
 pub(super) async fn stats(State(app): State<Arc<App>>) -> Result<Json<Stats>, Error> {
-    Ok(Json(app.tracker()?.stats()))
+    Ok(Json(app.traces()?.stats()))
 }
 
 impl App {
-    fn tracker(&self) -> Result<&Arc<Tracker>, Error> {
-        self.tracker.as_ref().ok_or_else(|| {
+    fn traces(&self) -> Result<&Arc<Tracker>, Error> {
+        self.tracker().ok_or_else(|| {
             let message = "request tracking is off: start the router with --enable-request-tracking, or in \
                            Python with Router(..., enable_request_tracking=True)";
             Error::new(Kind::TrackingDisabled, message)
@@ -109,7 +111,8 @@ fn export(
     content_type: &'static str,
 ) -> Response {
     let chunks = pages.map(|page| Ok::<_, std::convert::Infallible>(Bytes::from(page)));
-    ([(header::CONTENT_TYPE, content_type)], Body::from_stream(stream::iter(chunks))).into_response()
+    ([(header::CONTENT_TYPE, content_type)], Body::from_stream(stream::iter(chunks)))
+        .into_response()
 }
 
 fn json_lines(traces: &[Trace]) -> Vec<u8> {

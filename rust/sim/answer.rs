@@ -109,10 +109,7 @@ pub async fn answer(worker: Arc<Worker>, endpoint: &'static Endpoint, body: Byte
 pub fn parse(body: &[u8]) -> Result<Value, Refusal> {
     match serde_json::from_slice(body) {
         Ok(value @ Value::Object(_)) => Ok(value),
-        Ok(_) => Err(Refusal::openai(
-            StatusCode::BAD_REQUEST,
-            "the body must be a JSON object",
-        )),
+        Ok(_) => Err(Refusal::openai(StatusCode::BAD_REQUEST, "the body must be a JSON object")),
         Err(error) => {
             let message = format!("the body is not valid JSON: {error}");
             Err(Refusal::openai(StatusCode::BAD_REQUEST, message))
@@ -129,14 +126,7 @@ fn start(worker: &Worker, endpoint: &Endpoint, body: &[u8]) -> Result<(Reply, Wo
     })?;
     let stream = body["stream"] == true && endpoint.frame.is_some();
     let reply = Reply::new(worker, body, &ask, prompts.len());
-    Ok((
-        reply,
-        Work {
-            prompts,
-            output_tokens: ask.output_tokens,
-            stream,
-        },
-    ))
+    Ok((reply, Work { prompts, output_tokens: ask.output_tokens, stream }))
 }
 
 impl Reply {
@@ -152,13 +142,8 @@ impl Reply {
         Self {
             rids: (0..parts).map(rid).collect(),
             id,
-            model: body["model"]
-                .as_str()
-                .unwrap_or(&worker.options.model)
-                .to_owned(),
-            created: SystemTime::now()
-                .duration_since(UNIX_EPOCH)
-                .map_or(0, |age| age.as_secs()),
+            model: body["model"].as_str().unwrap_or(&worker.options.model).to_owned(),
+            created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |age| age.as_secs()),
             port: worker.port,
             samples: ask.samples,
             is_list: ask.is_list || ask.samples > 1,
@@ -189,12 +174,7 @@ struct Frames {
 impl Frames {
     fn new(mut job: Job, reply: Reply, write: WriteFrame) -> Self {
         let cursor = Cursor::new(job.parts().len());
-        Self {
-            job,
-            reply,
-            write,
-            cursor,
-        }
+        Self { job, reply, write, cursor }
     }
 
     /// Waits for the next frame; `None` at the end.
@@ -243,12 +223,7 @@ struct Told {
 
 impl Cursor {
     fn new(parts: usize) -> Self {
-        Self {
-            parts: vec![Told::default(); parts],
-            at: 0,
-            summed_up: false,
-            done: false,
-        }
+        Self { parts: vec![Told::default(); parts], at: 0, summed_up: false, done: false }
     }
 
     /// What to tell next, counted as told; `None` while there is nothing new, and once done.
@@ -265,11 +240,7 @@ impl Cursor {
         }
         self.done = self.summed_up;
         self.summed_up = true;
-        Some(if self.done {
-            Moment::Done
-        } else {
-            Moment::Summary
-        })
+        Some(if self.done { Moment::Done } else { Moment::Summary })
     }
 }
 
@@ -283,18 +254,11 @@ impl Told {
         if self.tokens < progress.completion_tokens {
             self.tokens += 1;
             self.end = ended && self.tokens == progress.completion_tokens;
-            return Some(Moment::Token {
-                part,
-                number: self.tokens,
-                last: self.end,
-            });
+            return Some(Moment::Token { part, number: self.tokens, last: self.end });
         }
         if ended && !self.closed {
             self.closed = true;
-            return Some(Moment::Closing {
-                part,
-                told: self.end,
-            });
+            return Some(Moment::Closing { part, told: self.end });
         }
         None
     }
@@ -306,11 +270,7 @@ mod tests {
     use super::*;
 
     fn progress(completion_tokens: usize, finish: Option<Finish>) -> Progress {
-        Progress {
-            completion_tokens,
-            finish,
-            ..Progress::default()
-        }
+        Progress { completion_tokens, finish, ..Progress::default() }
     }
 
     fn told(cursor: &mut Cursor, parts: &[Progress]) -> Vec<Moment> {
@@ -330,17 +290,11 @@ mod tests {
         let rest = [
             token(0, 3, false),
             token(0, 4, true),
-            Moment::Closing {
-                part: 0,
-                told: true,
-            },
+            Moment::Closing { part: 0, told: true },
             Moment::Summary,
             Moment::Done,
         ];
-        assert_eq!(
-            told(&mut cursor, &[progress(4, Some(Finish::Length))]),
-            rest
-        );
+        assert_eq!(told(&mut cursor, &[progress(4, Some(Finish::Length))]), rest);
         assert!(cursor.done);
     }
 
@@ -348,10 +302,7 @@ mod tests {
     fn an_end_without_a_new_token_is_told_by_the_closing() {
         let mut cursor = Cursor::new(1);
         told(&mut cursor, &[progress(1, None)]);
-        let closing = Moment::Closing {
-            part: 0,
-            told: false,
-        };
+        let closing = Moment::Closing { part: 0, told: false };
         let rest = told(&mut cursor, &[progress(1, Some(Finish::Abort))]);
         assert_eq!(rest, [closing, Moment::Summary, Moment::Done]);
     }
@@ -360,19 +311,10 @@ mod tests {
     fn parts_are_told_apart_and_the_last_one_ends_the_stream() {
         let mut cursor = Cursor::new(2);
         let parts = [progress(0, None), progress(1, Some(Finish::Length))];
-        let closing = Moment::Closing {
-            part: 1,
-            told: true,
-        };
-        assert_eq!(
-            told(&mut cursor, &parts),
-            [Moment::Opening(1), token(1, 1, true), closing]
-        );
+        let closing = Moment::Closing { part: 1, told: true };
+        assert_eq!(told(&mut cursor, &parts), [Moment::Opening(1), token(1, 1, true), closing]);
         let parts = [progress(0, Some(Finish::Abort)), parts[1].clone()];
-        let closing = Moment::Closing {
-            part: 0,
-            told: false,
-        };
+        let closing = Moment::Closing { part: 0, told: false };
         let rest = [Moment::Opening(0), closing, Moment::Summary, Moment::Done];
         assert_eq!(told(&mut cursor, &parts), rest);
         assert_eq!(told(&mut cursor, &parts), []);

@@ -38,21 +38,14 @@ impl Ask {
         samples: usize,
         output_tokens: usize,
     ) -> Self {
-        Self {
-            prompts,
-            is_list,
-            samples,
-            output_tokens,
-        }
+        Self { prompts, is_list, samples, output_tokens }
     }
 
     /// The prompt of each part: each prompt as often as it has answers.
     pub fn parts(&self) -> Result<Vec<Vec<u32>>, BadAsk> {
         let parts = self.prompts.len().saturating_mul(self.samples);
         if parts > MAX_PARTS {
-            return Err(format!(
-                "a request may have at most {MAX_PARTS} answers, got {parts}"
-            ));
+            return Err(format!("a request may have at most {MAX_PARTS} answers, got {parts}"));
         }
         let repeat = |prompt| std::iter::repeat_n(prompt, self.samples);
         Ok(self.prompts.iter().flat_map(repeat).cloned().collect())
@@ -66,11 +59,7 @@ pub fn generate(body: &Value) -> Result<Ask, BadAsk> {
         return Err("sampling_params must be an object".into());
     }
     let output_tokens = output_tokens(params, &["max_new_tokens"])?;
-    Ok(Ask::new(
-        native_prompts(body)?,
-        samples(params)?,
-        output_tokens,
-    ))
+    Ok(Ask::new(native_prompts(body)?, samples(params)?, output_tokens))
 }
 
 /// `/encode` and `/classify`: prompts as for `/generate`, nothing to generate.
@@ -81,22 +70,14 @@ pub fn encode(body: &Value) -> Result<Ask, BadAsk> {
 /// `/v1/completions`: `prompt`.
 pub fn completions(body: &Value) -> Result<Ask, BadAsk> {
     let output_tokens = output_tokens(body, &["max_tokens"])?;
-    Ok(Ask::new(
-        prompts(body, "prompt")?,
-        samples(body)?,
-        output_tokens,
-    ))
+    Ok(Ask::new(prompts(body, "prompt")?, samples(body)?, output_tokens))
 }
 
 /// `/v1/chat/completions`: `messages`.
 pub fn chat(body: &Value) -> Result<Ask, BadAsk> {
     let output_tokens = output_tokens(body, &["max_completion_tokens", "max_tokens"])?;
     let prompt = conversation(&Value::Null, &body["messages"], "messages")?;
-    Ok(Ask::new(
-        (vec![prompt], false),
-        samples(body)?,
-        output_tokens,
-    ))
+    Ok(Ask::new((vec![prompt], false), samples(body)?, output_tokens))
 }
 
 /// `/v1/messages`: `system` and `messages`.
@@ -138,9 +119,7 @@ pub fn rerank(body: &Value) -> Result<Ask, BadAsk> {
 pub fn token_lists(body: &Value) -> Result<(Vec<Vec<u32>>, bool), BadAsk> {
     match body["tokens"].as_array() {
         Some(items) if items.first().is_some_and(Value::is_array) => {
-            let lists = items
-                .iter()
-                .map(|item| token_ids(item.as_array(), "tokens"));
+            let lists = items.iter().map(|item| token_ids(item.as_array(), "tokens"));
             Ok((lists.collect::<Result<_, _>>()?, true))
         }
         items => Ok((vec![token_ids(items, "tokens")?], false)),
@@ -164,17 +143,12 @@ pub fn prompts(body: &Value, name: &str) -> Result<(Vec<Vec<u32>>, bool), BadAsk
             };
             Ok((items.iter().map(one).collect::<Result<_, _>>()?, true))
         }
-        _ => Err(format!(
-            "{name} must be a string, a list of token ids, or a list of those"
-        )),
+        _ => Err(format!("{name} must be a string, a list of token ids, or a list of those")),
     }
 }
 
 fn native_prompts(body: &Value) -> Result<(Vec<Vec<u32>>, bool), BadAsk> {
-    match ["text", "input_ids"]
-        .into_iter()
-        .find(|name| !body[*name].is_null())
-    {
+    match ["text", "input_ids"].into_iter().find(|name| !body[*name].is_null()) {
         Some(name) => prompts(body, name),
         None => Err("Either text, input_ids or input_embeds should be provided.".into()),
     }
@@ -197,9 +171,7 @@ fn conversation(system: &Value, messages: &Value, name: &str) -> Result<Vec<u32>
     let messages = match messages.as_array() {
         Some(messages) if !messages.is_empty() => messages,
         _ => {
-            return Err(format!(
-                "{name} must be a list of messages that is not empty"
-            ));
+            return Err(format!("{name} must be a list of messages that is not empty"));
         }
     };
     let mut prompt = Vec::new();
@@ -222,9 +194,7 @@ fn text_of(content: &Value) -> String {
         Value::Null => String::new(),
         Value::String(text) => text.clone(),
         Value::Array(parts) => parts.iter().map(text_of).collect(),
-        other => other["text"]
-            .as_str()
-            .map_or_else(|| other.to_string(), str::to_owned),
+        other => other["text"].as_str().map_or_else(|| other.to_string(), str::to_owned),
     }
 }
 
@@ -233,12 +203,7 @@ fn token_ids(items: Option<&Vec<Value>>, name: &str) -> Result<Vec<u32>, BadAsk>
     let items = items.ok_or_else(|| format!("{name} must be a list that is not empty"))?;
     let token_id = |item: &Value| {
         let id = item.as_u64().and_then(|id| u32::try_from(id).ok());
-        id.ok_or_else(|| {
-            format!(
-                "{name} must hold token ids from 0 to {}, got {item}",
-                u32::MAX
-            )
-        })
+        id.ok_or_else(|| format!("{name} must hold token ids from 0 to {}, got {item}", u32::MAX))
     };
     items.iter().map(token_id).collect()
 }
@@ -262,9 +227,7 @@ fn output_tokens(params: &Value, names: &[&str]) -> Result<usize, BadAsk> {
 }
 
 fn integer(name: &str, value: &Value, min: usize, range: impl Display) -> Result<usize, BadAsk> {
-    let integer = value
-        .as_u64()
-        .map(|integer| usize::try_from(integer).unwrap_or(usize::MAX));
+    let integer = value.as_u64().map(|integer| usize::try_from(integer).unwrap_or(usize::MAX));
     integer
         .filter(|integer| *integer >= min)
         .ok_or_else(|| format!("{name} must be an integer of {range}, got {value}"))
@@ -281,15 +244,9 @@ mod tests {
         let ids = |ids| generate(&json!({"input_ids": ids})).map(|ask| (ask.prompts, ask.is_list));
         let abcd = tokens::encode("abcd");
         assert_eq!(read(json!("abcd")), Ok((vec![abcd.clone()], false)));
-        assert_eq!(
-            read(json!(["abcd", "abcd"])),
-            Ok((vec![abcd.clone(), abcd], true))
-        );
+        assert_eq!(read(json!(["abcd", "abcd"])), Ok((vec![abcd.clone(), abcd], true)));
         assert_eq!(ids(json!([1, 2])), Ok((vec![vec![1, 2]], false)));
-        assert_eq!(
-            ids(json!([[1], [2, 3]])),
-            Ok((vec![vec![1], vec![2, 3]], true))
-        );
+        assert_eq!(ids(json!([[1], [2, 3]])), Ok((vec![vec![1], vec![2, 3]], true)));
     }
 
     #[test]
@@ -298,9 +255,7 @@ mod tests {
         assert_eq!(read(json!(null)).unwrap().output_tokens, 128);
         assert_eq!(read(json!({"max_new_tokens": 7})).unwrap().output_tokens, 7);
         assert_eq!(
-            read(json!({"max_new_tokens": u64::MAX}))
-                .unwrap()
-                .output_tokens,
+            read(json!({"max_new_tokens": u64::MAX})).unwrap().output_tokens,
             MAX_OUTPUT_TOKENS
         );
         let chat = |name: &str| chat(&json!({"messages": [{"content": "a"}], name: 9}));
@@ -319,35 +274,16 @@ mod tests {
         assert!(params(json!({"max_new_tokens": -1})).contains("max_new_tokens"));
         assert!(params(json!({"n": 0})).contains("n must be an integer of at least 1, got 0"));
         assert!(params(json!([])).contains("must be an object"));
-        assert!(
-            chat(&json!({"messages": "hello"}))
-                .unwrap_err()
-                .contains("messages")
-        );
-        assert!(
-            completions(&json!({}))
-                .unwrap_err()
-                .contains("prompt is required")
-        );
-        assert!(
-            rerank(&json!({"query": "a"}))
-                .unwrap_err()
-                .contains("documents")
-        );
+        assert!(chat(&json!({"messages": "hello"})).unwrap_err().contains("messages"));
+        assert!(completions(&json!({})).unwrap_err().contains("prompt is required"));
+        assert!(rerank(&json!({"query": "a"})).unwrap_err().contains("documents"));
     }
 
     #[test]
     fn parts_are_prompts_times_samples_up_to_a_limit() {
-        let ask = Ask {
-            prompts: vec![vec![1], vec![2]],
-            samples: 2,
-            ..Ask::default()
-        };
+        let ask = Ask { prompts: vec![vec![1], vec![2]], samples: 2, ..Ask::default() };
         assert_eq!(ask.parts().unwrap(), [vec![1], vec![1], vec![2], vec![2]]);
-        let ask = Ask {
-            samples: usize::MAX,
-            ..ask
-        };
+        let ask = Ask { samples: usize::MAX, ..ask };
         assert!(ask.parts().unwrap_err().contains("4096"));
     }
 

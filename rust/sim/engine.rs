@@ -171,14 +171,7 @@ impl Engine {
     pub fn submit(&mut self, sequence: Sequence) -> Id {
         let id = self.next_id;
         self.next_id += 1;
-        self.requests.insert(
-            id,
-            Request {
-                sequence,
-                submitted_at: self.now,
-                ends: None,
-            },
-        );
+        self.requests.insert(id, Request { sequence, submitted_at: self.now, ends: None });
         self.waiting.insert(id);
         self.start_prefill();
         id
@@ -215,9 +208,7 @@ impl Engine {
             let left = ends.0 - self.clock;
             left - (left - STEP_TOLERANCE).ceil() + 1.0
         });
-        steps
-            .min_by(f64::total_cmp)
-            .map(|steps| self.now + steps * self.step_secs())
+        steps.min_by(f64::total_cmp).map(|steps| self.now + steps * self.step_secs())
     }
 
     /// Moves the clock to `to` (if that is later than now) and appends what happened, in order, to
@@ -237,9 +228,7 @@ impl Engine {
 
     /// Decoding requests with the tokens each has made so far, at most `max_running`.
     pub fn decoding(&self) -> impl Iterator<Item = (Id, usize)> + '_ {
-        self.decoding
-            .iter()
-            .map(|&(ends, id)| (id, self.made(ends, id)))
+        self.decoding.iter().map(|&(ends, id)| (id, self.made(ends, id)))
     }
 
     /// Requests in prefill or decode.
@@ -254,18 +243,10 @@ impl Engine {
 
     /// How busy the engine is now. O(requests).
     pub fn load(&self) -> Load {
-        let prompts: usize = self
-            .requests
-            .values()
-            .map(|r| r.sequence.prompt_tokens)
-            .sum();
+        let prompts: usize = self.requests.values().map(|r| r.sequence.prompt_tokens).sum();
         let made: usize = self.decoding().map(|(_, made)| made).sum();
         let (running, waiting) = (self.running(), self.waiting.len());
-        Load {
-            running,
-            waiting,
-            tokens: prompts + made,
-        }
+        Load { running, waiting, tokens: prompts + made }
     }
 
     /// Empties the KV cache; requests go on.
@@ -318,11 +299,7 @@ impl Engine {
         let Some(id) = self.waiting.pop_first() else {
             return;
         };
-        let Request {
-            sequence,
-            submitted_at,
-            ..
-        } = &self.requests[&id];
+        let Request { sequence, submitted_at, .. } = &self.requests[&id];
         let found = self.matching_tokens(&sequence.pages);
         let cached_tokens = found.min(sequence.prompt_tokens.saturating_sub(1));
         let uncached = sequence.prompt_tokens - cached_tokens;
@@ -336,37 +313,17 @@ impl Engine {
     }
 
     fn finish_prefill(&mut self) -> Event {
-        let prefill = self
-            .prefill
-            .take()
-            .expect("the next event is the end of a prefill");
-        let Prefill {
-            id,
-            cached_tokens,
-            queue_secs,
-            ..
-        } = prefill;
-        let request = self
-            .requests
-            .get_mut(&id)
-            .expect("a request in prefill is held");
-        let Sequence {
-            pages,
-            prompt_tokens,
-            output_tokens,
-        } = &request.sequence;
+        let prefill = self.prefill.take().expect("the next event is the end of a prefill");
+        let Prefill { id, cached_tokens, queue_secs, .. } = prefill;
+        let request = self.requests.get_mut(&id).expect("a request in prefill is held");
+        let Sequence { pages, prompt_tokens, output_tokens } = &request.sequence;
         let whole_pages = prompt_tokens / self.config.page_tokens.max(1);
         self.cache.insert(&pages[..whole_pages.min(pages.len())]);
         let ends = Steps(self.clock + *output_tokens as f64);
         request.ends = Some(ends);
         self.decoding.insert((ends, id));
         self.start_prefill();
-        Event::Prefilled {
-            id,
-            at: self.now,
-            cached_tokens,
-            queue_secs,
-        }
+        Event::Prefilled { id, at: self.now, cached_tokens, queue_secs }
     }
 
     fn finish_decode(&mut self, ends: Steps, id: Id) -> Event {
@@ -408,11 +365,7 @@ mod tests {
     fn sequence(kind: u64, prompt_tokens: usize, output_tokens: usize) -> Sequence {
         let length = (prompt_tokens + output_tokens) as u64;
         let pages = chain((0..length).map(|token| kind << 32 | token));
-        Sequence {
-            pages,
-            prompt_tokens,
-            output_tokens,
-        }
+        Sequence { pages, prompt_tokens, output_tokens }
     }
 
     fn run(engine: &mut Engine) -> Vec<Event> {
@@ -424,22 +377,14 @@ mod tests {
     }
 
     fn prefilled(id: Id, at: f64, cached_tokens: usize, queue_secs: f64) -> Event {
-        Event::Prefilled {
-            id,
-            at,
-            cached_tokens,
-            queue_secs,
-        }
+        Event::Prefilled { id, at, cached_tokens, queue_secs }
     }
 
     #[test]
     fn one_request_takes_its_prefill_and_one_step_a_token() {
         let mut engine = Engine::new(config());
         let id = engine.submit(sequence(1, 200, 4));
-        assert_eq!(
-            run(&mut engine),
-            [prefilled(id, 2.0, 0, 0.0), Event::Finished { id, at: 5.0 }]
-        );
+        assert_eq!(run(&mut engine), [prefilled(id, 2.0, 0, 0.0), Event::Finished { id, at: 5.0 }]);
         assert_eq!(engine.load(), Load::default());
         assert_eq!(engine.cached_tokens(), 204);
     }
@@ -455,23 +400,15 @@ mod tests {
             prefilled(first, 1.0, 0, 0.0),
             prefilled(second, 2.0, 0, 1.0),
             Event::Finished { id: first, at: 3.0 },
-            Event::Finished {
-                id: second,
-                at: 3.75,
-            },
+            Event::Finished { id: second, at: 3.75 },
         ];
         assert_eq!(run(&mut engine), expected);
     }
 
     #[test]
     fn those_above_max_running_wait_in_order() {
-        let mut engine = Engine::new(Config {
-            max_running: 1,
-            ..config()
-        });
-        let ids: Vec<_> = (0..3)
-            .map(|kind| engine.submit(sequence(kind, 100, 4)))
-            .collect();
+        let mut engine = Engine::new(Config { max_running: 1, ..config() });
+        let ids: Vec<_> = (0..3).map(|kind| engine.submit(sequence(kind, 100, 4))).collect();
         assert_eq!((engine.load().running, engine.load().waiting), (1, 2));
         let ends: Vec<_> = run(&mut engine)
             .into_iter()
@@ -490,22 +427,10 @@ mod tests {
         engine.submit(sequence(1, 100, 1));
         run(&mut engine);
         engine.submit(sequence(1, 100, 1));
-        assert!(matches!(
-            run(&mut engine)[0],
-            Event::Prefilled {
-                cached_tokens: 99,
-                ..
-            }
-        ));
+        assert!(matches!(run(&mut engine)[0], Event::Prefilled { cached_tokens: 99, .. }));
         engine.flush_cache();
         engine.submit(sequence(1, 100, 1));
-        assert!(matches!(
-            run(&mut engine)[0],
-            Event::Prefilled {
-                cached_tokens: 0,
-                ..
-            }
-        ));
+        assert!(matches!(run(&mut engine)[0], Event::Prefilled { cached_tokens: 0, .. }));
     }
 
     #[test]
@@ -514,13 +439,7 @@ mod tests {
         engine.submit(sequence(1, 100, 20));
         run(&mut engine);
         engine.submit(sequence(1, 150, 1));
-        assert!(matches!(
-            run(&mut engine)[0],
-            Event::Prefilled {
-                cached_tokens: 120,
-                ..
-            }
-        ));
+        assert!(matches!(run(&mut engine)[0], Event::Prefilled { cached_tokens: 120, .. }));
     }
 
     #[test]
@@ -541,21 +460,13 @@ mod tests {
     fn no_tokens_to_generate_ends_with_prefill() {
         let mut engine = Engine::new(config());
         let id = engine.submit(sequence(1, 100, 0));
-        assert_eq!(
-            run(&mut engine),
-            [prefilled(id, 1.0, 0, 0.0), Event::Finished { id, at: 1.0 }]
-        );
+        assert_eq!(run(&mut engine), [prefilled(id, 1.0, 0, 0.0), Event::Finished { id, at: 1.0 }]);
     }
 
     #[test]
     fn cancelling_frees_the_place_at_once() {
-        let mut engine = Engine::new(Config {
-            max_running: 2,
-            ..config()
-        });
-        let ids: Vec<_> = (0..4)
-            .map(|kind| engine.submit(sequence(kind, 100, 1000)))
-            .collect();
+        let mut engine = Engine::new(Config { max_running: 2, ..config() });
+        let ids: Vec<_> = (0..4).map(|kind| engine.submit(sequence(kind, 100, 1000))).collect();
         let mut events = Vec::new();
         engine.advance(1.5, &mut events);
         assert_eq!((engine.running(), engine.load().waiting), (2, 2));
@@ -611,9 +522,7 @@ mod tests {
                     pause = pause.min(left);
                 }
                 self.now += pause;
-                self.decoding
-                    .iter_mut()
-                    .for_each(|(_, steps)| *steps -= pause / step);
+                self.decoding.iter_mut().for_each(|(_, steps)| *steps -= pause / step);
                 if let Some((_, left, _)) = &mut self.prefill {
                     *left -= pause;
                 }

@@ -57,9 +57,7 @@ struct Change {
 }
 
 fn parse_fail_rate(text: &str) -> Result<f64, String> {
-    let rate = text
-        .parse()
-        .map_err(|_| format!("{text:?} is not a number"))?;
+    let rate = text.parse().map_err(|_| format!("{text:?} is not a number"))?;
     check_fail_rate(rate)
 }
 
@@ -77,9 +75,7 @@ impl Faults {
         let change: Change = serde_json::from_slice(json).map_err(|error| error.to_string())?;
         let fail_status = change.fail_status.unwrap_or(self.fail_status);
         if !(400..=599).contains(&fail_status) {
-            return Err(format!(
-                "fail_status must be between 400 and 599, got {fail_status}"
-            ));
+            return Err(format!("fail_status must be between 400 and 599, got {fail_status}"));
         }
         Ok(Self {
             fail_rate: check_fail_rate(change.fail_rate.unwrap_or(self.fail_rate))?,
@@ -120,22 +116,12 @@ async fn cut(mut response: Response, chunks: u32) -> Response {
         None => body,
         Some(length) => {
             // Still announced in full, so that the client can tell that something is missing.
-            response
-                .headers_mut()
-                .insert(CONTENT_LENGTH, HeaderValue::from(length));
-            let whole = body
-                .collect()
-                .await
-                .map(|body| body.to_bytes())
-                .unwrap_or_default();
+            response.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from(length));
+            let whole = body.collect().await.map(|body| body.to_bytes()).unwrap_or_default();
             in_pieces(whole, chunks)
         }
     };
-    *response.body_mut() = Body::new(Cut {
-        inner,
-        chunks_left: chunks,
-        flushed: false,
-    });
+    *response.body_mut() = Body::new(Cut { inner, chunks_left: chunks, flushed: false });
     response
 }
 
@@ -190,36 +176,15 @@ mod tests {
     use super::*;
 
     fn none() -> Faults {
-        Faults {
-            fail_rate: 0.0,
-            fail_status: 500,
-            die_after_chunks: 0,
-            hang: false,
-        }
+        Faults { fail_rate: 0.0, fail_status: 500, die_after_chunks: 0, hang: false }
     }
 
     #[test]
     fn a_change_leaves_the_rest_as_it_is() {
-        let changed = none()
-            .changed(br#"{"fail_rate": 0.5, "fail_status": 503}"#)
-            .unwrap();
-        assert_eq!(
-            changed,
-            Faults {
-                fail_rate: 0.5,
-                fail_status: 503,
-                ..none()
-            }
-        );
-        let changed = changed
-            .changed(br#"{"hang": true, "die_after_chunks": 3}"#)
-            .unwrap();
-        let all = Faults {
-            fail_rate: 0.5,
-            fail_status: 503,
-            die_after_chunks: 3,
-            hang: true,
-        };
+        let changed = none().changed(br#"{"fail_rate": 0.5, "fail_status": 503}"#).unwrap();
+        assert_eq!(changed, Faults { fail_rate: 0.5, fail_status: 503, ..none() });
+        let changed = changed.changed(br#"{"hang": true, "die_after_chunks": 3}"#).unwrap();
+        let all = Faults { fail_rate: 0.5, fail_status: 503, die_after_chunks: 3, hang: true };
         assert_eq!(changed, all);
         assert_eq!(changed.changed(b"{}").unwrap(), all);
     }
@@ -240,10 +205,7 @@ mod tests {
     async fn an_unstreamed_answer_is_cut_short_of_its_length() {
         for (length, chunks) in [(1usize, 1u32), (10, 1), (10, 3), (100, 7)] {
             let response = cut(Response::new(Body::from(vec![b'x'; length])), chunks).await;
-            assert_eq!(
-                response.headers()[CONTENT_LENGTH],
-                length.to_string().as_str()
-            );
+            assert_eq!(response.headers()[CONTENT_LENGTH], length.to_string().as_str());
             let mut body = response.into_body();
             let (mut received, mut broken) = (0, false);
             while let Some(frame) = body.frame().await {
@@ -255,10 +217,7 @@ mod tests {
                     }
                 }
             }
-            assert!(
-                broken && (received < length || length == 1),
-                "{received} of {length}"
-            );
+            assert!(broken && (received < length || length == 1), "{received} of {length}");
         }
     }
 }

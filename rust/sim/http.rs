@@ -51,9 +51,7 @@ pub fn routes(worker: Arc<Worker>) -> Router {
 }
 
 async fn name_port(State(worker): Shared, mut response: Response) -> Response {
-    response
-        .headers_mut()
-        .insert(PORT_HEADER, HeaderValue::from(worker.port));
+    response.headers_mut().insert(PORT_HEADER, HeaderValue::from(worker.port));
     response
 }
 
@@ -123,9 +121,7 @@ fn reply_to(
     body: Result<Bytes, BytesRejection>,
     reply: impl FnOnce(&Value) -> Result<Value, ask::BadAsk>,
 ) -> Response {
-    let body = body
-        .map_err(|rejection| refuse_body(&rejection))
-        .and_then(|body| parse(&body));
+    let body = body.map_err(|rejection| refuse_body(&rejection)).and_then(|body| parse(&body));
     let reply = body.and_then(|body| {
         reply(&body).map_err(|message| Refusal::openai(StatusCode::BAD_REQUEST, message))
     });
@@ -151,11 +147,7 @@ async fn detokenize(State(worker): Shared, body: Result<Bytes, BytesRejection>) 
     let response = reply_to(body, |body| {
         let (lists, is_list) = ask::token_lists(body)?;
         let texts: Vec<_> = lists.iter().map(|ids| tokens::decode(ids)).collect();
-        Ok(if is_list {
-            json!({"text": texts})
-        } else {
-            json!({"text": texts[0]})
-        })
+        Ok(if is_list { json!({"text": texts}) } else { json!({"text": texts[0]}) })
     });
     served(&worker, response)
 }
@@ -218,16 +210,8 @@ async fn load(State(worker): Shared) -> Response {
 async fn metrics(State(worker): Shared) -> Response {
     let (load, ..) = worker.load();
     let gauges = [
-        (
-            "num_running_reqs",
-            "The number of running requests.",
-            load.running as f64,
-        ),
-        (
-            "num_queue_reqs",
-            "The number of requests in the waiting queue.",
-            load.waiting as f64,
-        ),
+        ("num_running_reqs", "The number of running requests.", load.running as f64),
+        ("num_queue_reqs", "The number of requests in the waiting queue.", load.waiting as f64),
         (
             "token_usage",
             "The token usage.",
@@ -238,10 +222,7 @@ async fn metrics(State(worker): Shared) -> Response {
     for (name, help, value) in gauges {
         let labels = format_args!("{{model_name={:?}}}", worker.options.model);
         // Writing to a string cannot fail.
-        let _ = write!(
-            text,
-            "# HELP sglang:{name} {help}\n# TYPE sglang:{name} gauge\n"
-        );
+        let _ = write!(text, "# HELP sglang:{name} {help}\n# TYPE sglang:{name} gauge\n");
         let _ = writeln!(text, "sglang:{name}{labels} {value}");
     }
     Response::new(Body::from(text))
@@ -253,9 +234,7 @@ async fn flush_cache(State(worker): Shared) -> &'static str {
 }
 
 async fn abort_request(State(worker): Shared, body: Result<Bytes, BytesRejection>) -> Response {
-    let body = body
-        .map_err(|rejection| refuse_body(&rejection))
-        .and_then(|body| parse(&body));
+    let body = body.map_err(|rejection| refuse_body(&rejection)).and_then(|body| parse(&body));
     let body = match body {
         Ok(body) => body,
         Err(refusal) => return refusal.into(),

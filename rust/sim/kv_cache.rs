@@ -59,13 +59,7 @@ impl KvCache {
     pub fn new(capacity: usize) -> Self {
         let capacity = capacity.clamp(1, NONE as usize - 1);
         let (places, entries) = (HashMap::new(), Vec::new());
-        Self {
-            capacity,
-            places,
-            entries,
-            newest: NONE,
-            oldest: NONE,
-        }
+        Self { capacity, places, entries, newest: NONE, oldest: NONE }
     }
 
     /// Pages held now.
@@ -111,11 +105,7 @@ impl KvCache {
     /// A place for a new page, not yet in the recency list.
     fn place_for(&mut self, page: u64) -> u32 {
         let place = if self.entries.len() < self.capacity {
-            self.entries.push(Entry {
-                page,
-                newer: NONE,
-                older: NONE,
-            });
+            self.entries.push(Entry { page, newer: NONE, older: NONE });
             (self.entries.len() - 1) as u32
         } else {
             let victim = self.oldest;
@@ -176,17 +166,11 @@ mod tests {
             }
             while self.used.len() > self.capacity {
                 let is_leaf = |prefix: &Vec<u8>| {
-                    !self
-                        .used
-                        .keys()
-                        .any(|p| p.len() > prefix.len() && p.starts_with(prefix))
+                    !self.used.keys().any(|p| p.len() > prefix.len() && p.starts_with(prefix))
                 };
                 let leaves = self.used.iter().filter(|(prefix, _)| is_leaf(prefix));
-                let oldest = leaves
-                    .min_by_key(|(_, at)| **at)
-                    .expect("a tree has a leaf")
-                    .0
-                    .clone();
+                let oldest =
+                    leaves.min_by_key(|(_, at)| **at).expect("a tree has a leaf").0.clone();
                 self.used.remove(&oldest);
             }
         }

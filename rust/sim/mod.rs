@@ -103,9 +103,7 @@ impl Default for Options {
 
 impl Options {
     fn listen_ports(&self) -> Vec<u16> {
-        self.ports
-            .as_ref()
-            .map_or_else(|| vec![self.port], |ports| ports.0.clone())
+        self.ports.as_ref().map_or_else(|| vec![self.port], |ports| ports.0.clone())
     }
 }
 
@@ -140,9 +138,7 @@ impl FromStr for Ports {
 }
 
 fn port(text: &str) -> Result<u16, String> {
-    text.trim()
-        .parse()
-        .map_err(|_| format!("{text:?} is not a port from 0 to 65535"))
+    text.trim().parse().map_err(|_| format!("{text:?} is not a port from 0 to 65535"))
 }
 
 /// The largest number an option takes: beyond it times could become infinite.
@@ -154,10 +150,7 @@ fn positive(text: &str) -> Result<f64, String> {
 }
 
 fn not_negative(text: &str) -> Result<f64, String> {
-    let number = text
-        .parse()
-        .ok()
-        .filter(|number| (0.0..=MAX_NUMBER).contains(number));
+    let number = text.parse().ok().filter(|number| (0.0..=MAX_NUMBER).contains(number));
     number.ok_or_else(|| format!("must be a number from 0 to {MAX_NUMBER:e}"))
 }
 
@@ -182,15 +175,9 @@ impl Sim {
                 io::Error::new(error.kind(), text)
             })?;
             let port = listener.local_addr()?.port();
-            workers.push((
-                listener,
-                Arc::new(Worker::new(options.clone(), port, index)),
-            ));
+            workers.push((listener, Arc::new(Worker::new(options.clone(), port, index))));
         }
-        Ok(Self {
-            host: options.host,
-            workers,
-        })
+        Ok(Self { host: options.host, workers })
     }
 
     /// The port of each worker.
@@ -204,10 +191,7 @@ impl Sim {
             true => format!("[{}]", self.host),
             false => self.host.clone(),
         };
-        self.ports()
-            .iter()
-            .map(|port| format!("http://{host}:{port}"))
-            .collect()
+        self.ports().iter().map(|port| format!("http://{host}:{port}")).collect()
     }
 
     /// Serves until `shutdown` ends, then closes all connections at once.
@@ -227,16 +211,11 @@ impl Sim {
 /// As [`Sim::bind`].
 pub async fn serve(options: Options, shutdown: impl Future) -> io::Result<()> {
     let sim = Sim::bind(options).await?;
-    let lines: String = sim
-        .urls()
-        .iter()
-        .map(|url| format!("simulated worker on {url}\n"))
-        .collect();
+    let lines: String =
+        sim.urls().iter().map(|url| format!("simulated worker on {url}\n")).collect();
     let mut stdout = io::stdout();
     // A closed stdout is no reason not to serve.
-    let _ = stdout
-        .write_all(lines.as_bytes())
-        .and_then(|()| stdout.flush());
+    let _ = stdout.write_all(lines.as_bytes()).and_then(|()| stdout.flush());
     sim.run(shutdown).await;
     Ok(())
 }

@@ -18,10 +18,7 @@ pub struct Refusal {
 impl Refusal {
     /// As SGLang's own endpoints say it: `{"error": {"message"}}`.
     pub fn native(status: StatusCode, message: impl Into<String>) -> Self {
-        Self {
-            status,
-            body: json!({"error": {"message": message.into()}}),
-        }
+        Self { status, body: json!({"error": {"message": message.into()}}) }
     }
 
     /// As the OpenAI-shaped endpoints, and all of them for malformed JSON, say it.
@@ -38,10 +35,7 @@ impl Refusal {
 
     /// As the web framework says it: `{"detail"}`.
     pub fn detail(status: StatusCode) -> Self {
-        Self {
-            status,
-            body: json!({"detail": status.canonical_reason()}),
-        }
+        Self { status, body: json!({"detail": status.canonical_reason()}) }
     }
 }
 
@@ -55,8 +49,6 @@ impl From<Refusal> for Response {
 pub fn json_response(status: StatusCode, json: String) -> Response {
     let mut response = Response::new(Body::from(json));
     *response.status_mut() = status;
-    response
-        .headers_mut()
-        .insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response
 }

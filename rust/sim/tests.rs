@@ -38,30 +38,21 @@ impl Answer {
     fn events(&self) -> Vec<Value> {
         let text = self.text();
         let data = text.lines().filter_map(|line| line.strip_prefix("data: "));
-        data.map(|data| serde_json::from_str(data).unwrap_or_else(|_| json!(data)))
-            .collect()
+        data.map(|data| serde_json::from_str(data).unwrap_or_else(|_| json!(data))).collect()
     }
 }
 
 fn parse(args: &[&str]) -> Result<Options, clap::Error> {
     let command = Options::augment_args(clap::Command::new("sim").no_binary_name(true));
-    command
-        .try_get_matches_from(args)
-        .and_then(|m| Options::from_arg_matches(&m))
+    command.try_get_matches_from(args).and_then(|m| Options::from_arg_matches(&m))
 }
 
 async fn start(args: &[&str]) -> Running {
     let args = [&["--port", "0", "--speed", "2000"], args].concat();
-    let args = if args.contains(&"--ports") {
-        &args[2..]
-    } else {
-        &args[..]
-    };
+    let args = if args.contains(&"--ports") { &args[2..] } else { &args[..] };
     let command = Options::augment_args(clap::Command::new("sim").no_binary_name(true))
         .args_override_self(true);
-    let options = command
-        .try_get_matches_from(args)
-        .and_then(|m| Options::from_arg_matches(&m));
+    let options = command.try_get_matches_from(args).and_then(|m| Options::from_arg_matches(&m));
     let sim = Sim::bind(options.unwrap()).await.unwrap();
     let ports = sim.ports();
     let (stop, stopped) = oneshot::channel();
@@ -75,15 +66,9 @@ impl Running {
         let stream = tokio::net::TcpStream::connect(address).await.unwrap();
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.unwrap();
         tokio::spawn(connection);
-        let request = Request::builder()
-            .method(method)
-            .uri(path)
-            .header("host", "sim");
+        let request = Request::builder().method(method).uri(path).header("host", "sim");
         let body = Full::new(Bytes::copy_from_slice(body.as_bytes()));
-        sender
-            .send_request(request.body(body).unwrap())
-            .await
-            .unwrap()
+        sender.send_request(request.body(body).unwrap()).await.unwrap()
     }
 
     async fn call(&self, method: &str, path: &str, body: &str) -> Answer {
@@ -99,12 +84,7 @@ impl Running {
                 }
             }
         }
-        Answer {
-            status: head.status.as_u16(),
-            headers: head.headers,
-            chunks,
-            is_complete,
-        }
+        Answer { status: head.status.as_u16(), headers: head.headers, chunks, is_complete }
     }
 
     async fn get(&self, path: &str) -> Answer {
@@ -168,49 +148,25 @@ async fn generate_answers_in_sglangs_shape() {
     let answer = sim.post("/generate", generate("Hello, world!", 5)).await;
     assert_eq!(answer.status, 200);
     assert_eq!(answer.headers["content-type"], "application/json");
-    assert_eq!(
-        answer.headers["x-sim-port"],
-        sim.ports[0].to_string().as_str()
-    );
+    assert_eq!(answer.headers["x-sim-port"], sim.ports[0].to_string().as_str());
     let json = answer.json();
     assert_eq!(json["text"], " the old fox ran far");
     assert_eq!(json["output_ids"].as_array().unwrap().len(), 5);
     let meta = &json["meta_info"];
-    assert_eq!(
-        meta["finish_reason"],
-        json!({"type": "length", "length": 5})
-    );
-    assert_eq!(
-        (&meta["prompt_tokens"], &meta["completion_tokens"]),
-        (&json!(4), &json!(5))
-    );
+    assert_eq!(meta["finish_reason"], json!({"type": "length", "length": 5}));
+    assert_eq!((&meta["prompt_tokens"], &meta["completion_tokens"]), (&json!(4), &json!(5)));
     assert_eq!(meta["worker_port"], sim.ports[0]);
     assert_eq!(meta["id"].as_str().unwrap().len(), 32);
     // 4 tokens of prefill, 5 steps of one request.
     let seconds = meta["e2e_latency"].as_f64().unwrap();
-    assert!(
-        (seconds - (4.0 / 8000.0 + 5.0 * 0.0123)).abs() < 1e-9,
-        "{seconds}"
-    );
-    let again = sim
-        .post("/generate", generate("Hello, world!", 5))
-        .await
-        .json();
+    assert!((seconds - (4.0 / 8000.0 + 5.0 * 0.0123)).abs() < 1e-9, "{seconds}");
+    let again = sim.post("/generate", generate("Hello, world!", 5)).await.json();
     assert_eq!(again["meta_info"]["cached_tokens"], 3);
     let stats = sim.get("/sim/stats").await.json();
-    assert_eq!(
-        (&stats["served"], &stats["running"]),
-        (&json!(2), &json!(0))
-    );
-    assert_eq!(
-        (&stats["prompt_tokens"], &stats["cached_tokens"]),
-        (&json!(8), &json!(3))
-    );
+    assert_eq!((&stats["served"], &stats["running"]), (&json!(2), &json!(0)));
+    assert_eq!((&stats["prompt_tokens"], &stats["cached_tokens"]), (&json!(8), &json!(3)));
     sim.post("/flush_cache", json!({})).await;
-    let fresh = sim
-        .post("/generate", generate("Hello, world!", 5))
-        .await
-        .json();
+    let fresh = sim.post("/generate", generate("Hello, world!", 5)).await.json();
     assert_eq!(fresh["meta_info"]["cached_tokens"], 0);
 }
 
@@ -221,12 +177,7 @@ async fn generate_streams_cumulative_frames() {
     body["stream"] = json!(true);
     body["rid"] = json!("mine");
     let answer = sim.post("/generate", body).await;
-    assert!(
-        answer.headers["content-type"]
-            .to_str()
-            .unwrap()
-            .starts_with("text/event-stream")
-    );
+    assert!(answer.headers["content-type"].to_str().unwrap().starts_with("text/event-stream"));
     let events = answer.events();
     assert_eq!(events.len(), 5);
     assert_eq!(events[4], "[DONE]");
@@ -247,22 +198,14 @@ async fn lists_and_samples_give_lists() {
     let params = json!({"max_new_tokens": 2, "n": 2});
     let mut body = json!({"text": ["a", "b"], "sampling_params": params, "rid": "r"});
     let answers = sim.post("/generate", body.clone()).await.json();
-    let ids: Vec<_> = answers
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|a| &a["meta_info"]["id"])
-        .collect();
+    let ids: Vec<_> = answers.as_array().unwrap().iter().map(|a| &a["meta_info"]["id"]).collect();
     assert_eq!(ids, ["r_0", "r_1", "r_2", "r_3"]);
     body["stream"] = json!(true);
     let events = sim.post("/generate", body).await.events();
     for part in 0..4 {
         let mut of_part = events.iter().filter(|event| event["index"] == part);
         assert!(of_part.clone().count() >= 2);
-        assert_eq!(
-            of_part.next_back().unwrap()["meta_info"]["finish_reason"]["type"],
-            "length"
-        );
+        assert_eq!(of_part.next_back().unwrap()["meta_info"]["finish_reason"]["type"], "length");
     }
     assert_eq!(events.last().unwrap(), "[DONE]");
     let ids = json!({"input_ids": [[1, 2, 3], [4]], "sampling_params": {"max_new_tokens": 1}});
@@ -276,10 +219,7 @@ async fn chat_and_completions_answer_in_openais_shape() {
     let messages = json!([{"role": "user", "content": "Hello"}]);
     let chat = json!({"model": "m", "messages": messages, "max_tokens": 3, "n": 2});
     let json = sim.post("/v1/chat/completions", chat).await.json();
-    assert_eq!(
-        (&json["object"], &json["model"]),
-        (&json!("chat.completion"), &json!("m"))
-    );
+    assert_eq!((&json["object"], &json["model"]), (&json!("chat.completion"), &json!("m")));
     assert_eq!(json["choices"][1]["message"]["content"], " the old fox");
     assert_eq!(json["choices"][0]["finish_reason"], "length");
     assert_eq!(json["usage"]["completion_tokens"], 6);
@@ -288,10 +228,7 @@ async fn chat_and_completions_answer_in_openais_shape() {
     assert_eq!(json["worker_port"], sim.ports[0]);
     let completion = json!({"prompt": "Hello", "max_tokens": 3, "rid": "mine"});
     let json = sim.post("/v1/completions", completion).await.json();
-    assert_eq!(
-        (&json["object"], &json["id"]),
-        (&json!("text_completion"), &json!("mine"))
-    );
+    assert_eq!((&json["object"], &json["id"]), (&json!("text_completion"), &json!("mine")));
     assert_eq!(
         (&json["choices"][0]["text"], &json["model"]),
         (&json!(" the old fox"), &json!("sim-model"))
@@ -302,15 +239,9 @@ async fn chat_and_completions_answer_in_openais_shape() {
 async fn chat_streams_role_deltas_end_and_usage() {
     let sim = start(&[]).await;
     let mut body = json!({"messages": [{"content": "Hello"}], "max_tokens": 3, "stream": true});
-    let events = sim
-        .post("/v1/chat/completions", body.clone())
-        .await
-        .events();
+    let events = sim.post("/v1/chat/completions", body.clone()).await.events();
     let choices: Vec<_> = events.iter().map(|event| &event["choices"][0]).collect();
-    assert_eq!(
-        choices[0]["delta"],
-        json!({"role": "assistant", "content": ""})
-    );
+    assert_eq!(choices[0]["delta"], json!({"role": "assistant", "content": ""}));
     assert_eq!(choices[3]["delta"]["content"], " fox");
     assert_eq!(choices[4]["finish_reason"], "length");
     assert_eq!((events.len(), &events[5]), (6, &json!("[DONE]")));
@@ -318,44 +249,25 @@ async fn chat_streams_role_deltas_end_and_usage() {
     let events = sim.post("/v1/chat/completions", body).await.events();
     assert_eq!(events[5]["choices"], json!([]));
     assert_eq!(events[5]["usage"]["completion_tokens"], 3);
-    assert!(
-        events[5]["usage"]["prompt_tokens_details"]["cached_tokens"]
-            .as_u64()
-            .unwrap()
-            > 0
-    );
+    assert!(events[5]["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap() > 0);
     let body = json!({"prompt": "Hello", "max_tokens": 2, "stream": true});
     let events = sim.post("/v1/completions", body).await.events();
-    let texts: Vec<_> = events
-        .iter()
-        .map(|event| &event["choices"][0]["text"])
-        .collect();
+    let texts: Vec<_> = events.iter().map(|event| &event["choices"][0]["text"]).collect();
     assert_eq!(texts[..3], [" the", " old", ""]);
 }
 
 #[tokio::test]
 async fn responses_and_messages_answer_and_stream() {
     let sim = start(&[]).await;
-    let json = sim
-        .post(
-            "/v1/responses",
-            json!({"input": "Hello", "max_output_tokens": 2}),
-        )
-        .await
-        .json();
+    let json =
+        sim.post("/v1/responses", json!({"input": "Hello", "max_output_tokens": 2})).await.json();
     assert_eq!(json["output"][0]["content"][0]["text"], " the old");
     assert_eq!(json["usage"]["output_tokens"], 2);
     let body = json!({"input": "Hello", "max_output_tokens": 2, "stream": true});
     let events = sim.post("/v1/responses", body).await.events();
-    let kinds: Vec<_> = events
-        .iter()
-        .map(|event| event["type"].as_str().unwrap())
-        .collect();
+    let kinds: Vec<_> = events.iter().map(|event| event["type"].as_str().unwrap()).collect();
     let delta = "response.output_text.delta";
-    assert_eq!(
-        kinds,
-        ["response.created", delta, delta, "response.completed"]
-    );
+    assert_eq!(kinds, ["response.created", delta, delta, "response.completed"]);
     assert_eq!(events[3]["response"]["usage"]["output_tokens"], 2);
     let mut body =
         json!({"system": "Be.", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2});
@@ -379,38 +291,24 @@ async fn the_other_model_routes_answer_too() {
     let json = sim.post("/v1/embeddings", input.clone()).await.json();
     assert_eq!(json["data"].as_array().unwrap().len(), 2);
     assert_eq!(json["usage"]["prompt_tokens"], 2);
+    assert_eq!(sim.post("/v1/classify", input).await.json()["data"][0]["label"], "LABEL_0");
     assert_eq!(
-        sim.post("/v1/classify", input).await.json()["data"][0]["label"],
-        "LABEL_0"
-    );
-    assert_eq!(
-        sim.post("/v1/score", pair.clone()).await.json()["scores"]
-            .as_array()
-            .unwrap()
-            .len(),
+        sim.post("/v1/score", pair.clone()).await.json()["scores"].as_array().unwrap().len(),
         2
     );
     for path in ["/rerank", "/v1/rerank"] {
         let json = sim.post(path, pair.clone()).await.json();
-        assert_eq!(
-            (&json[1]["index"], &json[1]["document"]),
-            (&json!(1), &json!("b"))
-        );
+        assert_eq!((&json[1]["index"], &json[1]["document"]), (&json!(1), &json!("b")));
     }
     for path in ["/encode", "/classify"] {
         let json = sim.post(path, json!({"text": "abcdefgh"})).await.json();
         assert_eq!(json["meta_info"]["prompt_tokens"], 2);
     }
     for prefix in ["", "/v1"] {
-        let tokens = sim
-            .post(&format!("{prefix}/tokenize"), json!({"prompt": "Hello"}))
-            .await
-            .json();
+        let tokens =
+            sim.post(&format!("{prefix}/tokenize"), json!({"prompt": "Hello"})).await.json();
         assert_eq!(tokens["count"], 2);
-        let text = sim
-            .post(&format!("{prefix}/detokenize"), tokens)
-            .await
-            .json();
+        let text = sim.post(&format!("{prefix}/detokenize"), tokens).await.json();
         assert_eq!(text["text"], "Hello");
     }
     assert_eq!(sim.get("/sim/stats").await.json()["served"], 11);
@@ -418,51 +316,21 @@ async fn the_other_model_routes_answer_too() {
 
 #[tokio::test]
 async fn a_worker_tells_about_itself() {
-    let sim = start(&[
-        "--ports",
-        "0,0",
-        "--base-gpu-id",
-        "4",
-        "--kv-tokens",
-        "1000",
-    ])
-    .await;
+    let sim = start(&["--ports", "0,0", "--base-gpu-id", "4", "--kv-tokens", "1000"]).await;
     for path in ["/health", "/health_generate"] {
         assert_eq!(sim.get(path).await.status, 200);
     }
-    assert_eq!(
-        sim.get("/v1/models").await.json()["data"][0]["id"],
-        "sim-model"
-    );
+    assert_eq!(sim.get("/v1/models").await.json()["data"][0]["id"], "sim-model");
     let info = sim.get("/get_server_info").await.json();
-    assert_eq!(
-        (&info["max_total_num_tokens"], &info["base_gpu_id"]),
-        (&json!(1000), &json!(4))
-    );
+    assert_eq!((&info["max_total_num_tokens"], &info["base_gpu_id"]), (&json!(1000), &json!(4)));
     assert_eq!(sim.get("/server_info").await.json(), info);
-    assert_eq!(
-        sim.get("/model_info").await.json()["model_path"],
-        "sim-model"
-    );
+    assert_eq!(sim.get("/model_info").await.json()["model_path"], "sim-model");
     assert_eq!(sim.get("/get_load").await.json()[0]["num_reqs"], 0);
     let metrics = sim.get("/metrics").await.text();
-    assert!(
-        metrics.contains("sglang:num_running_reqs{model_name=\"sim-model\"} 0\n"),
-        "{metrics}"
-    );
-    let second = Running {
-        ports: vec![sim.ports[1]],
-        ..start(&[]).await
-    };
-    assert_eq!(
-        second.get("/get_server_info").await.json()["base_gpu_id"],
-        5
-    );
-    let hidden = start(&["--hide-kv"])
-        .await
-        .get("/get_server_info")
-        .await
-        .json();
+    assert!(metrics.contains("sglang:num_running_reqs{model_name=\"sim-model\"} 0\n"), "{metrics}");
+    let second = Running { ports: vec![sim.ports[1]], ..start(&[]).await };
+    assert_eq!(second.get("/get_server_info").await.json()["base_gpu_id"], 5);
+    let hidden = start(&["--hide-kv"]).await.get("/get_server_info").await.json();
     assert!(hidden.get("max_total_num_tokens").is_none() && hidden["base_gpu_id"].is_null());
 }
 
@@ -471,44 +339,20 @@ async fn errors_have_sglangs_shapes() {
     let sim = start(&[]).await;
     let answer = sim.post("/generate", json!({})).await;
     assert_eq!(answer.status, 400);
-    assert!(
-        answer.json()["error"]["message"]
-            .as_str()
-            .unwrap()
-            .contains("text")
-    );
+    assert!(answer.json()["error"]["message"].as_str().unwrap().contains("text"));
     for body in ["", "{", "[]", "\u{0}", "7"] {
-        for path in [
-            "/generate",
-            "/v1/chat/completions",
-            "/tokenize",
-            "/abort_request",
-        ] {
+        for path in ["/generate", "/v1/chat/completions", "/tokenize", "/abort_request"] {
             let answer = sim.call("POST", path, body).await;
-            assert_eq!(
-                (answer.status, &answer.json()["object"]),
-                (400, &json!("error"))
-            );
+            assert_eq!((answer.status, &answer.json()["object"]), (400, &json!("error")));
         }
     }
-    let answer = sim
-        .post("/v1/chat/completions", json!({"messages": []}))
-        .await;
-    assert_eq!(
-        (answer.status, &answer.json()["object"]),
-        (400, &json!("error"))
-    );
+    let answer = sim.post("/v1/chat/completions", json!({"messages": []})).await;
+    assert_eq!((answer.status, &answer.json()["object"]), (400, &json!("error")));
     let answer = sim.get("/nowhere").await;
-    assert_eq!(
-        (answer.status, answer.json()),
-        (404, json!({"detail": "Not Found"}))
-    );
+    assert_eq!((answer.status, answer.json()), (404, json!({"detail": "Not Found"})));
     assert!(answer.headers.contains_key("x-sim-port"));
     let answer = sim.get("/generate").await;
-    assert_eq!(
-        (answer.status, answer.json()),
-        (405, json!({"detail": "Method Not Allowed"}))
-    );
+    assert_eq!((answer.status, answer.json()), (405, json!({"detail": "Method Not Allowed"})));
 }
 
 #[tokio::test]
@@ -524,33 +368,21 @@ async fn a_share_of_requests_fails_by_the_seed() {
         fates.push(statuses);
     }
     assert_eq!(fates[0], fates[1]);
-    assert!(
-        fates[0].contains(&200) && fates[0].contains(&503),
-        "{fates:?}"
-    );
+    assert!(fates[0].contains(&200) && fates[0].contains(&503), "{fates:?}");
     assert_eq!(first.get("/health").await.status, 200);
 }
 
 #[tokio::test]
 async fn faults_change_at_run_time() {
     let sim = start(&[]).await;
-    let faults = sim
-        .post("/sim/faults", json!({"fail_rate": 1, "fail_status": 429}))
-        .await;
+    let faults = sim.post("/sim/faults", json!({"fail_rate": 1, "fail_status": 429})).await;
     let expected =
         json!({"fail_rate": 1.0, "fail_status": 429, "die_after_chunks": 0, "hang": false});
     assert_eq!((faults.status, faults.json()), (200, expected.clone()));
     assert_eq!(sim.post("/generate", generate("a", 1)).await.status, 429);
-    let refused = sim
-        .post("/sim/faults", json!({"fail_rate": 0, "frail_rate": 0}))
-        .await;
+    let refused = sim.post("/sim/faults", json!({"fail_rate": 0, "frail_rate": 0})).await;
     assert_eq!(refused.status, 400);
-    assert!(
-        refused.json()["error"]["message"]
-            .as_str()
-            .unwrap()
-            .contains("frail_rate")
-    );
+    assert!(refused.json()["error"]["message"].as_str().unwrap().contains("frail_rate"));
     assert_eq!(sim.get("/sim/faults").await.json(), expected);
     sim.post("/sim/faults", json!({"fail_rate": 0})).await;
     assert_eq!(sim.post("/generate", generate("a", 1)).await.status, 200);
@@ -593,10 +425,8 @@ async fn a_client_that_leaves_frees_its_place() {
         let mut body = generate("Hello", 100_000);
         body["stream"] = json!(stream);
         let body = body.to_string();
-        let (running, waiting) = (
-            sim.send("POST", "/generate", &body),
-            sim.send("POST", "/generate", &body),
-        );
+        let (running, waiting) =
+            (sim.send("POST", "/generate", &body), sim.send("POST", "/generate", &body));
         let both = async { tokio::join!(running, waiting) };
         let busy = |stats: &Value| stats["running"] == 1 && stats["waiting"] == 1;
         if stream {
@@ -609,8 +439,7 @@ async fn a_client_that_leaves_frees_its_place() {
                 _ = sim.until(busy) => {}
             }
         }
-        sim.until(|stats| stats["running"] == 0 && stats["waiting"] == 0)
-            .await;
+        sim.until(|stats| stats["running"] == 0 && stats["waiting"] == 0).await;
     }
     assert_eq!(sim.get("/sim/stats").await.json()["served"], 0);
 }
@@ -618,10 +447,7 @@ async fn a_client_that_leaves_frees_its_place() {
 #[tokio::test]
 async fn aborted_requests_end_with_what_they_have() {
     let sim = start(&["--speed", "1"]).await;
-    for (abort, stream) in [
-        (json!({"rid": "mine"}), false),
-        (json!({"abort_all": true}), true),
-    ] {
+    for (abort, stream) in [(json!({"rid": "mine"}), false), (json!({"abort_all": true}), true)] {
         let mut body = generate("Hello", 100_000);
         body["rid"] = json!("mine-1");
         body["stream"] = json!(stream);
@@ -631,11 +457,8 @@ async fn aborted_requests_end_with_what_they_have() {
             assert_eq!(sim.post("/abort_request", abort).await.status, 200);
         };
         let (answer, ()) = tokio::join!(sim.post("/generate", body), abort);
-        let last = if stream {
-            answer.events().into_iter().rev().nth(1).unwrap()
-        } else {
-            answer.json()
-        };
+        let last =
+            if stream { answer.events().into_iter().rev().nth(1).unwrap() } else { answer.json() };
         assert_eq!(last["meta_info"]["finish_reason"]["type"], "abort");
         assert!(last["meta_info"]["completion_tokens"].as_u64().unwrap() < 100_000);
     }
@@ -651,11 +474,7 @@ async fn max_running_bounds_what_runs_under_load() {
         sim.post("/generate", body)
     };
     let answers = futures_util::future::join_all((0..100).map(call)).await;
-    assert!(
-        answers
-            .iter()
-            .all(|answer| answer.status == 200 && answer.is_complete)
-    );
+    assert!(answers.iter().all(|answer| answer.status == 200 && answer.is_complete));
     for answer in answers.iter().step_by(2) {
         assert_eq!(answer.events().len(), 21);
     }
@@ -665,9 +484,7 @@ async fn max_running_bounds_what_runs_under_load() {
         (&json!(100), &json!(0), &json!(0))
     );
     // Handed in together, so that they run together however slow the machine is.
-    let prompts: Vec<_> = (0..20)
-        .map(|number| format!("{number} of a batch"))
-        .collect();
+    let prompts: Vec<_> = (0..20).map(|number| format!("{number} of a batch")).collect();
     sim.post("/generate", json!({"text": prompts})).await;
     assert_eq!(sim.get("/sim/stats").await.json()["max_running_seen"], 8);
 }
@@ -675,17 +492,10 @@ async fn max_running_bounds_what_runs_under_load() {
 #[tokio::test]
 async fn a_taken_port_is_named() {
     let sim = start(&[]).await;
-    let options = Options {
-        port: sim.ports[0],
-        ..Options::default()
-    };
+    let options = Options { port: sim.ports[0], ..Options::default() };
     let error = Sim::bind(options).await.expect_err("the port is taken");
     assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
-    assert!(
-        error
-            .to_string()
-            .contains(&format!("127.0.0.1:{}", sim.ports[0]))
-    );
+    assert!(error.to_string().contains(&format!("127.0.0.1:{}", sim.ports[0])));
 }
 
 #[tokio::test]

@@ -21,12 +21,7 @@ const WORDS: [&str; 15] = [
 ];
 
 static OUTPUT: LazyLock<(String, Vec<u32>)> = LazyLock::new(|| {
-    let text: String = WORDS
-        .iter()
-        .copied()
-        .cycle()
-        .take(MAX_OUTPUT_TOKENS)
-        .collect();
+    let text: String = WORDS.iter().copied().cycle().take(MAX_OUTPUT_TOKENS).collect();
     let ids = encode(&text);
     (text, ids)
 });
@@ -73,9 +68,7 @@ mod tests {
 
     #[test]
     fn a_token_is_four_bytes() {
-        let counts: Vec<_> = ["", "a", "abcd", "abcde"]
-            .map(|text| encode(text).len())
-            .into();
+        let counts: Vec<_> = ["", "a", "abcd", "abcde"].map(|text| encode(text).len()).into();
         assert_eq!(counts, [1, 1, 1, 2]);
         assert_eq!(encode("abcdefgh")[0], encode("abcdxyz")[0]);
     }

@@ -114,8 +114,7 @@ struct Outlet {
 
 impl Outlet {
     fn publish(&self, update: impl FnOnce(&mut Progress)) {
-        self.parts
-            .send_modify(|parts| update(&mut parts[self.part]));
+        self.parts.send_modify(|parts| update(&mut parts[self.part]));
     }
 
     /// Publishes a token count, waking the request only if it is news.
@@ -179,17 +178,12 @@ impl Worker {
 
     /// Hands a request to the engine; part `i` is known as `rids[i]`.
     pub fn submit(self: &Arc<Self>, work: Work, rids: &[String]) -> Job {
-        let progress = |prompt: &Vec<u32>| Progress {
-            prompt_tokens: prompt.len(),
-            ..Progress::default()
-        };
+        let progress =
+            |prompt: &Vec<u32>| Progress { prompt_tokens: prompt.len(), ..Progress::default() };
         let (parts, receiver) = watch::channel(work.prompts.iter().map(progress).collect());
         let parts = Arc::new(parts);
-        let sequences: Vec<_> = work
-            .prompts
-            .iter()
-            .map(|prompt| sequence(prompt, work.output_tokens))
-            .collect();
+        let sequences: Vec<_> =
+            work.prompts.iter().map(|prompt| sequence(prompt, work.output_tokens)).collect();
         let ids = self.at_now(|state, now| {
             let submit = |(part, sequence): (usize, Sequence)| {
                 let outlet = Outlet {
@@ -206,23 +200,15 @@ impl Worker {
             };
             sequences.into_iter().enumerate().map(submit).collect()
         });
-        Job {
-            worker: Arc::clone(self),
-            ids,
-            parts: receiver,
-        }
+        Job { worker: Arc::clone(self), ids, parts: receiver }
     }
 
     /// Ends requests early: those whose id begins with `rid`, as in SGLang, or all.
     pub fn abort(&self, rid: Option<&str>) {
         self.at_now(|state, now| {
             let meant = |outlet: &Outlet| rid.is_none_or(|rid| outlet.rid.starts_with(rid));
-            let ids: Vec<_> = state
-                .outlets
-                .iter()
-                .filter(|(_, o)| meant(o))
-                .map(|(id, _)| *id)
-                .collect();
+            let ids: Vec<_> =
+                state.outlets.iter().filter(|(_, o)| meant(o)).map(|(id, _)| *id).collect();
             let made: HashMap<_, _> = state.engine.decoding().collect();
             for id in &ids {
                 state.engine.cancel(*id);
@@ -238,13 +224,7 @@ impl Worker {
 
     /// How busy the engine is, with the most requests that ran at once and the totals.
     pub fn load(&self) -> (Load, usize, Totals) {
-        self.at_now(|state, _| {
-            (
-                state.engine.load(),
-                state.engine.max_running_seen(),
-                state.totals,
-            )
-        })
+        self.at_now(|state, _| (state.engine.load(), state.engine.max_running_seen(), state.totals))
     }
 
     /// Counts a request that was answered.
@@ -301,11 +281,7 @@ impl Worker {
 fn sequence(prompt: &[u32], output_tokens: usize) -> Sequence {
     let (_, answer) = tokens::output(output_tokens);
     let pages = chain(prompt.iter().chain(answer).map(|&token| u64::from(token)));
-    Sequence {
-        pages,
-        prompt_tokens: prompt.len(),
-        output_tokens: answer.len(),
-    }
+    Sequence { pages, prompt_tokens: prompt.len(), output_tokens: answer.len() }
 }
 
 impl State {
@@ -315,10 +291,7 @@ impl State {
         let event = self.engine.next_event();
         match self.publish_streams() {
             false => event,
-            true => [event, self.engine.next_token()]
-                .into_iter()
-                .flatten()
-                .reduce(f64::min),
+            true => [event, self.engine.next_token()].into_iter().flatten().reduce(f64::min),
         }
     }
 
@@ -327,12 +300,7 @@ impl State {
         self.engine.advance(now, &mut events);
         for event in events.drain(..) {
             match event {
-                Event::Prefilled {
-                    id,
-                    cached_tokens,
-                    queue_secs,
-                    ..
-                } => {
+                Event::Prefilled { id, cached_tokens, queue_secs, .. } => {
                     self.prefilled(id, cached_tokens, queue_secs);
                 }
                 Event::Finished { id, at } => self.end(id, at, usize::MAX, Finish::Length),

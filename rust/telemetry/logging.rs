@@ -20,9 +20,9 @@ fn parse_level(text: &str) -> Result<LevelFilter, String> {
     match text.to_ascii_lowercase().as_str() {
         "warning" => Ok(LevelFilter::WARN),
         "critical" | "fatal" => Ok(LevelFilter::ERROR),
-        level => level
-            .parse()
-            .map_err(|_| "not one of trace, debug, info, warn, error, off".to_owned()),
+        level => {
+            level.parse().map_err(|_| "not one of trace, debug, info, warn, error, off".to_owned())
+        }
     }
 }
 

@@ -178,6 +178,5 @@ impl Iterator for Pages {
     }
 }
 
-
 #[cfg(test)]
 mod tests;

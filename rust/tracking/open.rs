@@ -18,6 +18,7 @@ const MAX_ERROR_BYTES: usize = 512;
 const MAX_MODEL_BYTES: usize = 128;
 const MAX_WORKER_REQUEST_ID_BYTES: usize = 128;
 const MAX_FINISH_REASON_BYTES: usize = 64;
+const MAX_REASON_BYTES: usize = 64;
 
 /// The error of a request that nobody ended: its task was dropped because the client went away.
 const CLIENT_GONE: &str = "client disconnected";
@@ -53,8 +54,9 @@ pub struct AnswerFacts<'a> {
 /// The record of a running request. See the module's documentation.
 #[derive(Debug)]
 pub struct OpenTrace {
-    /// `None` when tracking is off.
-    home: Option<(Arc<Tracker>, Key)>,
+    tracker: Arc<Tracker>,
+    /// Where the record is.
+    key: Key,
     arrived_at: Instant,
     status: Status,
     worker: Option<Arc<WorkerName>>,
@@ -66,15 +68,9 @@ pub struct OpenTrace {
 
 impl OpenTrace {
     pub(super) fn new(tracker: Arc<Tracker>, key: Key, arrived_at: Instant) -> OpenTrace {
-        let mut trace = OpenTrace::untracked(arrived_at);
-        trace.home = Some((tracker, key));
-        trace
-    }
-
-    /// Takes everything and keeps nothing: for a router that does not track.
-    pub fn untracked(arrived_at: Instant) -> OpenTrace {
         OpenTrace {
-            home: None,
+            tracker,
+            key,
             arrived_at,
             status: Status::Queued,
             worker: None,
@@ -113,11 +109,11 @@ impl OpenTrace {
     }
 
     /// A worker was picked, for the first attempt or for another one. `reason` is the policy's,
-    /// `decision` the time it took to read the prompt and pick.
+    /// cut at 64 bytes; `decision` the time it took to read the prompt and pick.
     pub fn routed(
         &mut self,
         worker: &Arc<WorkerName>,
-        reason: &'static str,
+        reason: &str,
         matched_tokens: Option<u32>,
         decision: Duration,
     ) {
@@ -129,8 +125,8 @@ impl OpenTrace {
         self.at_home(|shard, place| {
             shard.route(place, from_worker.as_ref(), worker);
             shard.set_status(place, from, Status::Routed);
-            shard.edit(place, |record, _| {
-                record.reason = Some(reason);
+            shard.edit(place, |record, names| {
+                record.reason = Some(names.share(capped(reason, MAX_REASON_BYTES)));
                 record.http_status = None;
                 record.matched_tokens = matched_tokens.into();
                 record.decision_ns = OptionalU64::nanos(decision);
@@ -223,16 +219,16 @@ impl OpenTrace {
         let attempt = self.take_attempt(at);
         let latency_us = self.since_arrival(at);
         let from = std::mem::replace(&mut self.status, to);
-        let Some((tracker, key)) = &self.home else { return };
-        let now_us = tracker.micros_at(at);
-        let mut shard = tracker.store.shard(*key);
-        shard.edit(key.place, |record, _| {
+        let now_us = self.tracker.micros_at(at);
+        let place = self.key.place;
+        let mut shard = self.tracker.store.shard(self.key);
+        shard.edit(place, |record, _| {
             close_attempt(record, attempt, None, error);
             record.latency_us = latency_us;
             record.http_status = http_status.or(record.http_status);
             record.error_message = error.map(error_text);
         });
-        shard.end(key.place, from, to, self.worker.is_some(), now_us);
+        shard.end(place, from, to, self.worker.is_some(), now_us);
     }
 
     /// Ends the attempt that is under way: its latency, which is none if it was never sent.
@@ -248,9 +244,7 @@ impl OpenTrace {
 
     /// Several changes that readers see as one.
     fn at_home(&self, change: impl FnOnce(&mut Shard, Place)) {
-        if let Some((tracker, key)) = &self.home {
-            change(&mut tracker.store.shard(*key), key.place);
-        }
+        change(&mut self.tracker.store.shard(self.key), self.key.place);
     }
 
     fn since_arrival(&self, at: Instant) -> OptionalU64 {
@@ -265,7 +259,6 @@ impl Drop for OpenTrace {
         }
     }
 }
-
 
 /// Writes how the last attempt went, if one was under way.
 fn close_attempt(

@@ -275,13 +275,18 @@ mod tests {
             let expected = format!("limit={value:?} is not a whole number from 1 to 1000");
             assert_eq!(message("limit", value), expected);
         }
-        for value in ["", "ff", "cff", "c00000000000000FF", "c+0000000000000ff", "c0000000000000ffff"] {
+        for value in
+            ["", "ff", "cff", "c00000000000000FF", "c+0000000000000ff", "c0000000000000ffff"]
+        {
             assert!(message("cursor", value).contains("x-next-cursor"), "{value}");
         }
         assert!(message("status", "done").contains("queued, routed, processing"));
         assert!(message("format", "xml").contains("json, csv, jsonl"));
         assert!(message("nodeid", "gpu_0").contains("node_id"));
-        assert_eq!(message("limit", &"9".repeat(5_000)).len(), message("limit", &"9".repeat(80)).len());
+        assert_eq!(
+            message("limit", &"9".repeat(5_000)).len(),
+            message("limit", &"9".repeat(80)).len()
+        );
         let twice = parse(&[("limit", "1"), ("limit", "2")]).expect_err("given twice");
         assert_eq!(twice, QueryError::Repeated { name: "limit" });
     }
@@ -301,7 +306,9 @@ mod tests {
         }
         assert_eq!(parse_moment("1767225600.123456"), Some(newyear + 123_456));
         assert_eq!(parse_moment("2026-01-01T00:00:00.123456Z"), Some(newyear + 123_456));
-        for value in ["", "now", "nan", "inf", "-1", "1767225600000", "2026-01-01", "2026-13-01T00:00:00Z"] {
+        for value in
+            ["", "now", "nan", "inf", "-1", "1767225600000", "2026-01-01", "2026-13-01T00:00:00Z"]
+        {
             assert_eq!(parse_moment(value), None, "{value}");
             assert!(message("since", value).contains("RFC 3339"));
         }

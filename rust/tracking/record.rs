@@ -131,7 +131,7 @@ pub(super) struct Record {
     pub(super) model: Option<Text>,
     pub(super) finish_reason: Option<Text>,
     pub(super) error_message: Option<Text>,
-    pub(super) reason: Option<&'static str>,
+    pub(super) reason: Option<Text>,
     pub(super) worker_request_id: Option<CompactId>,
     pub(super) trace_id: Option<[u8; 16]>,
     /// Empty until a worker is picked; the last one's worker is the record's.
@@ -207,7 +207,7 @@ impl Record {
         } else {
             0
         };
-        let texts = [&self.model, &self.finish_reason, &self.error_message];
+        let texts = [&self.model, &self.finish_reason, &self.error_message, &self.reason];
         let own = texts.into_iter().chain(self.attempts.iter().map(|attempt| &attempt.error));
         self.request_id.len()
             + self.worker_request_id.as_ref().map_or(0, CompactId::heap_bytes)
@@ -235,7 +235,7 @@ impl Record {
             stream: self.stream,
             http_status: self.http_status,
             finish_reason: text(&self.finish_reason),
-            reason: self.reason,
+            reason: text(&self.reason),
             matched_tokens: self.matched_tokens.get(),
             prompt_tokens: self.prompt_tokens.get(),
             cached_tokens: self.cached_tokens.get(),

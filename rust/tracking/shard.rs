@@ -18,7 +18,7 @@ use hashbrown::HashTable;
 use super::WorkerName;
 use super::query::Query;
 use super::record::{Record, Status};
-use super::slab::{Chain, List, Slab};
+use super::slab::{List, Slab};
 use super::stats::Counts;
 use super::text::Names;
 use super::trace::{Timestamp, Trace};
@@ -30,6 +30,13 @@ const MAX_SCANNED: usize = 256;
 /// Rough cost of a record in a `BTreeMap<u64, u32>`: nodes of 11 are a little over half full when
 /// keys come in ascending order.
 const BY_ARRIVAL_BYTES: usize = 28;
+
+/// Open records by arrival; ended ones by last use.
+const ORDER: usize = 0;
+/// Ended records by their ending.
+const ENDING: usize = 1;
+/// Records with one id by arrival.
+const SAME_ID: usize = 2;
 
 #[derive(Debug)]
 struct Entry {
@@ -61,14 +68,14 @@ pub(super) struct Shard {
     hasher: RandomState,
     slab: Slab<Entry>,
     /// One list for each id, oldest record first.
-    by_id: HashTable<List>,
+    by_id: HashTable<List<SAME_ID>>,
     by_arrival: BTreeMap<u64, u32>,
     /// Open records, oldest first.
-    open: List,
+    open: List<ORDER>,
     /// Ended records, least recently used first.
-    used: List,
+    used: List<ORDER>,
     /// Ended records, first ended first.
-    ended: List,
+    ended: List<ENDING>,
     names: Names,
     pub(super) counts: Counts,
     /// Heap memory behind the records.
@@ -83,9 +90,9 @@ impl Shard {
             slab: Slab::new(),
             by_id: HashTable::new(),
             by_arrival: BTreeMap::new(),
-            open: List::new(Chain::Order),
-            used: List::new(Chain::Order),
-            ended: List::new(Chain::Ending),
+            open: List::new(),
+            used: List::new(),
+            ended: List::new(),
             names: Names::default(),
             counts: Counts::default(),
             heap_bytes: 0,
@@ -207,16 +214,18 @@ impl Shard {
 
     /// Whether [`Shard::expire`] would remove anything.
     pub(super) fn has_expired(&self, now_us: u64, ttl_us: u64) -> bool {
-        self.ended.first().is_some_and(|slot| {
-            self.slab.at(slot).record.ended_us.saturating_add(ttl_us) <= now_us
-        })
+        self.ended
+            .first()
+            .is_some_and(|slot| self.slab.at(slot).record.ended_us.saturating_add(ttl_us) <= now_us)
     }
 
     /// Removes the records that ended `ttl_us` ago or earlier; says how many.
     pub(super) fn expire(&mut self, now_us: u64, ttl_us: u64) -> usize {
         let mut removed = 0;
         while self.has_expired(now_us, ttl_us) {
-            let Some(slot) = self.ended.first() else { break };
+            let Some(slot) = self.ended.first() else {
+                break;
+            };
             self.remove(slot);
             removed += 1;
         }
@@ -265,8 +274,8 @@ impl Shard {
         let list = match self.by_id.find_mut(hash, |list| list_id(&self.slab, list) == id) {
             Some(list) => list,
             None => {
-                let rehash = |list: &List| self.hasher.hash_one(list_id(&self.slab, list));
-                let list = List::new(Chain::SameId);
+                let rehash = |list: &List<SAME_ID>| self.hasher.hash_one(list_id(&self.slab, list));
+                let list = List::new();
                 self.by_id.insert_unique(hash, list, rehash).into_mut()
             }
         };
@@ -300,6 +309,6 @@ impl Shard {
 }
 
 /// The id that all records of a list have.
-fn list_id<'a>(slab: &'a Slab<Entry>, list: &List) -> &'a str {
+fn list_id<'a>(slab: &'a Slab<Entry>, list: &List<SAME_ID>) -> &'a str {
     list.first().map_or("", |slot| &slab.at(slot).record.request_id)
 }

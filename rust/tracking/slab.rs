@@ -1,7 +1,7 @@
 //! Values in numbered slots, and lists threaded through them.
 //!
 //! A value sits in up to three doubly linked lists at once without any allocation of its own: each
-//! node carries one pair of links per [`Chain`]. A [`List`] is only its two ends, so joining and
+//! node carries one pair of links per chain. A [`List`] is only its two ends, so joining and
 //! leaving one are O(1). Each value is boxed on its own: removing it gives its memory back, and
 //! growing moves pointers, never values.
 
@@ -10,17 +10,7 @@ use std::mem::size_of;
 /// Stands for "no slot" in links.
 const NIL: u32 = u32::MAX;
 
-/// Which of a node's links a list runs along.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Chain {
-    /// Open records by arrival; ended ones by last use.
-    Order = 0,
-    /// Ended records by their ending.
-    Ending = 1,
-    /// Records with one id, by arrival.
-    SameId = 2,
-}
-
+/// Chains a value can be part of, one list on each.
 const CHAINS: usize = 3;
 
 #[derive(Debug, Clone, Copy)]
@@ -94,24 +84,25 @@ impl<T> Slab<T> {
             + self.len() * size_of::<Node<T>>()
     }
 
-    fn link(&mut self, chain: Chain, slot: u32) -> &mut Link {
+    fn link(&mut self, chain: usize, slot: u32) -> &mut Link {
         let node = self.nodes[slot as usize].as_mut().expect("a listed slot holds a value");
-        &mut node.links[chain as usize]
+        &mut node.links[chain]
     }
 }
 
-/// A list through the slots of one slab, along one chain.
+/// A list through the slots of one slab, along the chain of number `CHAIN`. No value is in two
+/// lists along one chain.
 #[derive(Debug)]
-pub(super) struct List {
-    chain: Chain,
+pub(super) struct List<const CHAIN: usize> {
     first: u32,
     last: u32,
     len: u32,
 }
 
-impl List {
-    pub(super) fn new(chain: Chain) -> List {
-        List { chain, first: NIL, last: NIL, len: 0 }
+impl<const CHAIN: usize> List<CHAIN> {
+    pub(super) fn new() -> List<CHAIN> {
+        const { assert!(CHAIN < CHAINS) };
+        List { first: NIL, last: NIL, len: 0 }
     }
 
     pub(super) fn len(&self) -> u32 {
@@ -127,9 +118,9 @@ impl List {
     }
 
     pub(super) fn push<T>(&mut self, slab: &mut Slab<T>, slot: u32) {
-        *slab.link(self.chain, slot) = Link { previous: self.last, next: NIL };
+        *slab.link(CHAIN, slot) = Link { previous: self.last, next: NIL };
         match self.last() {
-            Some(last) => slab.link(self.chain, last).next = slot,
+            Some(last) => slab.link(CHAIN, last).next = slot,
             None => self.first = slot,
         }
         self.last = slot;
@@ -138,14 +129,14 @@ impl List {
 
     /// Takes a slot of this list out of it.
     pub(super) fn remove<T>(&mut self, slab: &mut Slab<T>, slot: u32) {
-        let Link { previous, next } = std::mem::replace(slab.link(self.chain, slot), UNLINKED);
+        let Link { previous, next } = std::mem::replace(slab.link(CHAIN, slot), UNLINKED);
         match previous {
             NIL => self.first = next,
-            _ => slab.link(self.chain, previous).next = next,
+            _ => slab.link(CHAIN, previous).next = next,
         }
         match next {
             NIL => self.last = previous,
-            _ => slab.link(self.chain, next).previous = previous,
+            _ => slab.link(CHAIN, next).previous = previous,
         }
         self.len -= 1;
     }
@@ -156,22 +147,22 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn forwards(slab: &mut Slab<u32>, list: &List) -> Vec<u32> {
+    fn forwards<const CHAIN: usize>(slab: &mut Slab<u32>, list: &List<CHAIN>) -> Vec<u32> {
         let mut slots = Vec::new();
         let mut next = list.first;
         while next != NIL {
             slots.push(next);
-            next = slab.link(list.chain, next).next;
+            next = slab.link(CHAIN, next).next;
         }
         slots
     }
 
-    fn backwards(slab: &mut Slab<u32>, list: &List) -> Vec<u32> {
+    fn backwards<const CHAIN: usize>(slab: &mut Slab<u32>, list: &List<CHAIN>) -> Vec<u32> {
         let mut slots = Vec::new();
         let mut previous = list.last;
         while previous != NIL {
             slots.push(previous);
-            previous = slab.link(list.chain, previous).previous;
+            previous = slab.link(CHAIN, previous).previous;
         }
         slots
     }
@@ -183,8 +174,8 @@ mod tests {
         #[test]
         fn lists_keep_the_order_of_joining(steps in prop::collection::vec(0u32..200, 0..120)) {
             let mut slab = Slab::new();
-            let mut order = List::new(Chain::Order);
-            let mut even = List::new(Chain::SameId);
+            let mut order = List::<0>::new();
+            let mut even = List::<2>::new();
             let mut model: Vec<(u32, u32)> = Vec::new();
             for step in steps {
                 if step < 100 {

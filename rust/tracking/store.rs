@@ -3,7 +3,8 @@
 //! The shards share one capacity, so that nothing leaves while there is room anywhere. When there
 //! is none, a new record takes the room of one in its own shard; if that shard holds less than its
 //! even share, of one in a shard that holds more. So a store fills up exactly, and its shards even
-//! out by themselves. At most one shard is locked at a time, by any call.
+//! out by themselves. No call that changes records locks more than one shard at a time; statistics
+//! lock all of them, for reading.
 //!
 //! A listing merges the shards by arrival number, a few records at a time, without ever seeing an
 //! expired one. Time is an argument: microseconds since the store's start.
@@ -24,6 +25,9 @@ const MAX_SINGLE_SHARD_ENTRIES: usize = 1_024;
 
 /// Shards of a larger store.
 const SHARDS: usize = 16;
+
+/// Most records spread out for a listing while one shard is locked.
+const MAX_FOUND: usize = 32;
 
 /// One page of a listing.
 #[derive(Debug, Clone)]
@@ -61,6 +65,7 @@ impl Store {
         Store::with_shards(shards, capacity, ttl_us, routing_policy)
     }
 
+    /// `shards` is at most `capacity`, so that each has a share.
     fn with_shards(shards: usize, capacity: usize, ttl_us: u64, routing_policy: &str) -> Store {
         let hasher = RandomState::new();
         let shard = |_| RwLock::new(Shard::new(hasher.clone()));
@@ -120,7 +125,8 @@ impl Store {
         let before = query.cursor.map_or(newest, |cursor| cursor.seq.min(newest));
         let mut walks: Vec<Walk> = self.shards.iter().map(|_| Walk::new(before)).collect();
         let page_size = query.page_size();
-        let max_found = page_size / walks.len() + 8;
+        // Few, because what a walk has found but the page has no room for is thrown away.
+        let max_found = (page_size / walks.len() / 4 + 4).min(MAX_FOUND);
         let mut last_seq = before;
         while let Some(index) = next_walk(&walks) {
             match walks[index].found.pop_front() {
@@ -146,8 +152,9 @@ impl Store {
     pub(super) fn add_to(&self, stats: &mut Stats, now_us: u64) {
         self.remove_expired(now_us);
         let mut first_and_last = None;
-        for shard in &self.shards {
-            let shard = shard.read();
+        // All shards at one moment: a record on its way from one to another is not counted twice.
+        let shards: Vec<_> = self.shards.iter().map(RwLock::read).collect();
+        for shard in &shards {
             stats.add(&shard.counts);
             stats.memory_bytes += shard.memory_bytes();
             if let Some([first, last]) = shard.arrivals() {

@@ -1,6 +1,6 @@
 //! How a record keeps its strings small: names that repeat are shared, ids in hex are packed.
 //!
-//! A `Text` is one pointer. Names that many records have in common (route, model, finish reason)
+//! A `Text` is one pointer. Names that many records have in common (route, model, reasons)
 //! come out of a bounded `Names` set and cost the record that pointer; a text of its own costs its
 //! bytes as well. A `CompactId` halves the usual id of 32 hex digits.
 

@@ -5,7 +5,6 @@
 use std::fmt::{self, Display, Formatter};
 
 use serde::{Serialize, Serializer};
-use serde_json::Value;
 use time::OffsetDateTime;
 
 use super::record::Status;
@@ -118,7 +117,7 @@ trace! {
     /// The worker's word, at most 64 bytes.
     finish_reason: Option<String>,
     /// Why the policy picked this worker.
-    reason: Option<&'static str>,
+    reason: Option<String>,
     /// Predicted by the policy's prefix tree.
     matched_tokens: Option<u32>,
     /// The worker's own count.
@@ -149,11 +148,11 @@ trace! {
 
 /// A value in one CSV cell: text as it is, null as nothing, anything nested as JSON.
 fn cell(value: &impl Serialize) -> String {
-    match serde_json::to_value(value) {
-        Ok(Value::Null) | Err(_) => String::new(),
-        Ok(Value::String(text)) => text,
-        // Not printed from the `Value`, which has forgotten the order of the fields.
-        Ok(_) => serde_json::to_string(value).unwrap_or_default(),
+    let json = serde_json::to_string(value).expect("a trace is plain data");
+    match json.as_bytes() {
+        b"null" => String::new(),
+        [b'"', ..] => serde_json::from_str(&json).expect("what was just written"),
+        _ => json,
     }
 }
 
@@ -184,6 +183,8 @@ mod tests {
     use std::sync::Arc;
     use std::time::Duration;
 
+    use serde_json::Value;
+
     use super::*;
     use crate::tracking::WorkerName;
     use crate::tracking::record::{OptionalU32, OptionalU64, Record};
@@ -193,11 +194,8 @@ mod tests {
 
     fn full_record() -> Record {
         let mut record = Record::new("a \"b\", c", Text::new("/generate"), ARRIVED_UNIX_US);
-        let worker = WorkerName {
-            index: 0,
-            url: "http://127.0.0.1:30005".into(),
-            node_id: "gpu_4".into(),
-        };
+        let worker =
+            WorkerName { index: 0, url: "http://127.0.0.1:30005".into(), node_id: "gpu_4".into() };
         record.attempt(&Arc::new(worker));
         record.attempts[0].http_status = Some(200);
         record.attempts[0].latency_us = OptionalU64::some(92_000);
@@ -206,7 +204,7 @@ mod tests {
         record.stream = Some(true);
         record.http_status = Some(200);
         record.model = Some(Text::new("two\nlines"));
-        record.reason = Some("prefix_match");
+        record.reason = Some(Text::new("prefix_match"));
         record.decision_ns = OptionalU64::nanos(Duration::from_nanos(3_100));
         record.latency_us = OptionalU64::some(93_001);
         record.worker_request_id = Some(CompactId::new("0af7651916cd43dd8448eb211c80319c"));
@@ -267,7 +265,8 @@ mod tests {
         let header: Vec<String> =
             reader.headers().expect("a header").iter().map(str::to_owned).collect();
         assert_eq!(header, Trace::COLUMNS);
-        let rows: Vec<csv::StringRecord> = reader.records().map(|row| row.expect("a row")).collect();
+        let rows: Vec<csv::StringRecord> =
+            reader.records().map(|row| row.expect("a row")).collect();
         assert_eq!(rows.len(), 1);
         let json = serde_json::to_value(&trace).expect("plain data");
         for (column, cell) in header.iter().zip(rows[0].iter()) {

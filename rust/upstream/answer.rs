@@ -62,19 +62,15 @@ impl Reader {
     pub fn new(content_type: Option<&str>, content_encoding: Option<&str>) -> Self {
         let plain = content_encoding
             .is_none_or(|it| it.trim().is_empty() || it.trim().eq_ignore_ascii_case("identity"));
-        let media_type = content_type
-            .and_then(|it| it.split(';').next())
-            .unwrap_or_default()
-            .trim();
-        Reader(
-            if plain && media_type.eq_ignore_ascii_case("text/event-stream") {
-                Form::Stream(Events::new(), Box::default())
-            } else if plain && media_type.eq_ignore_ascii_case("application/json") {
-                Form::Whole(Some(Vec::new()))
-            } else {
-                Form::Unread
-            },
-        )
+        let media_type =
+            content_type.and_then(|it| it.split(';').next()).unwrap_or_default().trim();
+        Reader(if plain && media_type.eq_ignore_ascii_case("text/event-stream") {
+            Form::Stream(Events::new(), Box::default())
+        } else if plain && media_type.eq_ignore_ascii_case("application/json") {
+            Form::Whole(Some(Vec::new()))
+        } else {
+            Form::Unread
+        })
     }
 
     /// Reads the next bytes. True once at most: when they complete the first event of a stream that
@@ -84,11 +80,8 @@ impl Reader {
         match &mut self.0 {
             Form::Unread => {}
             Form::Whole(kept) => {
-                *kept = kept
-                    .take()
-                    .filter(|kept| kept.len() + chunk.len() <= MAX_KEPT_BYTES);
-                kept.iter_mut()
-                    .for_each(|kept| kept.extend_from_slice(chunk));
+                *kept = kept.take().filter(|kept| kept.len() + chunk.len() <= MAX_KEPT_BYTES);
+                kept.iter_mut().for_each(|kept| kept.extend_from_slice(chunk));
             }
             Form::Stream(events, progress) => {
                 events.read(chunk, |event| first_content |= progress.take(event));
@@ -117,10 +110,7 @@ impl Reader {
 /// The facts of an answer that is no stream: one object, or a list of them.
 fn whole(json: &str) -> Facts {
     let mut items: Vec<Said> = match json::list(json) {
-        Some(items) => items
-            .iter()
-            .map(|item| Said::of(item.get()).unwrap_or_default())
-            .collect(),
+        Some(items) => items.iter().map(|item| Said::of(item.get()).unwrap_or_default()).collect(),
         None => Said::of(json).into_iter().collect(),
     };
     let tokens = Tokens::sum(items.iter().map(|item| item.tokens));
@@ -262,11 +252,7 @@ impl Tokens {
     /// count the tokens read from and written to the cache among its `input_tokens`; here the prompt
     /// is all of them.
     fn of_usage(usage: &RawValue) -> Option<(Tokens, bool)> {
-        let names = [
-            "prompt_tokens",
-            "completion_tokens",
-            "prompt_tokens_details",
-        ];
+        let names = ["prompt_tokens", "completion_tokens", "prompt_tokens_details"];
         let [prompt, completion, prompt_details] = json::fields(usage.get(), names)?;
         let names = ["input_tokens", "output_tokens", "input_tokens_details"];
         let [input, output, input_details] = json::fields(usage.get(), names)?;
@@ -278,9 +264,7 @@ impl Tokens {
         let prompt = prompt.or(input);
         let tokens = Tokens {
             prompt: prompt.and_then(|prompt| {
-                json::number(prompt)?
-                    .checked_add(beside(read)?)?
-                    .checked_add(beside(written)?)
+                json::number(prompt)?.checked_add(beside(read)?)?.checked_add(beside(written)?)
             }),
             cached: read.or(detailed).and_then(json::number),
             completion: completion.or(output).and_then(json::number),
@@ -328,21 +312,11 @@ impl Said {
         match (response, message) {
             // Responses wrap the whole response, a Message's beginning what is known of it by then,
             // with a count of output tokens that means nothing yet.
-            (Some(response), _) => Some(Said {
-                content: false,
-                ..Said::of(response.get())?
-            }),
+            (Some(response), _) => Some(Said { content: false, ..Said::of(response.get())? }),
             (None, Some(message)) => {
                 let said = Said::of(message.get())?;
-                let tokens = Tokens {
-                    completion: None,
-                    ..said.tokens
-                };
-                Some(Said {
-                    content: false,
-                    tokens,
-                    ..said
-                })
+                let tokens = Tokens { completion: None, ..said.tokens };
+                Some(Said { content: false, tokens, ..said })
             }
             (None, None) => Said::of(json),
         }
@@ -355,9 +329,7 @@ impl Said {
         match (error, meta) {
             (Some(_), _) => None,
             (None, Some(meta)) => Some(Said {
-                source: Source::Frame {
-                    index: index.and_then(json::number),
-                },
+                source: Source::Frame { index: index.and_then(json::number) },
                 content: is_filled(text) || is_filled(output_ids),
                 ..Said::of_meta(meta)
             }),
@@ -367,15 +339,7 @@ impl Said {
 
     /// What an object in OpenAI's or Anthropic's shapes says.
     fn of_others(json: &str) -> Option<Said> {
-        let names = [
-            "id",
-            "choices",
-            "usage",
-            "delta",
-            "stop_reason",
-            "object",
-            "status",
-        ];
+        let names = ["id", "choices", "usage", "delta", "stop_reason", "object", "status"];
         let [id, choices, usage, delta, stop, object, status] = json::fields(json, names)?;
         let (chosen, finish_reason) = of_choices(choices);
         let stop = stop.or(delta.and_then(|delta| json::fields(delta.get(), ["stop_reason"])?[0]));
@@ -389,22 +353,14 @@ impl Said {
             id: id.and_then(name),
             finish_reason: finish_reason.or(stop.or(ended).and_then(name)),
             tokens: usage.map_or_else(Tokens::default, |(tokens, _)| tokens),
-            source: usage.map_or(Source::Nothing, |(_, prompt_told)| Source::Usage {
-                prompt_told,
-            }),
+            source: usage.map_or(Source::Nothing, |(_, prompt_told)| Source::Usage { prompt_told }),
             content: chosen || content,
         })
     }
 
     /// What `meta_info` says, in SGLang's native answers.
     fn of_meta(meta: &RawValue) -> Said {
-        let names = [
-            "id",
-            "finish_reason",
-            "prompt_tokens",
-            "cached_tokens",
-            "completion_tokens",
-        ];
+        let names = ["id", "finish_reason", "prompt_tokens", "cached_tokens", "completion_tokens"];
         let [id, finish_reason, prompt, cached, completion] =
             json::fields(meta.get(), names).unwrap_or_default();
         let kind = |reason: &RawValue| json::fields(reason.get(), ["type"])?[0].and_then(name);
@@ -424,10 +380,7 @@ impl Said {
 /// Whether `choices` bring content, and why the first of them ended.
 fn of_choices(choices: Field<'_>) -> (bool, Option<Box<str>>) {
     let (mut content, mut finish_reason) = (false, None);
-    for choice in choices
-        .and_then(|it| json::list(it.get()))
-        .unwrap_or_default()
-    {
+    for choice in choices.and_then(|it| json::list(it.get())).unwrap_or_default() {
         let names = ["index", "finish_reason", "text", "delta"];
         let Some([index, reason, text, delta]) = json::fields(choice.get(), names) else {
             continue;
@@ -443,9 +396,7 @@ fn of_choices(choices: Field<'_>) -> (bool, Option<Box<str>>) {
 
 /// A string of a length fit to be kept.
 fn name(value: &RawValue) -> Option<Box<str>> {
-    json::string(value)
-        .filter(|name| name.len() <= MAX_NAME_BYTES)
-        .map(Into::into)
+    json::string(value).filter(|name| name.len() <= MAX_NAME_BYTES).map(Into::into)
 }
 
 /// Whether the value is a string or a list with something in it.
@@ -475,14 +426,10 @@ fn frame_end(data: &[u8]) -> Option<(Option<u32>, &RawValue)> {
     let meta = after_key(meta, b"\"meta_info\"")?;
     let mut values = serde_json::Deserializer::from_slice(meta).into_iter::<Field<'_>>();
     let value = values.next()?.ok()??;
-    let rest = meta[values.byte_offset()..]
-        .trim_ascii()
-        .strip_suffix(b"}")?;
+    let rest = meta[values.byte_offset()..].trim_ascii().strip_suffix(b"}")?;
     if rest.is_empty() {
         // The index may stand in front as well.
-        return memmem::find(before, b"\"index\"")
-            .is_none()
-            .then_some((None, value));
+        return memmem::find(before, b"\"index\"").is_none().then_some((None, value));
     }
     let index = after_key(rest.strip_prefix(b",")?.trim_ascii_start(), b"\"index\"")?;
     Some((Some(serde_json::from_slice(index).ok()?), value))
@@ -490,22 +437,14 @@ fn frame_end(data: &[u8]) -> Option<(Option<u32>, &RawValue)> {
 
 /// What follows `key` and a colon.
 fn after_key<'d>(data: &'d [u8], key: &[u8]) -> Option<&'d [u8]> {
-    let value = data
-        .strip_prefix(key)?
-        .trim_ascii_start()
-        .strip_prefix(b":")?;
+    let value = data.strip_prefix(key)?.trim_ascii_start().strip_prefix(b":")?;
     Some(value.trim_ascii_start())
 }
 
 /// Whether an event gives a value, other than `null`, to a field that can hold facts.
 fn may_hold_facts(data: &[u8]) -> bool {
-    let fields: [&[u8]; 5] = [
-        b"\"usage\"",
-        b"\"finish_reason\"",
-        b"\"stop_reason\"",
-        b"\"response\"",
-        b"\"meta_info\"",
-    ];
+    let fields: [&[u8]; 5] =
+        [b"\"usage\"", b"\"finish_reason\"", b"\"stop_reason\"", b"\"response\"", b"\"meta_info\""];
     fields.into_iter().any(|key| {
         let mut values = memmem::find_iter(data, key).map(|at| after_key(&data[at..], key));
         values.any(|value| value.is_some_and(|value| !value.starts_with(b"null")))
@@ -527,13 +466,7 @@ mod tests {
         let [prompt_tokens, cached_tokens, completion_tokens] = tokens;
         let finish_reason = finish_reason.map(Into::into);
         let worker_request_id = worker_request_id.map(Into::into);
-        Facts {
-            prompt_tokens,
-            cached_tokens,
-            completion_tokens,
-            finish_reason,
-            worker_request_id,
-        }
+        Facts { prompt_tokens, cached_tokens, completion_tokens, finish_reason, worker_request_id }
     }
 
     fn known(prompt: u32, cached: u32, completion: u32) -> [Option<u32>; 3] {
@@ -589,10 +522,8 @@ mod tests {
     /// The facts of a stream, and which of its events brought the first content.
     fn of_stream(events: &[Value]) -> (Facts, Option<usize>) {
         let stream = stream_of(events);
-        let (facts, content_at) = read(
-            sse_reader(),
-            stream.split_inclusive("\n\n").map(str::as_bytes),
-        );
+        let (facts, content_at) =
+            read(sse_reader(), stream.split_inclusive("\n\n").map(str::as_bytes));
         let event_at = content_at.map(|end| stream[..end].matches("\n\n").count() - 1);
         (facts, event_at)
     }
@@ -610,15 +541,10 @@ mod tests {
     #[test]
     fn generate() {
         let body = json!({"text": "x", "output_ids": [1], "meta_info": meta("r", &length(), [605, 512, 10])});
-        assert_eq!(
-            of_body(&body),
-            facts(known(605, 512, 10), Some("length"), Some("r"))
-        );
-        for (reason, expected) in [
-            (json!(null), None),
-            (json!("stop"), Some("stop")),
-            (json!(5), None),
-        ] {
+        assert_eq!(of_body(&body), facts(known(605, 512, 10), Some("length"), Some("r")));
+        for (reason, expected) in
+            [(json!(null), None), (json!("stop"), Some("stop")), (json!(5), None)]
+        {
             let body = json!({"meta_info": meta("r", &reason, [1, 0, 2])});
             assert_eq!(of_body(&body), facts(known(1, 0, 2), expected, Some("r")));
         }
@@ -630,16 +556,10 @@ mod tests {
             json!({"text": "a", "meta_info": meta("r0", &length(), [3, 1, 10])}),
             json!({"text": "b", "meta_info": meta("r1", &json!("stop"), [4, 0, 20])}),
         ];
-        assert_eq!(
-            of_body(&json!(items)),
-            facts(known(7, 1, 30), Some("length"), Some("r0"))
-        );
+        assert_eq!(of_body(&json!(items)), facts(known(7, 1, 30), Some("length"), Some("r0")));
         let scores = json!([{"score": 0.5, "index": 0, "meta_info": {"id": "s", "prompt_tokens": 5}},
             {"score": 0.1, "index": 1, "meta_info": {"id": "t", "prompt_tokens": 6}}]);
-        assert_eq!(
-            of_body(&scores),
-            facts([Some(11), None, None], None, Some("s"))
-        );
+        assert_eq!(of_body(&scores), facts([Some(11), None, None], None, Some("s")));
         let silent = json!([items[0], {"text": "says nothing"}]);
         assert_eq!(of_body(&silent), facts(UNKNOWN, Some("length"), Some("r0")));
         let huge = json!([{"meta_info": {"prompt_tokens": u32::MAX}}, {"meta_info": {"prompt_tokens": 1}}]);
@@ -657,24 +577,13 @@ mod tests {
                     "prompt_tokens_details": details}})
         };
         let cached = body(&json!({"cached_tokens": 8}));
-        assert_eq!(
-            of_body(&cached),
-            facts(known(9, 8, 2), Some("stop"), Some("c"))
-        );
-        for details in [
-            json!(null),
-            json!({}),
-            json!(8),
-            json!({"cached_tokens": null}),
-        ] {
+        assert_eq!(of_body(&cached), facts(known(9, 8, 2), Some("stop"), Some("c")));
+        for details in [json!(null), json!({}), json!(8), json!({"cached_tokens": null})] {
             let expected = facts([Some(9), None, Some(2)], Some("stop"), Some("c"));
             assert_eq!(of_body(&body(&details)), expected);
         }
         let embeddings = json!({"object": "list", "data": [], "usage": {"prompt_tokens": 4}});
-        assert_eq!(
-            of_body(&embeddings),
-            facts([Some(4), None, None], None, None)
-        );
+        assert_eq!(of_body(&embeddings), facts([Some(4), None, None], None, None));
     }
 
     #[test]
@@ -688,10 +597,7 @@ mod tests {
             of_body(&body("incomplete")),
             facts(known(9, 8, 2), Some("incomplete"), Some("resp"))
         );
-        assert_eq!(
-            of_body(&body("queued")),
-            facts(known(9, 8, 2), None, Some("resp"))
-        );
+        assert_eq!(of_body(&body("queued")), facts(known(9, 8, 2), None, Some("resp")));
     }
 
     #[test]
@@ -699,22 +605,14 @@ mod tests {
         let body = json!({"id": "msg", "type": "message", "stop_reason": "end_turn", "content": [],
             "usage": {"input_tokens": 5, "output_tokens": 2, "cache_read_input_tokens": 30,
                 "cache_creation_input_tokens": 1}});
-        assert_eq!(
-            of_body(&body),
-            facts(known(36, 30, 2), Some("end_turn"), Some("msg"))
-        );
+        assert_eq!(of_body(&body), facts(known(36, 30, 2), Some("end_turn"), Some("msg")));
     }
 
     #[test]
     fn values_of_a_wrong_kind_are_unknown() {
-        for wrong in [
-            json!(-1),
-            json!(1.5),
-            json!(4_294_967_296_u64),
-            json!("7"),
-            json!([1]),
-            json!(null),
-        ] {
+        for wrong in
+            [json!(-1), json!(1.5), json!(4_294_967_296_u64), json!("7"), json!([1]), json!(null)]
+        {
             let body = json!({"meta_info": {"id": wrong, "prompt_tokens": wrong, "cached_tokens": 1,
                 "completion_tokens": wrong, "finish_reason": wrong}});
             let word = wrong.as_str();
@@ -745,10 +643,7 @@ mod tests {
             let (facts, _) = read(Reader::new(content_type, encoding), [&json[..]]);
             facts.worker_request_id.is_some()
         };
-        assert!(told(
-            Some("Application/JSON ; charset=utf-8"),
-            Some("Identity")
-        ));
+        assert!(told(Some("Application/JSON ; charset=utf-8"), Some("Identity")));
         assert!(told(Some("application/json"), Some("")));
         assert!(!told(Some("application/json"), Some("gzip")));
         assert!(!told(Some("text/plain"), None));
@@ -769,10 +664,7 @@ mod tests {
             assert_eq!(facts.prompt_tokens.is_some(), fits, "{len}");
         }
         for cut in 0..body.len() {
-            assert_eq!(
-                read(json_reader(), [&body.as_bytes()[..cut]]).0,
-                Facts::default()
-            );
+            assert_eq!(read(json_reader(), [&body.as_bytes()[..cut]]).0, Facts::default());
         }
     }
 
@@ -817,13 +709,9 @@ mod tests {
         assert_eq!(of_stream(&frames), (expected, Some(0)));
         let count = u32::try_from(MAX_ITEMS).unwrap_or(u32::MAX);
         for (count, sums) in [(count, known(count, 0, count)), (count + 1, UNKNOWN)] {
-            let frames: Vec<_> = (0..count)
-                .map(|i| frame("a", &length(), [1, 0, 1], Some(i)))
-                .collect();
-            assert_eq!(
-                of_stream(&frames).0,
-                facts(sums, Some("length"), Some("r0"))
-            );
+            let frames: Vec<_> =
+                (0..count).map(|i| frame("a", &length(), [1, 0, 1], Some(i))).collect();
+            assert_eq!(of_stream(&frames).0, facts(sums, Some("length"), Some("r0")));
         }
     }
 
@@ -842,11 +730,7 @@ mod tests {
         let mut events = vec![
             chat_chunk(&json!({"role": "assistant", "content": ""}), &null, &null),
             chat_chunk(&json!({"content": null, "tool_calls": []}), &null, &null),
-            chat_chunk(
-                &json!({"content": "\"usage\":{\"prompt_tokens\":1}"}),
-                &null,
-                &null,
-            ),
+            chat_chunk(&json!({"content": "\"usage\":{\"prompt_tokens\":1}"}), &null, &null),
             chat_chunk(&json!({"content": "b"}), &null, &null),
             chat_chunk(&json!({}), &json!("stop"), &null),
         ];
@@ -855,10 +739,7 @@ mod tests {
         events.push(json!({"id": "c", "choices": [], "usage": usage(9, 3)}));
         let with_usage = facts([Some(9), None, Some(3)], Some("stop"), Some("c"));
         assert_eq!(of_stream(&events), (with_usage, Some(2)));
-        for delta in [
-            json!({"reasoning_content": "hm"}),
-            json!({"tool_calls": [{"index": 0}]}),
-        ] {
+        for delta in [json!({"reasoning_content": "hm"}), json!({"tool_calls": [{"index": 0}]})] {
             assert_eq!(of_stream(&[chat_chunk(&delta, &null, &null)]).1, Some(0));
         }
     }
@@ -868,10 +749,7 @@ mod tests {
         let null = json!(null);
         let delta = json!({"content": "a"});
         let events = [1, 2, 3].map(|count| chat_chunk(&delta, &null, &usage(9, count)));
-        assert_eq!(
-            of_stream(&events).0,
-            facts([Some(9), None, Some(3)], None, Some("c"))
-        );
+        assert_eq!(of_stream(&events).0, facts([Some(9), None, Some(3)], None, Some("c")));
     }
 
     #[test]
@@ -884,10 +762,7 @@ mod tests {
             chunk(0, "y", null),
             chunk(0, "", json!("stop")),
         ];
-        assert_eq!(
-            of_stream(&events),
-            (facts(UNKNOWN, Some("stop"), Some("c")), Some(1))
-        );
+        assert_eq!(of_stream(&events), (facts(UNKNOWN, Some("stop"), Some("c")), Some(1)));
     }
 
     #[test]
@@ -898,16 +773,9 @@ mod tests {
         };
         let delta = |text: &str| json!({"type": "response.output_text.delta", "delta": text});
         let used = json!({"input_tokens": 9, "output_tokens": 2, "input_tokens_details": {"cached_tokens": 8}});
-        let mut events = vec![
-            response("in_progress", json!(null)),
-            delta(""),
-            delta("a"),
-            delta("b"),
-        ];
-        assert_eq!(
-            of_stream(&events),
-            (facts(UNKNOWN, None, Some("resp")), Some(2))
-        );
+        let mut events =
+            vec![response("in_progress", json!(null)), delta(""), delta("a"), delta("b")];
+        assert_eq!(of_stream(&events), (facts(UNKNOWN, None, Some("resp")), Some(2)));
         events.push(response("completed", used));
         let expected = facts(known(9, 8, 2), Some("completed"), Some("resp"));
         assert_eq!(of_stream(&events), (expected, Some(2)));
@@ -926,19 +794,14 @@ mod tests {
         ];
         let begun = facts([Some(35), Some(30), None], None, Some("msg"));
         assert_eq!(of_stream(&events), (begun, Some(3)));
-        events.push(
-            json!({"type": "message_delta", "delta": {"stop_reason": "end_turn"},
-            "usage": {"output_tokens": 7}}),
-        );
+        events.push(json!({"type": "message_delta", "delta": {"stop_reason": "end_turn"},
+            "usage": {"output_tokens": 7}}));
         let ended = facts(known(35, 30, 7), Some("end_turn"), Some("msg"));
         assert_eq!(of_stream(&events), (ended, Some(3)));
         let told_again = json!({"type": "message_delta", "delta": {"stop_reason": null},
             "usage": {"input_tokens": 6, "cache_read_input_tokens": 31, "output_tokens": 8}});
         events.push(told_again);
-        assert_eq!(
-            of_stream(&events).0,
-            facts(known(37, 31, 8), Some("end_turn"), Some("msg"))
-        );
+        assert_eq!(of_stream(&events).0, facts(known(37, 31, 8), Some("end_turn"), Some("msg")));
     }
 
     #[test]
@@ -952,55 +815,29 @@ mod tests {
             (facts(UNKNOWN, None, Some("r")), Some(0))
         );
         let newer = facts(known(9, 4, 4), None, Some("r"));
-        assert_eq!(
-            of_stream(&[small(1), last.clone(), small(4)]),
-            (newer, Some(0))
-        );
-        assert_eq!(
-            of_stream(&[last, small(4)]).1,
-            None,
-            "the first content may have been missed"
-        );
+        assert_eq!(of_stream(&[small(1), last.clone(), small(4)]), (newer, Some(0)));
+        assert_eq!(of_stream(&[last, small(4)]).1, None, "the first content may have been missed");
 
         let item = |text, index| frame(text, &length(), [9, 4, 1], Some(index));
         let batch = [item("a", 0), item(&large, 1), item("a", 2)];
-        assert_eq!(
-            of_stream(&batch).0,
-            facts(UNKNOWN, Some("length"), Some("r0"))
-        );
+        assert_eq!(of_stream(&batch).0, facts(UNKNOWN, Some("length"), Some("r0")));
 
         let chunk = |text: &str| chat_chunk(&json!({"content": text}), &null, &usage(9, 1));
-        assert_eq!(
-            of_stream(&[chunk("a"), chunk(&large)]).0,
-            facts(UNKNOWN, None, Some("c"))
-        );
+        assert_eq!(of_stream(&[chunk("a"), chunk(&large)]).0, facts(UNKNOWN, None, Some("c")));
     }
 
     #[test]
     fn a_last_event_needs_no_blank_line() {
         let stream = format!("data: {}", frame("a", &length(), [9, 4, 1], None));
         let expected = facts(known(9, 4, 1), Some("length"), Some("r"));
-        assert_eq!(
-            read(sse_reader(), [stream.as_bytes()]),
-            (expected.clone(), None)
-        );
-        let cut = format!(
-            "data: {}\n\n{}",
-            frame("a", &length(), [9, 4, 1], None),
-            &stream[..50]
-        );
+        assert_eq!(read(sse_reader(), [stream.as_bytes()]), (expected.clone(), None));
+        let cut = format!("data: {}\n\n{}", frame("a", &length(), [9, 4, 1], None), &stream[..50]);
         assert_eq!(read(sse_reader(), [cut.as_bytes()]).0, expected);
     }
 
     #[test]
     fn depth_costs_no_stack() {
-        for inner in [
-            "{\"response\":",
-            "{\"message\":",
-            "{\"delta\":",
-            "[",
-            "{\"meta_info\":",
-        ] {
+        for inner in ["{\"response\":", "{\"message\":", "{\"delta\":", "[", "{\"meta_info\":"] {
             let json = inner.repeat(5000);
             read(sse_reader(), [format!("data: {json}\n\n").as_bytes()]);
             let close: String = inner
@@ -1037,37 +874,21 @@ mod tests {
         let event = prop_oneof![
             ("\\PC{0,4}", any::<u16>(), prop::option::of(0..3u32), 0..3u8).prop_map(
                 |(text, count, index, way)| {
-                    let reason = if count % 3 == 0 {
-                        length()
-                    } else {
-                        json!(null)
-                    };
+                    let reason = if count % 3 == 0 { length() } else { json!(null) };
                     written(&frame(&text, &reason, [9, 4, count.into()], index), way)
                 }
             ),
             ("\\PC{0,4}", any::<u16>()).prop_map(|(text, count)| {
-                let used = if count % 2 == 0 {
-                    usage(9, count.into())
-                } else {
-                    json!(null)
-                };
-                let reason = if count % 3 == 0 {
-                    json!("stop")
-                } else {
-                    json!(null)
-                };
+                let used = if count % 2 == 0 { usage(9, count.into()) } else { json!(null) };
+                let reason = if count % 3 == 0 { json!("stop") } else { json!(null) };
                 chat_chunk(&json!({"content": text}), &reason, &used).to_string()
             }),
             Just("[DONE]".to_owned()),
             Just("{\"error\":{\"message\":\"x\"}}".to_owned()),
             "[{}\":a-z]{0,9}",
         ];
-        let prefix = prop::sample::select(vec![
-            "data: ",
-            "data:",
-            ": ping\n\ndata: ",
-            "event: e\r\ndata: ",
-        ]);
+        let prefix =
+            prop::sample::select(vec!["data: ", "data:", ": ping\n\ndata: ", "event: e\r\ndata: "]);
         let end = prop::sample::select(vec!["\n\n", "\r\n\r\n", "\n"]);
         let event =
             (prefix, event, end).prop_map(|(prefix, event, end)| format!("{prefix}{event}{end}"));

@@ -27,7 +27,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
 /// uvicorn, SGLang's server, closes a connection that was idle for 5 s; ours are gone before.
-const IDLE_MAX: Duration = Duration::from_secs(3);
+const IDLE_MAX: Duration = Duration::from_millis(2500);
 const TCP_KEEPALIVE: Duration = Duration::from_secs(30);
 
 /// Why a request got no answer from this worker.
@@ -41,6 +41,9 @@ pub enum SendError {
     /// A new connection ended, or spoke something else than HTTP, before the head of an answer.
     #[error("the connection to {address} ended before an answer: {source}")]
     NoAnswer { address: Box<str>, source: hyper::Error },
+    /// The head of an answer came, and nothing of its body.
+    #[error("the answer broke off before its first byte: {source}")]
+    BrokenAnswer { source: hyper::Error },
 }
 
 impl SendError {
@@ -56,7 +59,7 @@ pub struct Connections {
     host: Box<str>,
     port: u16,
     connect_timeout: Duration,
-    /// Newest last. Holds at most as many as were in use at once within the last 3 s.
+    /// Newest last. Holds at most as many as were in use at once within that time.
     idle: Mutex<Vec<Idle>>,
 }
 
@@ -110,7 +113,8 @@ impl Connections {
     ) -> Result<Response<Answer>, hyper::Error> {
         let response = connection.sender.send_request(request).await?;
         let connections = self.clone();
-        Ok(response.map(|body| Answer { body, lease: Some(Lease { connections, connection }) }))
+        let lease = Some(Lease { connections, connection });
+        Ok(response.map(|body| Answer { body, held: None, lease }))
     }
 
     fn take_idle(&self) -> Option<Connection> {
@@ -178,6 +182,8 @@ fn prepare(stream: &TcpStream) -> io::Result<()> {
 #[derive(Debug)]
 pub struct Answer {
     body: Incoming,
+    /// The first frame, once [`Answer::begin`] has waited for it.
+    held: Option<Frame<Bytes>>,
     lease: Option<Lease>,
 }
 
@@ -188,6 +194,13 @@ struct Lease {
 }
 
 impl Answer {
+    /// Waits for the first frame and keeps it for whoever reads the body.
+    pub async fn begin(&mut self) -> Result<(), SendError> {
+        let frame = std::future::poll_fn(|cx| Pin::new(&mut *self).poll_frame(cx)).await;
+        self.held = frame.transpose().map_err(|source| SendError::BrokenAnswer { source })?;
+        Ok(())
+    }
+
     fn end(&mut self) {
         if let Some(Lease { connections, connection }) = self.lease.take() {
             connections.give_back(connection);
@@ -203,6 +216,9 @@ impl Body for Answer {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        if let Some(held) = self.held.take() {
+            return Poll::Ready(Some(Ok(held)));
+        }
         let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
         if frame.is_none() || self.body.is_end_stream() {
             self.end();
@@ -211,11 +227,18 @@ impl Body for Answer {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.held.is_none() && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        let left = self.body.size_hint();
+        let held = self.held.as_ref().and_then(Frame::data_ref).map_or(0, |data| data.len() as u64);
+        let mut whole = SizeHint::new();
+        whole.set_lower(left.lower() + held);
+        if let Some(upper) = left.upper() {
+            whole.set_upper(upper + held);
+        }
+        whole
     }
 }
 

@@ -36,11 +36,7 @@ pub(super) struct Events {
 
 impl Events {
     pub(super) fn new() -> Self {
-        Events {
-            kept: Vec::new(),
-            too_large: false,
-            blank: true,
-        }
+        Events { kept: Vec::new(), too_large: false, blank: true }
     }
 
     /// Reads the next chunk and reports each event that ends in it.
@@ -82,14 +78,10 @@ impl Events {
         if self.too_large || self.kept.len() + rest.len() > MAX_EVENT_BYTES {
             report(Event::TooLarge);
         } else if self.kept.is_empty() {
-            data(rest)
-                .into_iter()
-                .for_each(|data| report(Event::Data(data)));
+            data(rest).into_iter().for_each(|data| report(Event::Data(data)));
         } else {
             self.kept.extend_from_slice(rest);
-            data(&self.kept)
-                .into_iter()
-                .for_each(|data| report(Event::Data(data)));
+            data(&self.kept).into_iter().for_each(|data| report(Event::Data(data)));
         }
         self.kept.clear();
         self.too_large = false;
@@ -150,10 +142,7 @@ mod tests {
         let bytewise = events(stream.as_bytes().chunks(1));
         assert_eq!(whole, bytewise, "{stream:?}");
         let text = |data: Option<Vec<u8>>| String::from_utf8(data.unwrap_or_default());
-        whole
-            .into_iter()
-            .map(|data| text(data).unwrap_or_default())
-            .collect()
+        whole.into_iter().map(|data| text(data).unwrap_or_default()).collect()
     }
 
     #[test]
@@ -167,10 +156,7 @@ mod tests {
 
     #[test]
     fn only_data_lines_count() {
-        assert_eq!(
-            texts(": ping\n\nevent: x\nid: 1\ndata: a\nretry: 5\n\n"),
-            ["a"]
-        );
+        assert_eq!(texts(": ping\n\nevent: x\nid: 1\ndata: a\nretry: 5\n\n"), ["a"]);
         assert_eq!(texts("data: {\ndata: }\r\ndata:\n\n"), ["{\n}\n"]);
         assert_eq!(texts("dat: a\n\ndata\n\n x\n\n"), [""; 0]);
         assert_eq!(texts(""), [""; 0]);
@@ -179,10 +165,7 @@ mod tests {
     #[test]
     fn a_large_event_is_passed_over() {
         let frame = "data: \n\n".len();
-        for (len, fits) in [
-            (MAX_EVENT_BYTES - frame, true),
-            (MAX_EVENT_BYTES - frame + 1, false),
-        ] {
+        for (len, fits) in [(MAX_EVENT_BYTES - frame, true), (MAX_EVENT_BYTES - frame + 1, false)] {
             let stream = format!("data: {}\n\ndata: b\n\n", "a".repeat(len)).into_bytes();
             let first = fits.then(|| vec![b'a'; len]);
             for chunk_len in [stream.len(), len, 1000, 7] {

@@ -13,7 +13,7 @@ use super::{ServerInfo, Worker, Workers};
 
 /// A check's answer is read up to here and thrown away.
 const ANSWER_BYTES_MAX: usize = 4 << 20;
-const CLOSE_IDLE_EVERY: Duration = Duration::from_secs(1);
+const CLOSE_IDLE_EVERY: Duration = Duration::from_millis(500);
 
 /// Checks one worker at once and then forever: often until it is first healthy or while it is unreachable, then at the interval.
 pub(super) async fn check_forever(workers: Arc<Workers>, worker: Arc<Worker>) {

@@ -23,8 +23,8 @@ use tokio::sync::{Notify, watch};
 
 use crate::routing::{Target, WorkerName};
 use crate::upstream::{self, Connections};
-pub use health::State;
 use health::Health;
+pub use health::State;
 use node_id::{NodeIdFrom, NodeIds, Unnamed};
 pub use options::Options;
 pub use server_info::ServerInfo;
@@ -211,9 +211,8 @@ impl Workers {
 
     /// Names and publishes the healthy workers that have no name yet.
     fn name_healthy(&self) {
-        let is_nameless = |worker: &&Arc<Worker>| {
-            worker.name.get().is_none() && worker.state() == State::Healthy
-        };
+        let is_nameless =
+            |worker: &&Arc<Worker>| worker.name.get().is_none() && worker.state() == State::Healthy;
         let nameless: Vec<_> = self.snapshot().all.iter().filter(is_nameless).cloned().collect();
         self.name(&nameless);
         self.publish();

@@ -79,9 +79,7 @@ impl NodeIds {
             },
             NodeIdFrom::Index => by_index(),
             NodeIdFrom::Host => worker.url.host_and_port(),
-            NodeIdFrom::Gpu => {
-                worker.base_gpu_id.map_or_else(by_index, |gpu| format!("gpu_{gpu}"))
-            }
+            NodeIdFrom::Gpu => worker.base_gpu_id.map_or_else(by_index, |gpu| format!("gpu_{gpu}")),
         }
     }
 }

@@ -70,7 +70,8 @@ impl Options {
         {
             return Err(("worker_weights", format!("{url} is not one of worker_urls")));
         }
-        if !self.worker_urls.is_empty() && self.worker_urls.iter().all(|url| self.weight(url) == 0.0)
+        if !self.worker_urls.is_empty()
+            && self.worker_urls.iter().all(|url| self.weight(url) == 0.0)
         {
             return Err((
                 "worker_weights",
@@ -81,7 +82,10 @@ impl Options {
     }
 
     pub fn weight(&self, url: &WorkerUrl) -> f64 {
-        self.worker_weights.iter().find(|(named, _)| named == url).map_or(1.0, |(_, weight)| *weight)
+        self.worker_weights
+            .iter()
+            .find(|(named, _)| named == url)
+            .map_or(1.0, |(_, weight)| *weight)
     }
 
     pub fn check_timeout(&self) -> Duration {

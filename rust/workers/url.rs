@@ -75,7 +75,9 @@ impl FromStr for WorkerUrl {
 
     fn from_str(given: &str) -> Result<Self, String> {
         let wrong = |why: &str| {
-            format!("{given:?} is not a worker URL: {why}; write http://HOST:PORT, for instance http://localhost:30005")
+            format!(
+                "{given:?} is not a worker URL: {why}; write http://HOST:PORT, for instance http://localhost:30005"
+            )
         };
         let (scheme, rest) =
             given.split_once("://").ok_or_else(|| wrong("it has no scheme (http://)"))?;

@@ -24,22 +24,10 @@ async fn a_body_that_only_the_worker_can_judge_is_passed_on() {
     ];
     for body in bodies {
         let answer = router.post("/generate", body).await;
-        assert_eq!(
-            answer.header("x-router-error-code"),
-            None,
-            "{}",
-            answer.text()
-        );
-        assert_eq!(
-            answer.header("x-sglang-worker").as_deref(),
-            Some(sims.urls[0].as_str())
-        );
+        assert_eq!(answer.header("x-router-error-code"), None, "{}", answer.text());
+        assert_eq!(answer.header("x-sglang-worker").as_deref(), Some(sims.urls[0].as_str()));
         let id = answer.header("x-request-id").expect("an id");
-        let ended = if answer.status() == 200 {
-            "completed"
-        } else {
-            "failed"
-        };
+        let ended = if answer.status() == 200 { "completed" } else { "failed" };
         let trace = router.trace_now(&id).await;
         assert_eq!(
             (trace["status"].as_str(), &trace["http_status"]),
@@ -47,10 +35,7 @@ async fn a_body_that_only_the_worker_can_judge_is_passed_on() {
         );
     }
     assert_eq!(router.post("/generate", "{").await.status(), 400);
-    assert_eq!(
-        router.post("/generate", r#"{"text":"hi"}"#).await.status(),
-        200
-    );
+    assert_eq!(router.post("/generate", r#"{"text":"hi"}"#).await.status(), 200);
     router.until_idle().await;
 }
 
@@ -70,15 +55,8 @@ async fn a_client_that_sends_too_much_reads_why_not() {
     let at_once = request("POST /generate", &[("x-request-id", "large")], &large);
     for bytes in [at_once, as_chunks] {
         let answer = router.ask(bytes).await;
-        assert_eq!(
-            (answer.status(), answer.error_code().as_str()),
-            (413, "payload_too_large")
-        );
-        assert!(
-            answer.error_message().contains("1000"),
-            "{}",
-            answer.error_message()
-        );
+        assert_eq!((answer.status(), answer.error_code().as_str()), (413, "payload_too_large"));
+        assert!(answer.error_message().contains("1000"), "{}", answer.error_message());
         let trace = router.trace_now("large").await;
         assert_eq!(
             (trace["status"].as_str(), &trace["http_status"]),
@@ -88,18 +66,10 @@ async fn a_client_that_sends_too_much_reads_why_not() {
     }
     // The limit itself is allowed.
     let mut client = router.connect().await;
-    client
-        .send(request("POST /generate", &[], &large[..1000]))
-        .await;
+    client.send(request("POST /generate", &[], &large[..1000])).await;
     worker.request().await.answer(ok("{}")).await;
     assert_eq!(client.answer().await.status(), 200);
-    assert_eq!(
-        router
-            .ask(request("POST /generate", &[], &large[..1001]))
-            .await
-            .status(),
-        413
-    );
+    assert_eq!(router.ask(request("POST /generate", &[], &large[..1001])).await.status(), 413);
 }
 
 #[tokio::test]
@@ -110,19 +80,13 @@ async fn who_asks_before_sending_is_told_before_sending() {
         .send("POST /generate HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 1001\r\n\r\n")
         .await;
     let answer = client.answer().await;
-    assert_eq!(
-        (answer.status(), answer.error_code().as_str()),
-        (413, "payload_too_large")
-    );
+    assert_eq!((answer.status(), answer.error_code().as_str()), (413, "payload_too_large"));
 
     let mut client = router.connect().await;
     client
         .send("POST /generate HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 2\r\n\r\n")
         .await;
-    assert_eq!(
-        client.head().await.expect("an interim answer").status(),
-        100
-    );
+    assert_eq!(client.head().await.expect("an interim answer").status(), 100);
     client.send("{}").await;
     let exchange = worker.request().await;
     assert_eq!(exchange.request.header("expect"), None);
@@ -133,15 +97,10 @@ async fn who_asks_before_sending_is_told_before_sending() {
 #[tokio::test]
 async fn a_body_that_ends_early_is_named_so() {
     let (mut worker, router) = limited().await;
-    for start in [
-        "content-length: 100\r\n\r\n{",
-        "transfer-encoding: chunked\r\n\r\n5\r\n{",
-    ] {
+    for start in ["content-length: 100\r\n\r\n{", "transfer-encoding: chunked\r\n\r\n5\r\n{"] {
         let mut client = router.connect().await;
         client
-            .send(format!(
-                "POST /generate HTTP/1.1\r\nhost: x\r\nx-request-id: part\r\n{start}"
-            ))
+            .send(format!("POST /generate HTTP/1.1\r\nhost: x\r\nx-request-id: part\r\n{start}"))
             .await;
         client.finish_sending().await;
         client.rest().await;
@@ -166,17 +125,9 @@ async fn unknown_routes_and_wrong_methods() {
         "POST /%67enerate%",
     ] {
         let answer = router.ask(request(line, &[], "")).await;
-        assert_eq!(
-            (answer.status(), answer.error_code().as_str()),
-            (404, "not_found"),
-            "{line}"
-        );
+        assert_eq!((answer.status(), answer.error_code().as_str()), (404, "not_found"), "{line}");
         let path = line.split(' ').nth(1).expect("a path");
-        assert!(
-            answer.error_message().contains(path),
-            "{}",
-            answer.error_message()
-        );
+        assert!(answer.error_message().contains(path), "{}", answer.error_message());
     }
     for (line, allowed) in [
         ("GET /generate", "POST"),
@@ -195,10 +146,7 @@ async fn unknown_routes_and_wrong_methods() {
             "{line}"
         );
         let allow = answer.header("allow").expect("allow");
-        assert!(
-            allow.split(',').any(|method| method == allowed),
-            "{line}: {allow}"
-        );
+        assert!(allow.split(',').any(|method| method == allowed), "{line}: {allow}");
     }
     // Neither is a request that is traced.
     assert_eq!(router.json("/v1/traces/stats").await["total_requests"], 0);
@@ -231,11 +179,7 @@ async fn queries_of_traces_that_make_no_sense() {
             (400, "invalid_query"),
             "{query}"
         );
-        assert!(
-            answer.error_message().contains(named),
-            "{query}: {}",
-            answer.error_message()
-        );
+        assert!(answer.error_message().contains(named), "{query}: {}", answer.error_message());
     }
     assert_eq!(router.json("/v1/traces?limit=1000").await, json!([]));
     router.assert_alive().await;
@@ -244,38 +188,21 @@ async fn queries_of_traces_that_make_no_sense() {
 #[tokio::test]
 async fn batches_that_make_no_sense() {
     let router = Router::start(&[], &[]);
-    for body in [
-        "",
-        "{",
-        "[]",
-        "{}",
-        r#"{"request_ids":"x"}"#,
-        r#"{"request_ids":[1]}"#,
-        r#"{"ids":[]}"#,
-    ] {
+    for body in
+        ["", "{", "[]", "{}", r#"{"request_ids":"x"}"#, r#"{"request_ids":[1]}"#, r#"{"ids":[]}"#]
+    {
         let answer = router.post("/v1/traces/batch", body).await;
         assert_eq!(
             (answer.status(), answer.error_code().as_str()),
             (400, "invalid_query"),
             "{body}"
         );
-        assert!(
-            answer.error_message().contains("request_ids"),
-            "{}",
-            answer.error_message()
-        );
+        assert!(answer.error_message().contains("request_ids"), "{}", answer.error_message());
     }
     let ids = |count: usize| json!({"request_ids": vec!["x"; count]}).to_string();
     let answer = router.post("/v1/traces/batch", ids(10_001)).await;
-    assert_eq!(
-        (answer.status(), answer.error_code().as_str()),
-        (413, "payload_too_large")
-    );
-    assert!(
-        answer.error_message().contains("10000"),
-        "{}",
-        answer.error_message()
-    );
+    assert_eq!((answer.status(), answer.error_code().as_str()), (413, "payload_too_large"));
+    assert!(answer.error_message().contains("10000"), "{}", answer.error_message());
     let answer = router.post("/v1/traces/batch", ids(10_000)).await;
     assert_eq!((answer.status(), answer.json()), (200, json!([])));
 }
@@ -283,20 +210,11 @@ async fn batches_that_make_no_sense() {
 #[tokio::test]
 async fn garbage_instead_of_http() {
     let router = Router::start(&[], &[]);
-    let long = [
-        b"GET /".to_vec(),
-        vec![b'a'; 200_000],
-        b" HTTP/1.1\r\nhost: x\r\n\r\n".to_vec(),
-    ]
-    .concat();
-    let many: String = (0..150)
-        .map(|number| format!("x-{number}: 1\r\n"))
-        .collect();
+    let long =
+        [b"GET /".to_vec(), vec![b'a'; 200_000], b" HTTP/1.1\r\nhost: x\r\n\r\n".to_vec()].concat();
+    let many: String = (0..150).map(|number| format!("x-{number}: 1\r\n")).collect();
     let many = format!("GET /health HTTP/1.1\r\nhost: x\r\n{many}\r\n");
-    let wide = format!(
-        "GET /health HTTP/1.1\r\nhost: x\r\nx: {}\r\n\r\n",
-        "a".repeat(2 << 20)
-    );
+    let wide = format!("GET /health HTTP/1.1\r\nhost: x\r\nx: {}\r\n\r\n", "a".repeat(2 << 20));
     let garbage: [(&[u8], &[u16]); 9] = [
         (b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03\r\n\r\n", &[400]),
         (b"hello\r\n\r\n", &[400]),
@@ -313,11 +231,7 @@ async fn garbage_instead_of_http() {
         // The refusal may come before all was sent.
         let _ = client.try_send(bytes).await;
         if let Some(answer) = client.head().await {
-            assert!(
-                statuses.contains(&answer.status()),
-                "{}",
-                answer.first_line()
-            );
+            assert!(statuses.contains(&answer.status()), "{}", answer.first_line());
         }
         client.rest().await;
         router.assert_alive().await;

@@ -31,10 +31,7 @@ async fn request_bodies_reach_the_worker_as_they_were_sent() {
         client.send(request("POST /generate", &[], body)).await;
         let exchange = worker.request().await;
         assert_eq!(exchange.request.body, body);
-        assert_eq!(
-            exchange.request.header("content-length"),
-            Some(body.len().to_string())
-        );
+        assert_eq!(exchange.request.header("content-length"), Some(body.len().to_string()));
         exchange.answer(ok("{}")).await;
         assert_eq!(client.answer().await.status(), 200);
     }
@@ -44,19 +41,12 @@ async fn request_bodies_reach_the_worker_as_they_were_sent() {
 async fn a_chunked_request_reaches_the_worker_whole() {
     let (mut worker, router) = pair().await;
     let mut client = router.connect().await;
-    client
-        .send("POST /generate HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
-        .await;
-    client
-        .send([chunked("{\"text\":"), chunked(" \"hi\"}")].concat())
-        .await;
+    client.send("POST /generate HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n").await;
+    client.send([chunked("{\"text\":"), chunked(" \"hi\"}")].concat()).await;
     client.send("0\r\nx-trailer: 1\r\n\r\n").await;
     let exchange = worker.request().await;
     assert_eq!(exchange.request.body, b"{\"text\": \"hi\"}");
-    assert_eq!(
-        exchange.request.header("content-length").as_deref(),
-        Some("14")
-    );
+    assert_eq!(exchange.request.header("content-length").as_deref(), Some("14"));
     assert_eq!(exchange.request.header("transfer-encoding"), None);
     exchange.answer(ok("{}")).await;
     assert_eq!(client.answer().await.body, b"{}");
@@ -74,17 +64,11 @@ async fn answers_reach_the_client_as_the_worker_gave_them() {
         ("text/plain; charset=latin-1", "", b"caf\xe9"),
         ("application/json; charset=utf-8", "", b""),
         ("application/octet-stream", "", &large),
-        (
-            "audio/wav",
-            "etag: \"x\"\r\ncache-control: no-store\r\n",
-            b"RIFF",
-        ),
+        ("audio/wav", "etag: \"x\"\r\ncache-control: no-store\r\n", b"RIFF"),
     ];
     for (content_type, headers, body) in answers {
         for is_chunked in [false, true] {
-            client
-                .send(request("POST /v1/completions", &[], "{}"))
-                .await;
+            client.send(request("POST /v1/completions", &[], "{}")).await;
             let mut exchange = worker.request().await;
             let head = format!("HTTP/1.1 200 OK\r\ncontent-type: {content_type}\r\n{headers}");
             exchange.send(head).await;
@@ -95,9 +79,7 @@ async fn answers_reach_the_client_as_the_worker_gave_them() {
                 }
                 exchange.answer(chunked("")).await;
             } else {
-                exchange
-                    .send(format!("content-length: {}\r\n\r\n", body.len()))
-                    .await;
+                exchange.send(format!("content-length: {}\r\n\r\n", body.len())).await;
                 exchange.answer(body).await;
             }
             let answer = client.answer().await;
@@ -120,15 +102,10 @@ async fn an_answer_that_ends_with_its_connection_is_whole() {
     let mut client = router.connect().await;
     client.send(request("POST /generate", &[], "{}")).await;
     let mut exchange = worker.request().await;
-    exchange
-        .send("HTTP/1.0 200 OK\r\nserver: old\r\n\r\nno length")
-        .await;
+    exchange.send("HTTP/1.0 200 OK\r\nserver: old\r\n\r\nno length").await;
     drop(exchange);
     let answer = client.answer().await;
-    assert_eq!(
-        (answer.is_whole, answer.body.as_slice()),
-        (true, &b"no length"[..])
-    );
+    assert_eq!((answer.is_whole, answer.body.as_slice()), (true, &b"no length"[..]));
     assert_eq!(answer.header("server").as_deref(), Some("old"));
 }
 
@@ -138,9 +115,7 @@ async fn interim_answers_are_the_connections_own() {
     let mut client = router.connect().await;
     client.send(request("POST /generate", &[], "{}")).await;
     let mut exchange = worker.request().await;
-    exchange
-        .send("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n")
-        .await;
+    exchange.send("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n").await;
     exchange.answer(ok("{}")).await;
     let answer = client.answer().await;
     assert_eq!((answer.status(), answer.header("link")), (200, None));
@@ -168,41 +143,25 @@ async fn statuses_are_the_workers() {
     for line in lines {
         client.send(request("POST /v1/embeddings", &[], "{}")).await;
         let body = r#"{"object":"error","message":"no"}"#;
-        let head = format!(
-            "HTTP/1.1 {line}\r\nretry-after: 7\r\ncontent-length: {}\r\n\r\n",
-            body.len()
-        );
+        let head =
+            format!("HTTP/1.1 {line}\r\nretry-after: 7\r\ncontent-length: {}\r\n\r\n", body.len());
         worker.request().await.answer(head + body).await;
         let answer = client.answer().await;
         assert!(line.starts_with(&answer.status().to_string()), "{line}");
         assert_eq!(answer.text(), body);
         assert_eq!(answer.header("retry-after").as_deref(), Some("7"));
         assert_eq!(answer.header("x-router-error-code"), None);
-        assert_eq!(
-            answer.header("x-sglang-worker").as_deref(),
-            Some(worker.url.as_str())
-        );
+        assert_eq!(answer.header("x-sglang-worker").as_deref(), Some(worker.url.as_str()));
     }
     for line in ["204 No Content", "304 Not Modified"] {
         client.send(request("POST /v1/embeddings", &[], "{}")).await;
-        worker
-            .request()
-            .await
-            .answer(format!("HTTP/1.1 {line}\r\nx-a: 1\r\n\r\n"))
-            .await;
+        worker.request().await.answer(format!("HTTP/1.1 {line}\r\nx-a: 1\r\n\r\n")).await;
         let answer = client.answer().await;
         assert!(line.starts_with(&answer.status().to_string()), "{line}");
         assert!(answer.body.is_empty());
         let id = answer.header("x-request-id").expect("an id");
-        let status = if line.starts_with('2') {
-            "completed"
-        } else {
-            "failed"
-        };
-        assert_eq!(
-            router.trace_when(&id, status).await["http_status"],
-            answer.status()
-        );
+        let status = if line.starts_with('2') { "completed" } else { "failed" };
+        assert_eq!(router.trace_when(&id, status).await["http_status"], answer.status());
     }
     router.until_idle().await;
 }
@@ -213,10 +172,7 @@ async fn end_to_end_headers_go_both_ways_and_hop_by_hop_ones_do_not() {
     let mut client = router.connect().await;
     let headers = [
         ("authorization", "Bearer secret"),
-        (
-            "traceparent",
-            "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
-        ),
+        ("traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"),
         ("accept-encoding", "gzip, br"),
         ("x-many", "1"),
         ("X-Many", "2"),
@@ -243,10 +199,7 @@ async fn end_to_end_headers_go_both_ways_and_hop_by_hop_ones_do_not() {
         assert!(got.headers(name).is_empty(), "{name}");
     }
     assert!(!got.headers("connection").concat().contains("rivate"));
-    assert_eq!(
-        got.header("host").as_deref(),
-        worker.url.strip_prefix("http://")
-    );
+    assert_eq!(got.header("host").as_deref(), worker.url.strip_prefix("http://"));
 
     exchange
         .send(
@@ -259,24 +212,12 @@ async fn end_to_end_headers_go_both_ways_and_hop_by_hop_ones_do_not() {
     let answer = client.answer().await;
     assert_eq!(answer.headers("set-cookie"), ["a=1", "b=2"]);
     assert_eq!(answer.header("x-process-time").as_deref(), Some("3"));
-    assert_eq!(
-        answer.header("date").as_deref(),
-        Some("Thu, 01 Jan 1970 00:00:00 GMT")
-    );
-    for name in [
-        "x-hop",
-        "keep-alive",
-        "proxy-authenticate",
-        "upgrade",
-        "connection",
-    ] {
+    assert_eq!(answer.header("date").as_deref(), Some("Thu, 01 Jan 1970 00:00:00 GMT"));
+    for name in ["x-hop", "keep-alive", "proxy-authenticate", "upgrade", "connection"] {
         assert!(answer.headers(name).is_empty(), "{name}");
     }
     assert_eq!(answer.header("x-request-id").as_deref(), Some("mine"));
-    assert_eq!(
-        answer.header("x-sglang-worker").as_deref(),
-        Some(worker.url.as_str())
-    );
+    assert_eq!(answer.header("x-sglang-worker").as_deref(), Some(worker.url.as_str()));
     assert_eq!(answer.header("x-sglang-node").as_deref(), Some("gpu_0"));
     assert!(answer.headers("access-control-allow-origin").is_empty());
 }
@@ -289,27 +230,16 @@ async fn the_base_path_is_put_in_front_and_the_query_stays() {
     let mut client = router.connect().await;
     for (path, expected) in [
         ("/generate", "POST /base/v2/generate HTTP/1.1"),
-        (
-            "/generate?a=1&b=%2F%20&a=2",
-            "POST /base/v2/generate?a=1&b=%2F%20&a=2 HTTP/1.1",
-        ),
-        (
-            "/v1/chat/completions?",
-            "POST /base/v2/v1/chat/completions? HTTP/1.1",
-        ),
+        ("/generate?a=1&b=%2F%20&a=2", "POST /base/v2/generate?a=1&b=%2F%20&a=2 HTTP/1.1"),
+        ("/v1/chat/completions?", "POST /base/v2/v1/chat/completions? HTTP/1.1"),
         ("/v1/audio/speech", "POST /base/v2/v1/audio/speech HTTP/1.1"),
     ] {
-        client
-            .send(request(&format!("POST {path}"), &[], "{}"))
-            .await;
+        client.send(request(&format!("POST {path}"), &[], "{}")).await;
         let exchange = worker.request().await;
         assert_eq!(exchange.request.first_line(), expected);
         exchange.answer(ok("{}")).await;
         let answer = client.answer().await;
-        assert_eq!(
-            answer.header("x-sglang-worker").as_deref(),
-            url.strip_suffix('/')
-        );
+        assert_eq!(answer.header("x-sglang-worker").as_deref(), url.strip_suffix('/'));
     }
 }
 
@@ -319,29 +249,14 @@ async fn long_heads_and_absolute_targets_are_passed_on() {
     let mut client = router.connect().await;
     let query = "q".repeat(60_000);
     let value = "v".repeat(60_000);
-    client
-        .send(request(
-            &format!("POST /generate?{query}"),
-            &[("x-long", &value)],
-            "{}",
-        ))
-        .await;
+    client.send(request(&format!("POST /generate?{query}"), &[("x-long", &value)], "{}")).await;
     let exchange = worker.request().await;
-    assert_eq!(
-        exchange.request.first_line(),
-        format!("POST /generate?{query} HTTP/1.1")
-    );
+    assert_eq!(exchange.request.first_line(), format!("POST /generate?{query} HTTP/1.1"));
     assert_eq!(exchange.request.header("x-long"), Some(value));
     exchange.answer(ok("{}")).await;
     assert_eq!(client.answer().await.status(), 200);
 
-    client
-        .send(request(
-            "POST http://elsewhere.test:9/generate?a=b",
-            &[],
-            "{}",
-        ))
-        .await;
+    client.send(request("POST http://elsewhere.test:9/generate?a=b", &[], "{}")).await;
     let exchange = worker.request().await;
     assert_eq!(exchange.request.first_line(), "POST /generate?a=b HTTP/1.1");
     exchange.answer(ok("{}")).await;
@@ -371,22 +286,10 @@ async fn every_routed_route_is_passed_on_and_traced_under_its_name() {
         "/v1/detokenize",
     ];
     for route in routes {
-        client
-            .send(request(
-                &format!("POST {route}"),
-                &[("x-request-id", route)],
-                "{}",
-            ))
-            .await;
+        client.send(request(&format!("POST {route}"), &[("x-request-id", route)], "{}")).await;
         let exchange = worker.request().await;
-        assert_eq!(
-            exchange.request.first_line(),
-            format!("POST {route} HTTP/1.1")
-        );
-        assert_eq!(
-            exchange.request.header("x-request-id").as_deref(),
-            Some(route)
-        );
+        assert_eq!(exchange.request.first_line(), format!("POST {route} HTTP/1.1"));
+        assert_eq!(exchange.request.header("x-request-id").as_deref(), Some(route));
         exchange.answer(ok("{}")).await;
         assert_eq!(client.answer().await.status(), 200);
         let trace = router.trace_now(route).await;
@@ -401,17 +304,11 @@ async fn every_routed_route_is_passed_on_and_traced_under_its_name() {
 async fn an_http_1_0_client_gets_an_answer_without_chunks() {
     let (mut worker, router) = pair().await;
     let mut client = router.connect().await;
-    client
-        .send("POST /generate HTTP/1.0\r\ncontent-length: 2\r\n\r\n{}")
-        .await;
+    client.send("POST /generate HTTP/1.0\r\ncontent-length: 2\r\n\r\n{}").await;
     let mut exchange = worker.request().await;
     assert!(exchange.request.first_line().ends_with("HTTP/1.1"));
-    exchange
-        .send("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
-        .await;
-    exchange
-        .answer([chunked("one "), chunked("two"), chunked("")].concat())
-        .await;
+    exchange.send("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n").await;
+    exchange.answer([chunked("one "), chunked("two"), chunked("")].concat()).await;
     let answer = client.answer().await;
     assert_eq!(answer.header("transfer-encoding"), None);
     assert_eq!(answer.body, b"one two");
@@ -422,10 +319,8 @@ async fn an_http_1_0_client_gets_an_answer_without_chunks() {
 async fn pipelined_requests_are_answered_in_order() {
     let (mut worker, router) = pair().await;
     let mut client = router.connect().await;
-    let requests: Vec<u8> = ["1", "2", "3"]
-        .iter()
-        .flat_map(|body| request("POST /generate", &[], body))
-        .collect();
+    let requests: Vec<u8> =
+        ["1", "2", "3"].iter().flat_map(|body| request("POST /generate", &[], body)).collect();
     client.send(requests).await;
     for body in ["1", "2", "3"] {
         let exchange = worker.request().await;
@@ -439,30 +334,18 @@ async fn pipelined_requests_are_answered_in_order() {
 
 #[tokio::test]
 async fn answers_name_their_worker_as_asked() {
-    for (flag, has_url, has_node) in [
-        ("url", true, true),
-        ("node", false, true),
-        ("off", false, false),
-    ] {
+    for (flag, has_url, has_node) in
+        [("url", true, true), ("node", false, true), ("off", false, false)]
+    {
         let mut worker = ScriptedWorker::start().await;
-        let flags = [
-            format!("--worker-headers={flag}"),
-            format!("--node-ids={}=left", worker.url),
-        ];
+        let flags = [format!("--worker-headers={flag}"), format!("--node-ids={}=left", worker.url)];
         let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
         let router = Router::ready(&[&worker.url], &flags).await;
         let mut client = router.connect().await;
         client.send(request("POST /generate", &[], "{}")).await;
         worker.request().await.answer(ok("{}")).await;
         let answer = client.answer().await;
-        assert_eq!(
-            answer.header("x-sglang-worker").is_some(),
-            has_url,
-            "{flag}"
-        );
-        assert_eq!(
-            answer.header("x-sglang-node").as_deref(),
-            has_node.then_some("left")
-        );
+        assert_eq!(answer.header("x-sglang-worker").is_some(), has_url, "{flag}");
+        assert_eq!(answer.header("x-sglang-node").as_deref(), has_node.then_some("left"));
     }
 }

@@ -16,13 +16,7 @@ async fn pair(flags: &[&str]) -> (ScriptedWorker, Router) {
 async fn begin(router: &Router, id: &str) -> Wire {
     let mut client = router.connect().await;
     let headers = [("x-request-id", id)];
-    client
-        .send(request(
-            "POST /generate",
-            &headers,
-            r#"{"text":"x","stream":true}"#,
-        ))
-        .await;
+    client.send(request("POST /generate", &headers, r#"{"text":"x","stream":true}"#)).await;
     client
 }
 
@@ -50,11 +44,7 @@ async fn a_client_that_leaves_before_the_answer() {
         (&worker.url.clone().into(), &Value::Null)
     );
     assert_eq!(trace["attempts"][0]["error"], "client disconnected");
-    assert_eq!(
-        router.worker(&worker.url).await["failed"],
-        0,
-        "not the worker's fault"
-    );
+    assert_eq!(router.worker(&worker.url).await["failed"], 0, "not the worker's fault");
 }
 
 #[tokio::test]
@@ -63,11 +53,7 @@ async fn a_client_that_leaves_within_a_stream() {
     let mut client = begin(&router, "x").await;
     let mut exchange = worker.request().await;
     exchange.send(STREAM_HEAD).await;
-    exchange
-        .send(chunked(
-            "data: {\"text\":\"a\",\"meta_info\":{\"id\":\"w\"}}\n\n",
-        ))
-        .await;
+    exchange.send(chunked("data: {\"text\":\"a\",\"meta_info\":{\"id\":\"w\"}}\n\n")).await;
     client.head().await.expect("a head");
     client.chunk().await.expect("a chunk");
     drop(client);
@@ -103,10 +89,7 @@ async fn a_worker_that_dies_within_a_stream() {
     let head = client.head().await.expect("a head");
     drop(exchange);
     let answer = client.body_of(head).await;
-    assert_eq!(
-        (answer.is_whole, answer.body.as_slice()),
-        (false, &b"data: {}\n\n"[..])
-    );
+    assert_eq!((answer.is_whole, answer.body.as_slice()), (false, &b"data: {}\n\n"[..]));
     let trace = failed(&router, "x", "broke off").await;
     assert_eq!(trace["http_status"], 200);
     assert!(trace["attempts"][0]["error"].is_string());
@@ -118,9 +101,7 @@ async fn a_worker_that_dies_within_an_answer_of_known_length() {
     let (mut worker, router) = pair(&[]).await;
     let mut client = begin(&router, "x").await;
     let mut exchange = worker.request().await;
-    exchange
-        .send("HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhalf")
-        .await;
+    exchange.send("HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhalf").await;
     let head = client.head().await.expect("a head");
     drop(exchange);
     let answer = client.body_of(head).await;
@@ -134,15 +115,9 @@ async fn a_request_without_an_answer_in_time() {
     let mut client = begin(&router, "x").await;
     let mut exchange = worker.request().await;
     let answer = client.answer().await;
-    assert_eq!(
-        (answer.status(), answer.error_code().as_str()),
-        (504, "timeout")
-    );
+    assert_eq!((answer.status(), answer.error_code().as_str()), (504, "timeout"));
     assert!(answer.error_message().contains("request_timeout_secs"));
-    assert_eq!(
-        answer.header("x-sglang-worker").as_deref(),
-        Some(worker.url.as_str())
-    );
+    assert_eq!(answer.header("x-sglang-worker").as_deref(), Some(worker.url.as_str()));
     exchange.closed().await;
     let trace = failed(&router, "x", "no answer within 1 s").await;
     assert_eq!(trace["http_status"], 504);
@@ -158,10 +133,7 @@ async fn a_stream_that_does_not_end_in_time_is_cut() {
     exchange.send(chunked("data: {}\n\n")).await;
     let head = client.head().await.expect("a head");
     let answer = client.body_of(head).await;
-    assert_eq!(
-        (answer.is_whole, answer.body.as_slice()),
-        (false, &b"data: {}\n\n"[..])
-    );
+    assert_eq!((answer.is_whole, answer.body.as_slice()), (false, &b"data: {}\n\n"[..]));
     exchange.closed().await;
     failed(&router, "x", "had not ended after 1 s").await;
 }
@@ -188,9 +160,7 @@ async fn what_a_worker_refuses_is_failed_with_its_words() {
     ] {
         let mut client = begin(&router, line).await;
         // A space is no part of an id: the router made one up.
-        let before = router.worker(&worker.url).await["failed"]
-            .as_u64()
-            .expect("a count");
+        let before = router.worker(&worker.url).await["failed"].as_u64().expect("a count");
         let body = r#"{"error":{"message":"the prompt is too long"}}"#;
         let head = format!(
             "HTTP/1.1 {line}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
@@ -203,15 +173,11 @@ async fn what_a_worker_refuses_is_failed_with_its_words() {
         assert!(id.starts_with("req_"), "{id}");
         let trace = failed(&router, &id, "the prompt is too long").await;
         assert!(
-            trace["error_message"]
-                .as_str()
-                .is_some_and(|message| message.contains(&line[..3]))
+            trace["error_message"].as_str().is_some_and(|message| message.contains(&line[..3]))
         );
         assert_eq!(trace["http_status"], answer.status());
         assert_eq!(trace["attempts"][0]["http_status"], answer.status());
-        let after = router.worker(&worker.url).await["failed"]
-            .as_u64()
-            .expect("a count");
+        let after = router.worker(&worker.url).await["failed"].as_u64().expect("a count");
         assert_eq!(after - before, u64::from(is_workers_fault), "{line}");
     }
     assert_eq!(router.worker(&worker.url).await["served"], 0);
@@ -222,16 +188,9 @@ async fn the_words_of_a_failure_have_a_bound() {
     let (mut worker, router) = pair(&[]).await;
     let mut client = begin(&router, "x").await;
     let body = "é".repeat(5_000);
-    let head = format!(
-        "HTTP/1.1 500 Oops\r\ncontent-length: {}\r\n\r\n",
-        body.len()
-    );
+    let head = format!("HTTP/1.1 500 Oops\r\ncontent-length: {}\r\n\r\n", body.len());
     worker.request().await.answer(head + &body).await;
     assert_eq!(client.answer().await.text(), body);
     let trace = failed(&router, "x", "worker answered 500").await;
-    assert!(
-        trace["error_message"]
-            .as_str()
-            .is_some_and(|message| message.len() <= 512)
-    );
+    assert!(trace["error_message"].as_str().is_some_and(|message| message.len() <= 512));
 }

@@ -24,10 +24,7 @@ async fn send(router: &Router, number: usize) {
         (_, 2) => {
             let messages = json!([{"role": "user", "content": "a, \"b\"\nc"}]);
             let model = "chat, \"quoted\"\nand broken";
-            (
-                "/v1/chat/completions",
-                json!({"model": model, "messages": messages, "max_tokens": 1}),
-            )
+            ("/v1/chat/completions", json!({"model": model, "messages": messages, "max_tokens": 1}))
         }
         _ => (
             "/generate",
@@ -35,9 +32,7 @@ async fn send(router: &Router, number: usize) {
         ),
     };
     let headers = [("x-request-id", &*format!("r{number}"))];
-    let answer = router
-        .ask(request(&format!("POST {path}"), &headers, body.to_string()))
-        .await;
+    let answer = router.ask(request(&format!("POST {path}"), &headers, body.to_string())).await;
     assert_eq!(answer.status() == 200, number % 4 != 3, "{}", answer.text());
 }
 
@@ -64,9 +59,7 @@ async fn pages(
     let mut all = Vec::new();
     let mut cursor = String::new();
     loop {
-        let answer = router
-            .get(&format!("/v1/traces?limit={limit}{query}{cursor}"))
-            .await;
+        let answer = router.get(&format!("/v1/traces?limit={limit}{query}{cursor}")).await;
         assert_eq!(answer.status(), 200, "{}", answer.text());
         let page = list(&answer.json());
         let next = answer.header("x-next-cursor");
@@ -103,16 +96,9 @@ async fn pages_leave_nothing_out_and_repeat_nothing() {
         next += 1;
     })
     .await;
-    assert_eq!(
-        ids(&all),
-        newest_first(0..REQUESTS),
-        "what came meanwhile is newer"
-    );
+    assert_eq!(ids(&all), newest_first(0..REQUESTS), "what came meanwhile is newer");
     let failed = pages(&router, "&status=failed&until=9999999999", 2, async || {}).await;
-    assert_eq!(
-        ids(&failed),
-        newest_first((0..next).filter(|number| number % 4 == 3))
-    );
+    assert_eq!(ids(&failed), newest_first((0..next).filter(|number| number % 4 == 3)));
 }
 
 #[tokio::test]
@@ -136,16 +122,10 @@ async fn filters_choose_and_join() {
         ("request_id=r7".into(), is("request_id", "r7")),
         ("worker_request_id=w4".into(), is("worker_request_id", "w4")),
         ("node_id=gpu_1".into(), is("node_id", "gpu_1")),
-        (
-            format!("worker_url={}", encoded(&sims.urls[0])),
-            is("worker_url", &sims.urls[0]),
-        ),
+        (format!("worker_url={}", encoded(&sims.urls[0])), is("worker_url", &sims.urls[0])),
         ("status=failed".into(), is("status", "failed")),
         ("status=queued".into(), is("status", "queued")),
-        (
-            "route=%2Fv1%2Fchat%2Fcompletions".into(),
-            is("route", "/v1/chat/completions"),
-        ),
+        ("route=%2Fv1%2Fchat%2Fcompletions".into(), is("route", "/v1/chat/completions")),
         (format!("model={}", encoded(chat)), is("model", chat)),
         ("policy=round_robin".into(), Box::new(|_| true)),
         ("policy=random".into(), Box::new(|_| false)),
@@ -158,11 +138,7 @@ async fn filters_choose_and_join() {
     ];
     for (query, rule) in cases {
         let expected: Vec<Value> = all.iter().filter(|trace| rule(trace)).cloned().collect();
-        assert_eq!(
-            list(&router.json(&format!("/v1/traces?{query}")).await),
-            expected,
-            "{query}"
-        );
+        assert_eq!(list(&router.json(&format!("/v1/traces?{query}")).await), expected, "{query}");
     }
 }
 
@@ -172,33 +148,20 @@ async fn exports_say_what_the_listing_says() {
     let listed = list(&router.json("/v1/traces").await);
 
     let answer = router.get("/v1/traces?format=jsonl").await;
-    assert_eq!(
-        answer.header("content-type").as_deref(),
-        Some("application/jsonl")
-    );
-    let lines: Vec<Value> = answer
-        .text()
-        .lines()
-        .map(|line| serde_json::from_str(line).expect("JSON"))
-        .collect();
+    assert_eq!(answer.header("content-type").as_deref(), Some("application/jsonl"));
+    let lines: Vec<Value> =
+        answer.text().lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
     assert_eq!(lines, listed);
 
     let answer = router.get("/v1/traces?format=csv").await;
-    assert!(
-        answer
-            .header("content-type")
-            .is_some_and(|it| it.starts_with("text/csv"))
-    );
+    assert!(answer.header("content-type").is_some_and(|it| it.starts_with("text/csv")));
     let mut reader = csv::Reader::from_reader(answer.body.as_slice());
     let columns = reader.headers().expect("a header").clone();
     assert_eq!(
         columns.iter().take(4).collect::<Vec<_>>(),
         ["request_id", "worker_url", "node_id", "timestamp"]
     );
-    assert_eq!(
-        columns.len(),
-        listed[0].as_object().expect("an object").len()
-    );
+    assert_eq!(columns.len(), listed[0].as_object().expect("an object").len());
     let rows: Vec<csv::StringRecord> = reader.records().map(|row| row.expect("a row")).collect();
     assert_eq!(rows.len(), listed.len());
     for (row, trace) in rows.iter().zip(&listed) {
@@ -211,9 +174,7 @@ async fn exports_say_what_the_listing_says() {
         }
     }
 
-    let answer = router
-        .get("/v1/traces?format=jsonl&status=failed&limit=2")
-        .await;
+    let answer = router.get("/v1/traces?format=jsonl&status=failed&limit=2").await;
     assert_eq!(answer.text().lines().count(), 2);
     let answer = router.get("/v1/traces?format=csv&request_id=nobody").await;
     assert_eq!(answer.text().lines().count(), 1, "the header alone");
@@ -231,10 +192,8 @@ async fn an_export_of_many_pages_is_whole() {
     }
     let answer = router.get("/v1/traces?format=csv").await;
     let mut reader = csv::Reader::from_reader(answer.body.as_slice());
-    let mut ids: Vec<String> = reader
-        .records()
-        .map(|row| row.expect("a row")[0].to_owned())
-        .collect();
+    let mut ids: Vec<String> =
+        reader.records().map(|row| row.expect("a row")[0].to_owned()).collect();
     assert_eq!(ids.len(), count);
     ids.sort_unstable();
     ids.dedup();
@@ -244,11 +203,7 @@ async fn an_export_of_many_pages_is_whole() {
 #[tokio::test]
 async fn statistics_add_up() {
     let (_sims, router) = used().await;
-    let refused = request(
-        "POST /generate",
-        &[("x-sglang-target-worker", "nobody")],
-        "{}",
-    );
+    let refused = request("POST /generate", &[("x-sglang-target-worker", "nobody")], "{}");
     router.ask(refused).await;
     let total = REQUESTS + 1;
     let listed = list(&router.json("/v1/traces").await);
@@ -265,9 +220,7 @@ async fn statistics_add_up() {
     let told = |name: &str| {
         let counts = stats[name].as_object().expect("an object").iter();
         let counts = counts.map(|(name, count)| (name.clone(), count.as_u64().expect("a count")));
-        counts
-            .filter(|(_, count)| *count > 0)
-            .collect::<BTreeMap<_, _>>()
+        counts.filter(|(_, count)| *count > 0).collect::<BTreeMap<_, _>>()
     };
     for (since_start, now, field) in [
         ("requests_per_node", "node_distribution", "node_id"),
@@ -280,12 +233,7 @@ async fn statistics_add_up() {
     for name in ["total_requests", "active_traces", "total_traces"] {
         assert_eq!(stats[name], total, "{name}");
     }
-    for (name, count) in [
-        ("unrouted", 1),
-        ("evicted", 0),
-        ("expired", 0),
-        ("in_flight", 0),
-    ] {
+    for (name, count) in [("unrouted", 1), ("evicted", 0), ("expired", 0), ("in_flight", 0)] {
         assert_eq!(stats[name], count, "{name}");
     }
     assert_eq!(stats["newest_trace"], listed[0]["timestamp"]);

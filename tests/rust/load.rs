@@ -15,10 +15,7 @@ const FILES: u64 = 4 * REQUESTS as u64 + 500;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_trace_names_the_worker_that_served() {
-    assert!(
-        files_allowed() >= FILES,
-        "this test needs {FILES} open files: ulimit -n {FILES}"
-    );
+    assert!(files_allowed() >= FILES, "this test needs {FILES} open files: ulimit -n {FILES}");
     for policy in PolicyKind::ALL {
         one_policy(policy.name()).await;
     }
@@ -43,16 +40,8 @@ async fn one_policy(policy: &str) {
     for (number, port, answer) in &answers {
         assert!(answer.is_whole, "{policy} {number}");
         let url = format!("http://127.0.0.1:{port}");
-        assert_eq!(
-            answer.header("x-sglang-worker").as_deref(),
-            Some(url.as_str()),
-            "{policy}"
-        );
-        assert_eq!(
-            answer.header("x-sim-port"),
-            Some(port.to_string()),
-            "{policy}"
-        );
+        assert_eq!(answer.header("x-sglang-worker").as_deref(), Some(url.as_str()), "{policy}");
+        assert_eq!(answer.header("x-sim-port"), Some(port.to_string()), "{policy}");
         assert_eq!(answer.header("x-request-id"), Some(id(*number)));
         *told.entry(url.clone()).or_default() += 1;
         of_request.insert(id(*number), url);
@@ -61,11 +50,7 @@ async fn one_policy(policy: &str) {
 
     let served = router.until_idle().await;
     for (url, served, failed) in &served {
-        assert_eq!(
-            (*served, *failed),
-            (told.get(url).copied().unwrap_or(0), 0),
-            "{policy} {url}"
-        );
+        assert_eq!((*served, *failed), (told.get(url).copied().unwrap_or(0), 0), "{policy} {url}");
     }
     check_traces(&router, policy, &of_request).await;
     check_stats(&router, policy, &told).await;
@@ -86,11 +71,7 @@ async fn check_traces(router: &Router, policy: &str, of_request: &HashMap<String
         assert_eq!(trace["attempts"].as_array().map(Vec::len), Some(1));
         assert_eq!(trace["completion_tokens"], 3, "{trace}");
         assert!(trace["reason"].is_string() && trace["latency_ms"].is_f64());
-        assert_eq!(
-            trace["ttft_ms"].is_f64(),
-            trace["stream"] == true,
-            "{trace}"
-        );
+        assert_eq!(trace["ttft_ms"].is_f64(), trace["stream"] == true, "{trace}");
     }
     assert_eq!(seen.len(), REQUESTS, "{policy}");
 }
@@ -104,16 +85,10 @@ async fn check_stats(router: &Router, policy: &str, told: &BTreeMap<String, u64>
     );
     let statuses = stats["requests_per_status"].as_object().expect("an object");
     assert_eq!(statuses["completed"], REQUESTS, "{policy}");
-    assert_eq!(
-        statuses.values().filter_map(Value::as_u64).sum::<u64>(),
-        REQUESTS as u64
-    );
+    assert_eq!(statuses.values().filter_map(Value::as_u64).sum::<u64>(), REQUESTS as u64);
     let nodes = stats["requests_per_node"].as_object().expect("an object");
-    let mut counts: Vec<u64> = nodes
-        .values()
-        .filter_map(Value::as_u64)
-        .filter(|count| *count > 0)
-        .collect();
+    let mut counts: Vec<u64> =
+        nodes.values().filter_map(Value::as_u64).filter(|count| *count > 0).collect();
     let mut expected: Vec<u64> = told.values().copied().collect();
     counts.sort_unstable();
     expected.sort_unstable();
@@ -124,22 +99,8 @@ async fn check_stats(router: &Router, policy: &str, told: &BTreeMap<String, u64>
 async fn endings_of_all_kinds_leave_nothing_open() {
     let none = Options::default().faults;
     let sound = Simulated::start(1).await;
-    let failing = Simulated::start_with(
-        1,
-        Faults {
-            fail_rate: 0.5,
-            ..none.clone()
-        },
-    )
-    .await;
-    let dying = Simulated::start_with(
-        1,
-        Faults {
-            die_after_chunks: 2,
-            ..none
-        },
-    )
-    .await;
+    let failing = Simulated::start_with(1, Faults { fail_rate: 0.5, ..none.clone() }).await;
+    let dying = Simulated::start_with(1, Faults { die_after_chunks: 2, ..none }).await;
     let urls = [&*sound.urls[0], &*failing.urls[0], &*dying.urls[0]];
     let router = Router::ready(&urls, &["--policy=power_of_two", "--seed=1"]).await;
     let address = router.address;
@@ -161,17 +122,9 @@ async fn endings_of_all_kinds_leave_nothing_open() {
     // A client that left may not have been noticed yet; then the counts do not add up yet.
     let traces = until("all counts to add up", async || {
         let stats = router.json("/v1/traces/stats").await;
-        let served: u64 = router
-            .until_idle()
-            .await
-            .iter()
-            .map(|(_, served, _)| served)
-            .sum();
+        let served: u64 = router.until_idle().await.iter().map(|(_, served, _)| served).sum();
         let traces = exported(&router).await;
-        let completed = traces
-            .values()
-            .filter(|trace| trace["status"] == "completed")
-            .count();
+        let completed = traces.values().filter(|trace| trace["status"] == "completed").count();
         let adds_up = stats["in_flight"] == 0
             && stats["total_requests"] == traces.len()
             && served == completed as u64;
@@ -181,38 +134,18 @@ async fn endings_of_all_kinds_leave_nothing_open() {
     for (number, answer) in answers.into_iter().flatten() {
         let trace = &traces[&id(number)];
         let is_good = answer.status() == 200 && answer.is_whole;
-        assert_eq!(
-            trace["status"],
-            if is_good { "completed" } else { "failed" },
-            "{trace}"
-        );
+        assert_eq!(trace["status"], if is_good { "completed" } else { "failed" }, "{trace}");
         assert_eq!(trace["http_status"], answer.status());
-        assert_eq!(
-            trace["worker_url"].as_str(),
-            answer.header("x-sglang-worker").as_deref()
-        );
+        assert_eq!(trace["worker_url"].as_str(), answer.header("x-sglang-worker").as_deref());
     }
-    assert!(
-        traces
-            .values()
-            .all(|trace| trace["completion_time"].is_string())
-    );
+    assert!(traces.values().all(|trace| trace["completion_time"].is_string()));
 }
 
 /// All traces, by id.
 async fn exported(router: &Router) -> HashMap<String, Value> {
     let export = router.get("/v1/traces?format=jsonl").await.text();
-    let traces = export
-        .lines()
-        .map(|line| serde_json::from_str::<Value>(line).expect("a trace"));
-    traces
-        .map(|trace| {
-            (
-                trace["request_id"].as_str().expect("an id").to_owned(),
-                trace,
-            )
-        })
-        .collect()
+    let traces = export.lines().map(|line| serde_json::from_str::<Value>(line).expect("a trace"));
+    traces.map(|trace| (trace["request_id"].as_str().expect("an id").to_owned(), trace)).collect()
 }
 
 fn id(number: usize) -> String {
@@ -235,10 +168,7 @@ fn ask(number: usize) -> Vec<u8> {
             json!({"text": text, "sampling_params": {"max_new_tokens": 3}, "stream": stream}),
         )
     };
-    let headers = [
-        ("x-request-id", &*id(number)),
-        ("content-type", "application/json"),
-    ];
+    let headers = [("x-request-id", &*id(number)), ("content-type", "application/json")];
     request(&format!("POST {path}"), &headers, body.to_string())
 }
 
@@ -251,28 +181,20 @@ fn told_port(number: usize, answer: &Message) -> u64 {
     assert_eq!(answer.status(), 200, "{}", answer.text());
     let text = answer.text();
     let json: Value = if number.is_multiple_of(2) {
-        let mut frames = text
-            .lines()
-            .filter_map(|line| line.strip_prefix("data: "))
-            .rev();
+        let mut frames = text.lines().filter_map(|line| line.strip_prefix("data: ")).rev();
         assert_eq!(frames.next(), Some("[DONE]"));
         serde_json::from_str(frames.next().expect("a frame")).expect("a frame of JSON")
     } else {
         answer.json()
     };
-    let port = if is_chat(number) {
-        &json["worker_port"]
-    } else {
-        &json["meta_info"]["worker_port"]
-    };
+    let port =
+        if is_chat(number) { &json["worker_port"] } else { &json["meta_info"]["worker_port"] };
     port.as_u64().expect("a port")
 }
 
 fn files_allowed() -> u64 {
     let limits = std::fs::read_to_string("/proc/self/limits").unwrap_or_default();
-    let line = limits
-        .lines()
-        .find(|line| line.starts_with("Max open files"));
+    let line = limits.lines().find(|line| line.starts_with("Max open files"));
     let soft = line.and_then(|line| line.split_ascii_whitespace().nth(3));
     // Elsewhere than on Linux, and where there is no limit, nothing is known to be wrong.
     soft.and_then(|soft| soft.parse().ok()).unwrap_or(u64::MAX)

@@ -20,36 +20,17 @@ async fn two() -> (ScriptedWorker, ScriptedWorker, Router) {
 async fn by_name_and_by_url_and_always_there() {
     let (mut left, mut right, router) = two().await;
     let mut client = router.connect().await;
-    let spellings = [
-        right.url.clone(),
-        format!("{}/", right.url),
-        right.url.replace("http", "HTTP"),
-    ];
-    for pin in [
-        "right",
-        "right",
-        &spellings[0],
-        &spellings[1],
-        &spellings[2],
-        "right",
-    ] {
-        client
-            .send(request(
-                "POST /generate",
-                &[(PIN, pin), ("x-request-id", pin)],
-                "{}",
-            ))
-            .await;
+    let spellings =
+        [right.url.clone(), format!("{}/", right.url), right.url.replace("http", "HTTP")];
+    for pin in ["right", "right", &spellings[0], &spellings[1], &spellings[2], "right"] {
+        client.send(request("POST /generate", &[(PIN, pin), ("x-request-id", pin)], "{}")).await;
         let exchange = right.request().await;
         assert_eq!(exchange.request.header(PIN), None);
         exchange.answer(ok("{}")).await;
         let answer = client.answer().await;
         assert_eq!(answer.header("x-sglang-node").as_deref(), Some("right"));
         let trace = router.trace_now(pin).await;
-        assert_eq!(
-            (&trace["reason"], &trace["node_id"]),
-            (&"pinned".into(), &"right".into())
-        );
+        assert_eq!((&trace["reason"], &trace["node_id"]), (&"pinned".into(), &"right".into()));
     }
     assert!(left.request_now().is_none());
 }
@@ -60,15 +41,8 @@ async fn an_unknown_one_is_an_error_of_the_client() {
     for pin in ["middle", "http://127.0.0.1:1", "", "gpu_0"] {
         let headers = [(PIN, pin), ("x-request-id", "x")];
         let answer = router.ask(request("POST /generate", &headers, "{}")).await;
-        assert_eq!(
-            (answer.status(), answer.error_code().as_str()),
-            (400, "unknown_target_worker")
-        );
-        assert!(
-            answer.error_message().contains(&format!("{pin:?}")),
-            "{}",
-            answer.error_message()
-        );
+        assert_eq!((answer.status(), answer.error_code().as_str()), (400, "unknown_target_worker"));
+        assert!(answer.error_message().contains(&format!("{pin:?}")), "{}", answer.error_message());
         assert!(answer.error_message().contains(PIN));
         let trace = router.trace_now("x").await;
         assert_eq!(
@@ -83,33 +57,14 @@ async fn an_unknown_one_is_an_error_of_the_client() {
 async fn one_that_is_not_healthy_is_not_replaced() {
     let (mut left, mut right, router) = two().await;
     right.go_down().await;
-    let pinned = request(
-        "POST /generate",
-        &[(PIN, "right"), ("x-request-id", "x")],
-        "{}",
-    );
+    let pinned = request("POST /generate", &[(PIN, "right"), ("x-request-id", "x")], "{}");
     let answer = router.ask(&pinned).await;
-    assert_eq!(
-        (answer.status(), answer.error_code().as_str()),
-        (502, "worker_unreachable")
-    );
+    assert_eq!((answer.status(), answer.error_code().as_str()), (502, "worker_unreachable"));
     assert_eq!(answer.header("x-sglang-node").as_deref(), Some("right"));
-    assert_eq!(
-        router.trace_now("x").await["attempts"]
-            .as_array()
-            .map(Vec::len),
-        Some(1)
-    );
+    assert_eq!(router.trace_now("x").await["attempts"].as_array().map(Vec::len), Some(1));
     let answer = router.ask(&pinned).await;
-    assert_eq!(
-        (answer.status(), answer.error_code().as_str()),
-        (503, "no_available_workers")
-    );
-    assert!(
-        answer.error_message().contains(&right.url),
-        "{}",
-        answer.error_message()
-    );
+    assert_eq!((answer.status(), answer.error_code().as_str()), (503, "no_available_workers"));
+    assert!(answer.error_message().contains(&right.url), "{}", answer.error_message());
     assert!(left.request_now().is_none());
 }
 

@@ -11,26 +11,14 @@ async fn each_chunk_arrives_before_the_next_is_sent() {
     let router = Router::ready(&[&worker.url], &[]).await;
     let mut client = router.connect().await;
     let headers = [("x-request-id", "s")];
-    client
-        .send(request(
-            "POST /generate",
-            &headers,
-            r#"{"text":"x","stream":true}"#,
-        ))
-        .await;
+    client.send(request("POST /generate", &headers, r#"{"text":"x","stream":true}"#)).await;
     let mut exchange = worker.request().await;
-    assert_eq!(
-        router.trace_when("s", "routed").await["http_status"],
-        serde_json::Value::Null
-    );
+    assert_eq!(router.trace_when("s", "routed").await["http_status"], serde_json::Value::Null);
 
     exchange.send(STREAM_HEAD).await;
     let head = client.head().await.expect("a head");
     assert_eq!(head.status(), 200);
-    assert_eq!(
-        head.header("content-type").as_deref(),
-        Some("text/event-stream")
-    );
+    assert_eq!(head.header("content-type").as_deref(), Some("text/event-stream"));
     let trace = router.trace_now("s").await;
     assert_eq!(
         (trace["status"].as_str(), trace["http_status"].as_u64()),
@@ -41,24 +29,17 @@ async fn each_chunk_arrives_before_the_next_is_sent() {
 
     for number in 1..=5 {
         // An event that a chunk's end cuts in two.
-        for part in [
-            format!("data: {{\"text\":\"{number}"),
-            "\",\"meta_info\":{}}\n\n".to_owned(),
-        ] {
+        for part in [format!("data: {{\"text\":\"{number}"), "\",\"meta_info\":{}}\n\n".to_owned()]
+        {
             exchange.send(chunked(&part)).await;
             assert_eq!(client.chunk().await.expect("a chunk"), part.as_bytes());
         }
     }
     let trace = router.trace_now("s").await;
-    assert!(
-        trace["first_byte_ms"].is_f64() && trace["ttft_ms"].is_f64(),
-        "{trace}"
-    );
+    assert!(trace["first_byte_ms"].is_f64() && trace["ttft_ms"].is_f64(), "{trace}");
     assert!(trace["latency_ms"].is_null());
 
-    exchange
-        .answer([chunked("data: [DONE]\n\n"), chunked("")].concat())
-        .await;
+    exchange.answer([chunked("data: [DONE]\n\n"), chunked("")].concat()).await;
     assert_eq!(client.chunk().await.expect("a chunk"), b"data: [DONE]\n\n");
     assert_eq!(client.chunk().await.expect("the end"), b"");
     assert_eq!(router.trace_now("s").await["status"], "completed");
@@ -72,9 +53,7 @@ async fn the_first_bytes_of_an_answer_of_known_length_do_not_wait_for_the_rest()
     let mut client = router.connect().await;
     client.send(request("POST /generate", &[], "{}")).await;
     let mut exchange = worker.request().await;
-    exchange
-        .send("HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\nabc")
-        .await;
+    exchange.send("HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\nabc").await;
     client.head().await.expect("a head");
     assert_eq!(client.exactly(3).await.expect("the first half"), b"abc");
     exchange.answer("def").await;

@@ -6,26 +6,17 @@ use crate::support::{Health, Router, ScriptedWorker, Simulated, ok, request};
 async fn a_simulated_worker_answers_for_itself() {
     let sims = Simulated::start(1).await;
     let router = Router::ready(&sims.urls(), &[]).await;
-    assert_eq!(
-        router.json("/v1/models").await["data"][0]["id"],
-        "sim-model"
-    );
+    assert_eq!(router.json("/v1/models").await["data"][0]["id"], "sim-model");
     for path in ["/get_server_info", "/server_info"] {
         let info = router.json(path).await;
-        assert!(
-            sims.urls[0].ends_with(&format!(":{}", info["port"])),
-            "{info}"
-        );
+        assert!(sims.urls[0].ends_with(&format!(":{}", info["port"])), "{info}");
     }
     for path in ["/get_model_info", "/model_info"] {
         assert_eq!(router.json(path).await["is_generation"], true);
     }
     let answer = router.get("/health_generate").await;
     assert_eq!(answer.status(), 200);
-    assert_eq!(
-        answer.header("x-sglang-worker").as_deref(),
-        Some(sims.urls[0].as_str())
-    );
+    assert_eq!(answer.header("x-sglang-worker").as_deref(), Some(sims.urls[0].as_str()));
     // Not routed, so not traced.
     assert_eq!(router.json("/v1/traces/stats").await["total_requests"], 0);
 }
@@ -37,22 +28,11 @@ async fn a_workers_answer_is_passed_on_to_the_byte() {
     let router = Router::ready(&[&url], &[]).await;
     let mut client = router.connect().await;
     let headers = [("authorization", "Bearer x"), ("x-request-id", "mine")];
-    client
-        .send(request("GET /v1/models?limit=1", &headers, ""))
-        .await;
+    client.send(request("GET /v1/models?limit=1", &headers, "")).await;
     let exchange = worker.request().await;
-    assert_eq!(
-        exchange.request.first_line(),
-        "GET /base/v1/models?limit=1 HTTP/1.1"
-    );
-    assert_eq!(
-        exchange.request.header("authorization").as_deref(),
-        Some("Bearer x")
-    );
-    assert_eq!(
-        exchange.request.header("host").as_deref(),
-        worker.url.strip_prefix("http://")
-    );
+    assert_eq!(exchange.request.first_line(), "GET /base/v1/models?limit=1 HTTP/1.1");
+    assert_eq!(exchange.request.header("authorization").as_deref(), Some("Bearer x"));
+    assert_eq!(exchange.request.header("host").as_deref(), worker.url.strip_prefix("http://"));
     exchange
         .answer(b"HTTP/1.1 418 Odd\r\nx-a: 1\r\nx-a: 2\r\ncontent-length: 3\r\n\r\n\xff{ ")
         .await;
@@ -75,16 +55,10 @@ async fn a_dead_worker_is_passed_over() {
     assert_eq!(router.worker(&dead.url).await["state"], "unreachable");
     good.go_down().await;
     let answer = router.get("/v1/models").await;
-    assert_eq!(
-        (answer.status(), answer.error_code().as_str()),
-        (502, "worker_unreachable")
-    );
+    assert_eq!((answer.status(), answer.error_code().as_str()), (502, "worker_unreachable"));
     for path in ["/v1/models", "/engine_metrics", "/health_generate"] {
         let answer = router.get(path).await;
-        assert_eq!(
-            (answer.status(), answer.error_code().as_str()),
-            (503, "no_available_workers")
-        );
+        assert_eq!((answer.status(), answer.error_code().as_str()), (503, "no_available_workers"));
     }
 }
 
@@ -94,17 +68,9 @@ async fn engine_metrics_are_merged() {
     let router = Router::ready(&sims.urls(), &[]).await;
     let answer = router.get("/engine_metrics").await;
     assert_eq!(answer.status(), 200);
-    assert!(
-        answer
-            .header("content-type")
-            .is_some_and(|it| it.starts_with("text/plain"))
-    );
+    assert!(answer.header("content-type").is_some_and(|it| it.starts_with("text/plain")));
     let text = answer.text();
-    assert_eq!(
-        text.matches("# TYPE sglang:num_running_reqs gauge").count(),
-        1,
-        "{text}"
-    );
+    assert_eq!(text.matches("# TYPE sglang:num_running_reqs gauge").count(), 1, "{text}");
     for url in &sims.urls {
         let sample =
             format!("sglang:num_running_reqs{{worker_addr=\"{url}\",model_name=\"sim-model\"}} 0");
@@ -119,30 +85,16 @@ async fn engine_metrics_of_those_that_have_them() {
     let router = Router::ready(&[&first.url, &second.url], &[]).await;
     let mut client = router.connect().await;
     client.send(request("GET /engine_metrics", &[], "")).await;
-    first
-        .request()
-        .await
-        .answer("HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n")
-        .await;
+    first.request().await.answer("HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n").await;
     second.request().await.answer(ok("up 1\n")).await;
     let answer = client.answer().await;
-    assert_eq!(
-        answer.text(),
-        format!("up{{worker_addr=\"{}\"}} 1\n", second.url)
-    );
+    assert_eq!(answer.text(), format!("up{{worker_addr=\"{}\"}} 1\n", second.url));
     client.send(request("GET /engine_metrics", &[], "")).await;
     drop(first.request().await);
     drop(first.request().await);
-    second
-        .request()
-        .await
-        .answer("HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n")
-        .await;
+    second.request().await.answer("HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n").await;
     let answer = client.answer().await;
-    assert_eq!(
-        (answer.status(), answer.error_code().as_str()),
-        (502, "worker_unreachable")
-    );
+    assert_eq!((answer.status(), answer.error_code().as_str()), (502, "worker_unreachable"));
     assert!(answer.error_message().contains("--enable-metrics"));
 }
 
@@ -156,28 +108,16 @@ async fn workers_are_listed_and_found() {
     let all = router.json("/workers").await;
     assert_eq!(all["total"], 2);
     let first = &all["workers"][0];
-    assert_eq!(
-        (&first["id"], &first["url"]),
-        (&"0".into(), &sims.urls[0].clone().into())
-    );
-    assert_eq!(
-        (&first["is_healthy"], &first["state"]),
-        (&true.into(), &"healthy".into())
-    );
+    assert_eq!((&first["id"], &first["url"]), (&"0".into(), &sims.urls[0].clone().into()));
+    assert_eq!((&first["is_healthy"], &first["state"]), (&true.into(), &"healthy".into()));
     assert_eq!(
         (&first["load"], &first["served"], &first["failed"]),
         (&0.into(), &0.into(), &0.into())
     );
-    assert_eq!(
-        (&first["node_id"], &first["kv_tokens"]),
-        (&"gpu_0".into(), &400_000.into())
-    );
+    assert_eq!((&first["node_id"], &first["kv_tokens"]), (&"gpu_0".into(), &400_000.into()));
     assert_eq!(first["model_id"], "sim-model");
     let second = &all["workers"][1];
-    assert_eq!(
-        (&second["is_healthy"], &second["state"]),
-        (&false.into(), &"starting".into())
-    );
+    assert_eq!((&second["is_healthy"], &second["state"]), (&false.into(), &"starting".into()));
     assert_eq!(router.json("/workers/0").await, *first);
     assert_eq!(router.worker(&sims.urls[0]).await, *first);
     assert_eq!(router.json("/workers/gpu_0").await, *first);
@@ -189,11 +129,7 @@ async fn workers_are_listed_and_found() {
         "/workers/%ff",
     ] {
         let answer = router.get(path).await;
-        assert_eq!(
-            (answer.status(), answer.error_code().as_str()),
-            (404, "not_found"),
-            "{path}"
-        );
+        assert_eq!((answer.status(), answer.error_code().as_str()), (404, "not_found"), "{path}");
     }
 }
 
@@ -207,11 +143,7 @@ async fn the_routers_own_metrics_count_what_happened() {
     }
     assert_eq!(router.post("/generate", "{").await.status(), 400);
     let answer = router.get("/metrics").await;
-    assert!(
-        answer
-            .header("content-type")
-            .is_some_and(|it| it.contains("openmetrics"))
-    );
+    assert!(answer.header("content-type").is_some_and(|it| it.contains("openmetrics")));
     let text = answer.text();
     let url = &sims.urls[0];
     for line in [
@@ -224,9 +156,6 @@ async fn the_routers_own_metrics_count_what_happened() {
         "sgl_router_traces_held 4".to_owned(),
         "# EOF".to_owned(),
     ] {
-        assert!(
-            text.lines().any(|found| found == line),
-            "{line} is not in\n{text}"
-        );
+        assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
     }
 }

@@ -41,19 +41,11 @@ impl<'a> MetaInfo<'a> {
     /// Of a part that has ended.
     pub fn of_ended(reply: &'a Reply, part: usize, progress: &Progress) -> Self {
         let finish_reason = progress.finish.map(|finish| match finish {
-            Finish::Length => FinishReason::Length {
-                length: progress.completion_tokens,
-            },
-            Finish::Abort => FinishReason::Abort {
-                message: "Abort by /abort_request",
-            },
+            Finish::Length => FinishReason::Length { length: progress.completion_tokens },
+            Finish::Abort => FinishReason::Abort { message: "Abort by /abort_request" },
         });
         let running = Self::of_running(reply, part, progress, progress.completion_tokens);
-        Self {
-            finish_reason,
-            e2e_latency: Some(progress.e2e_secs),
-            ..running
-        }
+        Self { finish_reason, e2e_latency: Some(progress.e2e_secs), ..running }
     }
 
     fn of_running(reply: &'a Reply, part: usize, progress: &Progress, tokens: usize) -> Self {
@@ -72,12 +64,7 @@ impl<'a> MetaInfo<'a> {
 
 fn json<'a>(meta_info: MetaInfo<'a>, index: Option<usize>) -> String {
     let (text, output_ids) = tokens::output(meta_info.completion_tokens);
-    let answer = Answer {
-        text,
-        output_ids,
-        meta_info,
-        index,
-    };
+    let answer = Answer { text, output_ids, meta_info, index };
     serde_json::to_string(&answer).expect("an answer is plain data")
 }
 
@@ -95,21 +82,13 @@ pub fn whole(reply: &Reply, parts: &[Progress]) -> String {
 pub fn frame(reply: &Reply, parts: &[Progress], moment: Moment) -> String {
     let index = |part| reply.is_list.then_some(part);
     match moment {
-        Moment::Token {
-            part,
-            number,
-            last: false,
-        } => {
+        Moment::Token { part, number, last: false } => {
             let meta_info = MetaInfo::of_running(reply, part, &parts[part], number);
             data(&json(meta_info, index(part)))
         }
-        Moment::Token {
-            part, last: true, ..
+        Moment::Token { part, last: true, .. } | Moment::Closing { part, told: false } => {
+            data(&json(MetaInfo::of_ended(reply, part, &parts[part]), index(part)))
         }
-        | Moment::Closing { part, told: false } => data(&json(
-            MetaInfo::of_ended(reply, part, &parts[part]),
-            index(part),
-        )),
         Moment::Done => data("[DONE]"),
         Moment::Opening(_) | Moment::Closing { told: true, .. } | Moment::Summary => String::new(),
     }

@@ -95,8 +95,5 @@ fn data(json: &str) -> String {
 
 /// A server-sent event that is named by its own `type`.
 fn event(event: &Value) -> String {
-    format!(
-        "event: {}\ndata: {event}\n\n",
-        event["type"].as_str().unwrap_or("message")
-    )
+    format!("event: {}\ndata: {event}\n\n", event["type"].as_str().unwrap_or("message"))
 }

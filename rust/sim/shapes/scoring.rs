@@ -17,11 +17,7 @@ fn score(part: usize) -> f64 {
 }
 
 fn per_part(parts: &[Progress], value: impl Fn(usize, &Progress) -> Value) -> Value {
-    parts
-        .iter()
-        .enumerate()
-        .map(|(part, progress)| value(part, progress))
-        .collect()
+    parts.iter().enumerate().map(|(part, progress)| value(part, progress)).collect()
 }
 
 /// `/v1/embeddings`

@@ -21,10 +21,7 @@ impl Message {
     /// An answer's status.
     pub fn status(&self) -> u16 {
         let line = self.first_line();
-        let status = line
-            .split(' ')
-            .nth(1)
-            .and_then(|status| status.parse().ok());
+        let status = line.split(' ').nth(1).and_then(|status| status.parse().ok());
         status.unwrap_or_else(|| panic!("{line:?} has no status"))
     }
 
@@ -41,9 +38,7 @@ impl Message {
             .skip(1)
             .filter_map(|line| {
                 let (found, value) = line.split_once(':')?;
-                found
-                    .eq_ignore_ascii_case(name)
-                    .then(|| value.trim().to_owned())
+                found.eq_ignore_ascii_case(name).then(|| value.trim().to_owned())
             })
             .collect()
     }
@@ -62,20 +57,14 @@ impl Message {
         let json = self.json();
         let code = json["error"]["code"].as_str().expect("error.code");
         assert_eq!(self.header("x-router-error-code").as_deref(), Some(code));
-        assert_eq!(
-            self.header("content-type").as_deref(),
-            Some("application/json")
-        );
+        assert_eq!(self.header("content-type").as_deref(), Some("application/json"));
         assert!(json["error"]["type"].is_string(), "{json}");
         assert!(!self.error_message().is_empty());
         code.to_owned()
     }
 
     pub fn error_message(&self) -> String {
-        self.json()["error"]["message"]
-            .as_str()
-            .expect("error.message")
-            .to_owned()
+        self.json()["error"]["message"].as_str().expect("error.message").to_owned()
     }
 
     fn lines(&self) -> impl Iterator<Item = String> {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde_json::Value;
 use sglang_router_rs::options::{self, Options};
-use sglang_router_rs::server::Running;
+use sglang_router_rs::running::Running;
 
 use super::{Message, Wire, request, until};
 
@@ -19,11 +19,7 @@ pub struct Router {
 impl Router {
     /// Starts a router in front of these workers, with request tracking, in turn unless `flags` say otherwise.
     pub fn start(worker_urls: &[&str], flags: &[&str]) -> Router {
-        let ours = [
-            "--enable-request-tracking",
-            "--policy=round_robin",
-            "--worker-threads=2",
-        ];
+        let ours = ["--enable-request-tracking", "--policy=round_robin", "--worker-threads=2"];
         let mut argv: Vec<String> = ["--port=0", "--log-level=off"]
             .iter()
             .chain(&ours)
@@ -32,20 +28,13 @@ impl Router {
         argv.extend(worker_urls.iter().map(|url| format!("--worker-urls={url}")));
         argv.extend(flags.iter().map(|flag| (*flag).to_owned()));
         let named = std::iter::once("launch".to_owned()).chain(argv.iter().cloned());
-        let matches = options::command()
-            .try_get_matches_from(named)
-            .expect("flags");
+        let matches = options::command().try_get_matches_from(named).expect("flags");
         let options =
             Options::from_command_line(&matches, &argv, std::iter::empty()).expect("options");
         // Starting blocks for a moment, which a test's own runtime does not allow.
-        let running = std::thread::spawn(|| Running::start(options))
-            .join()
-            .expect("no panic");
+        let running = std::thread::spawn(|| Running::start(options)).join().expect("no panic");
         let running = running.expect("a free port");
-        Router {
-            address: running.address(),
-            running: Some(running),
-        }
+        Router { address: running.address(), running: Some(running) }
     }
 
     /// The same, once so many workers may be picked.
@@ -75,21 +64,12 @@ impl Router {
     }
 
     pub async fn get(&self, path: &str) -> Message {
-        self.ask(request(
-            &format!("GET {path}"),
-            &[("connection", "close")],
-            "",
-        ))
-        .await
+        self.ask(request(&format!("GET {path}"), &[("connection", "close")], "")).await
     }
 
     pub async fn post(&self, path: &str, body: impl AsRef<[u8]>) -> Message {
-        let headers = [
-            ("content-type", "application/json"),
-            ("connection", "close"),
-        ];
-        self.ask(request(&format!("POST {path}"), &headers, body))
-            .await
+        let headers = [("content-type", "application/json"), ("connection", "close")];
+        self.ask(request(&format!("POST {path}"), &headers, body)).await
     }
 
     /// A JSON answer with status 200.
@@ -162,10 +142,7 @@ impl Drop for Router {
         let running = self.running.take();
         // Ending blocks for a moment, which a test's own runtime does not allow.
         let ended = std::thread::spawn(move || drop(running)).join();
-        assert!(
-            ended.is_ok() || std::thread::panicking(),
-            "the router panicked at its end"
-        );
+        assert!(ended.is_ok() || std::thread::panicking(), "the router panicked at its end");
     }
 }
 

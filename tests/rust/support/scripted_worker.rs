@@ -72,9 +72,7 @@ impl ScriptedWorker {
     /// A worker whose port refuses connections.
     pub async fn down() -> ScriptedWorker {
         let holder = socket();
-        holder
-            .bind(([127, 0, 0, 1], 0).into())
-            .expect("a free port");
+        holder.bind(([127, 0, 0, 1], 0).into()).expect("a free port");
         let port = holder.local_addr().expect("a bound socket").port();
         let (to_test, exchanges) = mpsc::unbounded_channel();
         let state = State {
@@ -86,21 +84,13 @@ impl ScriptedWorker {
             to_test,
         };
         let url = format!("http://127.0.0.1:{port}");
-        ScriptedWorker {
-            url,
-            holder,
-            state: Arc::new(state),
-            exchanges,
-            serving: None,
-        }
+        ScriptedWorker { url, holder, state: Arc::new(state), exchanges, serving: None }
     }
 
     /// Begins to listen.
     pub fn up(&mut self) {
         let socket = socket();
-        socket
-            .bind(self.holder.local_addr().expect("a bound socket"))
-            .expect("our own port");
+        socket.bind(self.holder.local_addr().expect("a bound socket")).expect("our own port");
         let listener = socket.listen(1024).expect("a bound socket");
         self.state.is_up.send_replace(true);
         self.serving = Some(tokio::spawn(accept(listener, self.state.clone())).abort_handle());
@@ -111,10 +101,7 @@ impl ScriptedWorker {
         self.state.is_up.send_replace(false);
         if let Some(serving) = self.serving.take() {
             serving.abort();
-            until("the worker's end", async || {
-                serving.is_finished().then_some(())
-            })
-            .await;
+            until("the worker's end", async || serving.is_finished().then_some(())).await;
         }
     }
 
@@ -124,9 +111,7 @@ impl ScriptedWorker {
 
     /// The next request that is no check.
     pub async fn request(&mut self) -> Exchange {
-        soon("a request at the worker", self.exchanges.recv())
-            .await
-            .expect("the state lives")
+        soon("a request at the worker", self.exchanges.recv()).await.expect("the state lives")
     }
 
     /// A request that is there already.
@@ -146,10 +131,8 @@ impl ScriptedWorker {
 
     /// Waits until the worker has been asked for its health so often.
     pub async fn until_checked(&self, times: usize) {
-        until("checks", async || {
-            (self.state.checks.load(Ordering::SeqCst) >= times).then_some(())
-        })
-        .await;
+        until("checks", async || (self.state.checks.load(Ordering::SeqCst) >= times).then_some(()))
+            .await;
     }
 }
 
@@ -212,11 +195,7 @@ impl Open {
         });
         let to_test = self.state.to_test.clone();
         // Nobody may be left to see it.
-        let _ = to_test.send(Exchange {
-            request,
-            connection,
-            open: Some(self),
-        });
+        let _ = to_test.send(Exchange { request, connection, open: Some(self) });
     }
 
     /// Answers, and closes the connection: what clients ask for then comes on connections of its own.
@@ -225,11 +204,7 @@ impl Open {
         let mut health = self.state.health.subscribe();
         let health = health.wait_for(|health| *health != Health::Withheld).await;
         let health = *health.expect("the state lives");
-        let status = if health == Health::Good {
-            "200 OK"
-        } else {
-            "503 Service Unavailable"
-        };
+        let status = if health == Health::Good { "200 OK" } else { "503 Service Unavailable" };
         let answer = format!("HTTP/1.1 {status}\r\nconnection: close\r\ncontent-length: 0\r\n\r\n");
         // A router that is gone does not want it any more.
         let _ = self.wire.try_send(answer).await;
@@ -248,9 +223,7 @@ fn is_check(request: &Message) -> bool {
     let line = request.first_line();
     let path = line.split(' ').nth(1).unwrap_or_default();
     line.starts_with("GET ")
-        && ["/health", "/get_server_info", "/server_info"]
-            .iter()
-            .any(|end| path.ends_with(end))
+        && ["/health", "/get_server_info", "/server_info"].iter().any(|end| path.ends_with(end))
 }
 
 fn socket() -> TcpSocket {
@@ -266,11 +239,7 @@ async fn accept(listener: TcpListener, state: Arc<State>) {
     loop {
         while connections.try_join_next().is_some() {}
         let (stream, _) = listener.accept().await.expect("a connection");
-        let open = Open {
-            wire: Wire::new(stream),
-            connection: None,
-            state: state.clone(),
-        };
+        let open = Open { wire: Wire::new(stream), connection: None, state: state.clone() };
         connections.spawn(open.serve());
     }
 }

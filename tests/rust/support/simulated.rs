@@ -17,12 +17,7 @@ impl Simulated {
     /// The same, with something wrong.
     pub async fn start_with(count: usize, faults: Faults) -> Simulated {
         let ports: Ports = vec!["0"; count].join(",").parse().expect("ports");
-        let options = Options {
-            ports: Some(ports),
-            speed: 1000.0,
-            faults,
-            ..Options::default()
-        };
+        let options = Options { ports: Some(ports), speed: 1000.0, faults, ..Options::default() };
         let sim = Sim::bind(options).await.expect("free ports");
         let urls = sim.urls();
         let serving = tokio::spawn(sim.run(std::future::pending::<()>())).abort_handle();

@@ -24,18 +24,13 @@ pub struct Wire {
 
 impl Wire {
     pub async fn connect(address: SocketAddr) -> Wire {
-        let stream = soon("a connection", TcpStream::connect(address))
-            .await
-            .expect("connect");
+        let stream = soon("a connection", TcpStream::connect(address)).await.expect("connect");
         Wire::new(stream)
     }
 
     pub fn new(stream: TcpStream) -> Wire {
         stream.set_nodelay(true).expect("a fresh socket");
-        Wire {
-            stream,
-            pending: Vec::new(),
-        }
+        Wire { stream, pending: Vec::new() }
     }
 
     pub async fn send(&mut self, bytes: impl AsRef<[u8]>) {
@@ -73,10 +68,7 @@ impl Wire {
         loop {
             if let Some(end) = find(&self.pending, b"\r\n\r\n") {
                 let head = self.pending.drain(..end + 4).collect();
-                return Some(Message {
-                    head,
-                    ..Message::default()
-                });
+                return Some(Message { head, ..Message::default() });
             }
             if !self.read_more().await {
                 return None;
@@ -156,10 +148,7 @@ impl Wire {
 
     /// False at the end, however it came.
     async fn read_more(&mut self) -> bool {
-        self.stream
-            .read_buf(&mut self.pending)
-            .await
-            .is_ok_and(|count| count > 0)
+        self.stream.read_buf(&mut self.pending).await.is_ok_and(|count| count > 0)
     }
 }
 
@@ -168,10 +157,7 @@ fn framing(message: &Message) -> Framing {
     if is_answer && matches!(message.status(), 100..200 | 204 | 304) {
         return Framing::None;
     }
-    if message
-        .header("transfer-encoding")
-        .is_some_and(|encoding| encoding == "chunked")
-    {
+    if message.header("transfer-encoding").is_some_and(|encoding| encoding == "chunked") {
         return Framing::Chunks;
     }
     match message.header("content-length") {

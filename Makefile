@@ -1,0 +1,70 @@
+# Everything here needs Rust and Python 3.10 or later and nothing else: `make` installs the rest into .venv.
+
+VENV := .venv
+BIN := $(VENV)/bin
+# The tools are installed again when their list changes.
+TOOLS := $(VENV)/.tools
+RUST := $(shell find rust -name '*.rs' 2>/dev/null) Cargo.toml Cargo.lock
+PYTHON := $(shell find python -name '*.py' -o -name '*.pyi' 2>/dev/null) pyproject.toml
+# Built and installed into .venv when a source is newer.
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help build install wheel demo test test-rust test-python check format generate bench-memory clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
+
+build: ## the program without Python: target/release/sglang-router-rs
+	cargo build --release --locked
+
+install: $(INSTALLED) ## the Python package, built from here, into .venv
+
+wheel: $(TOOLS) ## a wheel in dist/ for any Linux with glibc 2.28 or later
+	PATH=$(CURDIR)/$(BIN):$$PATH maturin build --release --locked --zig --compatibility manylinux_2_28 --out dist
+
+demo: ## a router, two simulated workers, five requests, and who served them
+	./examples/demo.sh
+
+test: test-rust test-python ## all tests
+
+test-rust:
+	cargo test --locked
+
+test-python: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED) ## formatting, lints, types, generated files
+	cargo fmt --check
+	cargo clippy --locked --all-targets --features python -- --deny warnings
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest sglang_router_rs._core
+	$(BIN)/python tools/generate.py --check
+
+format: $(TOOLS) ## mend the formatting
+	cargo fmt
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+generate: $(INSTALLED) ## write the files that are derived from the Rust sources
+	$(BIN)/python tools/generate.py
+
+bench-memory: ## memory of 100,000 traces and of a million prompts
+	cargo bench --locked --bench memory
+
+clean: ## remove what was built
+	cargo clean
+	rm -rf $(VENV)
+
+$(TOOLS): pyproject.toml
+	python3 -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/pip install --quiet --group dev
+	touch $@
+
+$(INSTALLED): $(TOOLS) $(RUST) $(PYTHON)
+	rm -rf target/install
+	$(BIN)/maturin build --release --locked --out target/install
+	$(BIN)/pip install --quiet --force-reinstall target/install/*.whl
+	touch $@

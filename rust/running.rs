@@ -1,0 +1,186 @@
+//! A router at work, from binding its port to its end.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+use tokio::runtime::Runtime;
+use tokio::sync::watch;
+use tracing::Dispatch;
+
+use crate::options::Options;
+use crate::routing;
+use crate::server::{self, App, Order, routes};
+use crate::telemetry::logging;
+use crate::tracking::Tracker;
+use crate::workers::Workers;
+
+/// A router that serves on threads of its own until it is told to stop. Dropping it cuts everything.
+pub struct Running {
+    address: SocketAddr,
+    app: Arc<App>,
+    orders: watch::Sender<Order>,
+    ended: Arc<Ended>,
+    /// None once the router has ended.
+    runtime: Mutex<Option<Runtime>>,
+}
+
+#[derive(Default)]
+struct Ended {
+    is_ended: Mutex<bool>,
+    rung: Condvar,
+}
+
+impl Running {
+    /// Binds the port and starts to serve.
+    ///
+    /// # Errors
+    /// The port is taken or the address is not one of this machine; the message names both.
+    pub fn start(options: Options) -> io::Result<Self> {
+        let log = logging::subscriber(&options.logging);
+        let runtime = runtime(&options, &log)?;
+        let in_runtime = runtime.enter();
+        let _logged = tracing::dispatcher::set_default(&log);
+
+        let listen = |host, port| runtime.block_on(server::listen(host, port));
+        let listener = listen(&options.server.host, options.server.port)?;
+        let metrics_port = options.server.prometheus_port;
+        let metrics_listener =
+            metrics_port.map(|port| listen(&options.server.prometheus_host, port)).transpose()?;
+        let address = listener.local_addr()?;
+        let app = Arc::new(app(options));
+        announce(&app, address);
+        app.workers().start_checks();
+        if let Some(tracker) = app.tracker() {
+            tokio::spawn(remove_expired_forever(tracker.clone()));
+        }
+        let orders = watch::Sender::new(Order::Serve);
+        if let Some(listener) = metrics_listener {
+            tokio::spawn(server::serve(listener, routes::metrics_only(&app), orders.subscribe()));
+        }
+        let ended = Arc::new(Ended::default());
+        let serving = server::serve(listener, routes::router(&app), orders.subscribe());
+        tokio::spawn(ring_when_ended(serving, app.clone(), ended.clone()));
+        drop(in_runtime);
+        Ok(Self { address, app, orders, ended, runtime: Mutex::new(Some(runtime)) })
+    }
+
+    /// The address it listens on, with the port it got.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// None when request tracking is off.
+    pub fn tracker(&self) -> Option<&Arc<Tracker>> {
+        self.app.tracker()
+    }
+
+    /// Whether a request would find a worker now.
+    pub fn is_ready(&self) -> bool {
+        self.app.is_ready()
+    }
+
+    /// Takes no new connections; what is in flight has `grace` to end. Returns at once.
+    pub fn drain(&self, grace: Option<Duration>) {
+        self.app.drain();
+        let grace = grace.unwrap_or_else(|| self.app.options().grace_period());
+        self.orders.send_if_modified(|order| {
+            let is_serving = *order == Order::Serve;
+            if is_serving {
+                *order = Order::Drain(grace);
+            }
+            is_serving
+        });
+    }
+
+    /// Cuts everything. Returns at once.
+    pub fn stop(&self) {
+        self.app.drain();
+        self.orders.send_replace(Order::Stop);
+    }
+
+    /// Waits for the end, at most this long. Returns whether the router has ended; then its port is free and
+    /// its threads are gone.
+    pub fn wait(&self, timeout: Duration) -> bool {
+        let until = Instant::now() + timeout;
+        let mut is_ended = self.ended.is_ended.lock();
+        while !*is_ended {
+            if self.ended.rung.wait_until(&mut is_ended, until).timed_out() {
+                return *is_ended;
+            }
+        }
+        drop(is_ended);
+        self.end();
+        true
+    }
+
+    fn end(&self) {
+        self.app.stop();
+        if let Some(runtime) = self.runtime.lock().take() {
+            // A name look-up that hangs in a blocking thread is not waited for.
+            runtime.shutdown_timeout(Duration::from_secs(1));
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+fn runtime(options: &Options, log: &Dispatch) -> io::Result<Runtime> {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    if let Some(threads) = options.server.worker_threads {
+        builder.worker_threads(usize::from(threads));
+    }
+    let log = log.clone();
+    builder
+        .thread_name("sglang-router")
+        .enable_all()
+        // The subscriber stays for the thread's life.
+        .on_thread_start(move || std::mem::forget(tracing::dispatcher::set_default(&log)))
+        .build()
+}
+
+async fn ring_when_ended(serving: impl Future<Output = ()>, app: Arc<App>, ended: Arc<Ended>) {
+    serving.await;
+    app.stop();
+    *ended.is_ended.lock() = true;
+    ended.rung.notify_all();
+}
+
+fn app(options: Options) -> App {
+    let tracking = options.tracking;
+    let tracker = tracking
+        .enable_request_tracking
+        .then(|| Tracker::new(tracking, options.routing.policy.name()));
+    let workers = Workers::new(options.workers, &options.upstream);
+    let policy = routing::build(&options.routing);
+    App::new(options.server, workers, policy, &options.routing, tracker)
+}
+
+/// What an operator wants to read first.
+fn announce(app: &App, address: SocketAddr) {
+    let tracking = if app.tracker().is_some() { "on" } else { "off" };
+    tracing::info!(
+        "sglang_router_rs {} on http://{address}, policy {}, request tracking {tracking}",
+        env!("CARGO_PKG_VERSION"),
+        app.policy_name()
+    );
+    for worker in &app.workers().snapshot().all {
+        let name = worker.node_id().unwrap_or("named once it has said its GPU");
+        tracing::info!("worker {} is {name}", worker.url);
+    }
+}
+
+async fn remove_expired_forever(tracker: Arc<Tracker>) {
+    let every = Duration::from_secs(tracker.options().trace_cleanup_interval_secs);
+    let mut ticks = tokio::time::interval(every);
+    loop {
+        ticks.tick().await;
+        tracker.remove_expired(Instant::now());
+    }
+}

@@ -1,0 +1,109 @@
+//! Listens, serves connections, and ends in two steps: no new connections and what is open drains; then, at the end
+//! of the grace period or when told to, what is left is cut.
+
+use std::io;
+use std::time::Duration;
+
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::rt::TokioIo;
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::sync::watch;
+
+/// Connections that wait to be accepted; a burst of clients arrives faster than threads wake up.
+const BACKLOG: u32 = 4096;
+/// A failed accept, for instance for want of file descriptors, would fail again at once.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// What a server was told about its end.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Order {
+    Serve,
+    /// Take nothing new; what is in flight has this long.
+    Drain(Duration),
+    /// Cut everything.
+    Stop,
+}
+
+/// A listener with a long backlog on the first address of `host` that takes it.
+pub(crate) async fn listen(host: &str, port: u16) -> io::Result<TcpListener> {
+    let bare = host.trim_start_matches('[').trim_end_matches(']');
+    let addresses = tokio::net::lookup_host((bare, port)).await.map_err(|error| {
+        io::Error::new(error.kind(), format!("cannot listen on {host}: {error}"))
+    })?;
+    let mut failure = None;
+    for address in addresses {
+        let bind = || {
+            let socket =
+                if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+            socket.set_reuseaddr(true)?;
+            socket.bind(address)?;
+            socket.listen(BACKLOG)
+        };
+        match bind() {
+            Ok(listener) => return Ok(listener),
+            Err(error) => failure = Some(error),
+        }
+    }
+    let error = failure.unwrap_or_else(|| io::ErrorKind::AddrNotAvailable.into());
+    let hint = if error.kind() == io::ErrorKind::AddrInUse {
+        "; another program has it: stop that, or choose another port (0 takes a free one)"
+    } else {
+        ""
+    };
+    let message = format!("cannot listen on port {port} of {host}: {error}{hint}");
+    Err(io::Error::new(error.kind(), message))
+}
+
+/// Serves until told to drain, then waits for what is in flight. Returns when all has ended or is to be cut.
+pub(crate) async fn serve(
+    listener: TcpListener,
+    router: Router,
+    mut orders: watch::Receiver<Order>,
+) {
+    let graceful = GracefulShutdown::new();
+    let grace = loop {
+        tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => serve_connection(stream, router.clone(), &graceful),
+                Err(error) => refused(&error).await,
+            },
+            changed = orders.changed() => match (changed, *orders.borrow()) {
+                (Ok(()), Order::Serve) => {}
+                (Ok(()), Order::Drain(grace)) => break grace,
+                (Ok(()), Order::Stop) | (Err(_), _) => return,
+            },
+        }
+    };
+    drop(listener);
+    tracing::info!("draining: {} connections have {} s", graceful.count(), grace.as_secs());
+    let is_stop = |order: &Order| *order == Order::Stop;
+    tokio::select! {
+        () = graceful.shutdown() => tracing::info!("drained"),
+        () = tokio::time::sleep(grace) => tracing::warn!("grace period over: cutting what is left"),
+        _ = orders.wait_for(is_stop) => tracing::warn!("told to stop at once: cutting what is left"),
+    }
+}
+
+fn serve_connection(stream: TcpStream, router: Router, graceful: &GracefulShutdown) {
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!("a client was gone before it was served: {error}");
+        return;
+    }
+    let service = TowerToHyperService::new(router);
+    let connection = http1::Builder::new().serve_connection(TokioIo::new(stream), service);
+    let connection = graceful.watch(connection);
+    tokio::spawn(async move {
+        if let Err(error) = connection.await {
+            tracing::debug!("a client's connection ended: {error}");
+        }
+    });
+}
+
+/// Out of file descriptors, or a client that left again: neither ends the router.
+async fn refused(error: &io::Error) {
+    tracing::warn!("cannot accept a connection: {error}");
+    tokio::time::sleep(ACCEPT_PAUSE).await;
+}
