@@ -30,7 +30,7 @@ impl Router {
         let named = std::iter::once("launch".to_owned()).chain(argv.iter().cloned());
         let matches = options::command().try_get_matches_from(named).expect("flags");
         let options =
-            Options::from_command_line(&matches, &argv, std::iter::empty()).expect("options");
+            Options::from_command_line(&matches, &argv, std::iter::empty(), &[]).expect("options");
         // Starting blocks for a moment, which a test's own runtime does not allow.
         let running = std::thread::spawn(|| Running::start(options)).join().expect("no panic");
         let running = running.expect("a free port");
