@@ -244,6 +244,26 @@ async fn the_base_path_is_put_in_front_and_the_query_stays() {
 }
 
 #[tokio::test]
+async fn long_heads_and_absolute_targets_are_passed_on() {
+    let (mut worker, router) = pair().await;
+    let mut client = router.connect().await;
+    let query = "q".repeat(60_000);
+    let value = "v".repeat(60_000);
+    client.send(request(&format!("POST /generate?{query}"), &[("x-long", &value)], "{}")).await;
+    let exchange = worker.request().await;
+    assert_eq!(exchange.request.first_line(), format!("POST /generate?{query} HTTP/1.1"));
+    assert_eq!(exchange.request.header("x-long"), Some(value));
+    exchange.answer(ok("{}")).await;
+    assert_eq!(client.answer().await.status(), 200);
+
+    client.send(request("POST http://elsewhere.test:9/generate?a=b", &[], "{}")).await;
+    let exchange = worker.request().await;
+    assert_eq!(exchange.request.first_line(), "POST /generate?a=b HTTP/1.1");
+    exchange.answer(ok("{}")).await;
+    assert_eq!(client.answer().await.status(), 200);
+}
+
+#[tokio::test]
 async fn every_routed_route_is_passed_on_and_traced_under_its_name() {
     let (mut worker, router) = pair().await;
     let mut client = router.connect().await;

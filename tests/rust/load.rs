@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use serde_json::{Value, json};
 use sglang_router_rs::routing::PolicyKind;
+use sglang_router_rs::sim::{Faults, Options};
 use tokio::task::JoinSet;
 
-use crate::support::{Message, Router, Simulated, request};
+use crate::support::{Message, Router, Simulated, Wire, request, until};
 
 const REQUESTS: usize = 2_000;
 /// Two ends of each client's and each worker's connection.
@@ -27,7 +28,7 @@ async fn one_policy(policy: &str) {
     let mut clients = JoinSet::new();
     for number in 0..REQUESTS {
         clients.spawn(async move {
-            let mut wire = crate::support::Wire::connect(address).await;
+            let mut wire = Wire::connect(address).await;
             let answer = wire.ask(ask(number)).await;
             (number, told_port(number, &answer), answer)
         });
@@ -92,6 +93,59 @@ async fn check_stats(router: &Router, policy: &str, told: &BTreeMap<String, u64>
     counts.sort_unstable();
     expected.sort_unstable();
     assert_eq!(counts, expected, "{policy}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn endings_of_all_kinds_leave_nothing_open() {
+    let none = Options::default().faults;
+    let sound = Simulated::start(1).await;
+    let failing = Simulated::start_with(1, Faults { fail_rate: 0.5, ..none.clone() }).await;
+    let dying = Simulated::start_with(1, Faults { die_after_chunks: 2, ..none }).await;
+    let urls = [&*sound.urls[0], &*failing.urls[0], &*dying.urls[0]];
+    let router = Router::ready(&urls, &["--policy=power_of_two", "--seed=1"]).await;
+    let address = router.address;
+    let mut clients = JoinSet::new();
+    for number in 0..400 {
+        clients.spawn(async move {
+            let mut wire = Wire::connect(address).await;
+            wire.send(ask(number)).await;
+            // One in five leaves at once, one in five as soon as an answer begins.
+            match number % 5 {
+                0 => None,
+                1 => wire.head().await.and(None),
+                _ => Some((number, wire.answer().await)),
+            }
+        });
+    }
+    let answers = clients.join_all().await;
+
+    // A client that left may not have been noticed yet; then the counts do not add up yet.
+    let traces = until("all counts to add up", async || {
+        let stats = router.json("/v1/traces/stats").await;
+        let served: u64 = router.until_idle().await.iter().map(|(_, served, _)| served).sum();
+        let traces = exported(&router).await;
+        let completed = traces.values().filter(|trace| trace["status"] == "completed").count();
+        let adds_up = stats["in_flight"] == 0
+            && stats["total_requests"] == traces.len()
+            && served == completed as u64;
+        adds_up.then_some(traces)
+    })
+    .await;
+    for (number, answer) in answers.into_iter().flatten() {
+        let trace = &traces[&id(number)];
+        let is_good = answer.status() == 200 && answer.is_whole;
+        assert_eq!(trace["status"], if is_good { "completed" } else { "failed" }, "{trace}");
+        assert_eq!(trace["http_status"], answer.status());
+        assert_eq!(trace["worker_url"].as_str(), answer.header("x-sglang-worker").as_deref());
+    }
+    assert!(traces.values().all(|trace| trace["completion_time"].is_string()));
+}
+
+/// All traces, by id.
+async fn exported(router: &Router) -> HashMap<String, Value> {
+    let export = router.get("/v1/traces?format=jsonl").await.text();
+    let traces = export.lines().map(|line| serde_json::from_str::<Value>(line).expect("a trace"));
+    traces.map(|trace| (trace["request_id"].as_str().expect("an id").to_owned(), trace)).collect()
 }
 
 fn id(number: usize) -> String {

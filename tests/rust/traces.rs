@@ -148,7 +148,7 @@ async fn of_lists_the_tokens_are_sums() {
         });
         let answer = ask(&router, &id, "/generate", &body).await;
         let items = if stream {
-            last_of_each(frames(&answer))
+            last_of_each(&frames(&answer))
         } else {
             answer.json().as_array().expect("a list").clone()
         };
@@ -162,7 +162,7 @@ async fn of_lists_the_tokens_are_sums() {
     }
 }
 
-fn last_of_each(frames: Vec<Value>) -> Vec<Value> {
+fn last_of_each(frames: &[Value]) -> Vec<Value> {
     let last = |index| frames.iter().rfind(|frame| frame["index"] == index).cloned();
     (0..).map_while(last).collect()
 }

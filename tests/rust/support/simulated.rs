@@ -1,6 +1,6 @@
 //! Simulated SGLang workers in the test's own runtime.
 
-use sglang_router_rs::sim::{Options, Ports, Sim};
+use sglang_router_rs::sim::{Faults, Options, Ports, Sim};
 use tokio::task::AbortHandle;
 
 pub struct Simulated {
@@ -11,8 +11,13 @@ pub struct Simulated {
 impl Simulated {
     /// So many workers on free ports, a thousand times faster than time.
     pub async fn start(count: usize) -> Simulated {
+        Simulated::start_with(count, Options::default().faults).await
+    }
+
+    /// The same, with something wrong.
+    pub async fn start_with(count: usize, faults: Faults) -> Simulated {
         let ports: Ports = vec!["0"; count].join(",").parse().expect("ports");
-        let options = Options { ports: Some(ports), speed: 1000.0, ..Options::default() };
+        let options = Options { ports: Some(ports), speed: 1000.0, faults, ..Options::default() };
         let sim = Sim::bind(options).await.expect("free ports");
         let urls = sim.urls();
         let serving = tokio::spawn(sim.run(std::future::pending::<()>())).abort_handle();
