@@ -45,7 +45,7 @@ pub struct Scan<'a> {
     /// Whether a stream was asked for: `Some(false)` when absent or `null`, `None` when the body
     /// could not be read or `stream` is no boolean.
     pub stream: Option<bool>,
-    /// The request's own id `rid`; of a list, its first string.
+    /// The request's own id `rid`; of a list, the first.
     pub rid: Option<Cow<'a, str>>,
     /// The prompt for routing: pieces of text in UTF-8 with
     /// [`PIECE_SEPARATOR`](super::PIECE_SEPARATOR) between them, or four little-endian bytes per
@@ -292,7 +292,7 @@ mod tests {
             Some(value) => value.as_bool(),
         };
         let rid = object.get("rid").and_then(|rid| match rid {
-            Value::Array(list) => list.iter().find_map(string),
+            Value::Array(list) => list.first().and_then(string),
             other => string(other),
         });
         let model = object.get("model").and_then(string);

@@ -11,7 +11,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("routing", &[]),
     ("sim", &[]),
     ("request", &["json"]),
-    ("upstream", &["json"]),
+    ("upstream", &["error", "json"]),
     ("telemetry", &[]),
     ("tracking", &["routing"]),
     ("workers", &["routing", "upstream"]),
