@@ -39,7 +39,7 @@ pub fn run(argv: &[String], defaults: &[Setting]) -> u8 {
         Some(("launch", launch)) => {
             // A subcommand is the first argument: the program itself has no options but --help and --version.
             let flags = argv.get(2..).unwrap_or_default();
-            match Options::from_command_line(launch, flags, std::env::vars(), defaults) {
+            match Options::from_command_line(launch, flags, std::env::vars_os(), defaults) {
                 Ok(options) => self::launch(options),
                 Err(error) => Err(anyhow::Error::new(error)),
             }

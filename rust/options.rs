@@ -8,6 +8,7 @@
 use std::any::TypeId;
 use std::collections::BTreeMap;
 use std::error::Error as _;
+use std::ffi::OsString;
 use std::fmt;
 use std::num::ParseIntError;
 use std::path::{Path, PathBuf};
@@ -137,7 +138,7 @@ impl Options {
         let mut settings =
             without(file, |name| keywords.iter().any(|setting| setting.name == name));
         settings.extend_from_slice(keywords);
-        parse(&settings, &Source::Keyword)
+        parse(&settings, &Source::Keyword)?.checked()
     }
 
     /// Options from the flags that clap has parsed as `matches`, the environment, and the file that either names.
@@ -145,7 +146,7 @@ impl Options {
     pub fn from_command_line(
         matches: &ArgMatches,
         flags: &[String],
-        environment: impl Iterator<Item = (String, String)>,
+        environment: impl Iterator<Item = (OsString, OsString)>,
         defaults: &[Setting],
     ) -> Result<Self, OptionError> {
         let is_flag = |name: &str| matches.value_source(name) == Some(ValueSource::CommandLine);
@@ -167,13 +168,17 @@ impl Options {
         argv.extend(self::argv(&without(file, is_set)));
         argv.extend(self::argv(&environment));
         argv.extend_from_slice(flags);
-        parse_argv(argv, &Source::Keyword)
+        parse_argv(argv, &Source::Keyword)?.checked()
     }
 
-    /// What no single option shows.
-    fn check(&self) -> Result<(), (&'static str, String)> {
-        self.workers.check()?;
-        self.server.check()
+    /// These options, if they go together: what no single one shows, nor one source alone.
+    fn checked(self) -> Result<Self, OptionError> {
+        let check = self.workers.check().and_then(|()| self.server.check());
+        check.map(|()| self).map_err(|(name, message)| OptionError::Invalid {
+            origin: Source::Keyword,
+            name: name.to_owned(),
+            message,
+        })
     }
 }
 
@@ -208,16 +213,10 @@ fn parse(settings: &[Setting], origin: &Source) -> Result<Options, OptionError> 
 
 fn parse_argv(argv: Vec<String>, origin: &Source) -> Result<Options, OptionError> {
     let argv = std::iter::once("launch".to_owned()).chain(argv);
-    let options = command()
+    command()
         .try_get_matches_from(argv)
         .and_then(|matches| Options::from_arg_matches(&matches))
-        .map_err(|error| invalid(&error, origin))?;
-    options.check().map_err(|(name, message)| OptionError::Invalid {
-        origin: origin.clone(),
-        name: name.to_owned(),
-        message,
-    })?;
-    Ok(options)
+        .map_err(|error| invalid(&error, origin))
 }
 
 /// Flags that say what the settings say.
@@ -284,15 +283,19 @@ fn integer_range(flag: &str) -> String {
 }
 
 fn from_environment(
-    environment: impl Iterator<Item = (String, String)>,
+    environment: impl Iterator<Item = (OsString, OsString)>,
 ) -> Result<Vec<Setting>, OptionError> {
     let command = command();
     let mut settings = Vec::new();
     for (variable, text) in environment {
-        let Some(name) = variable.strip_prefix(ENVIRONMENT_PREFIX) else {
-            continue;
-        };
+        let variable = variable.to_string_lossy();
+        let Some(name) = variable.strip_prefix(ENVIRONMENT_PREFIX) else { continue };
         let name = name.to_ascii_lowercase();
+        let text = text.into_string().map_err(|text| OptionError::Invalid {
+            origin: Source::Environment,
+            name: name.clone(),
+            message: format!("bad value {text:?}: not UTF-8"),
+        })?;
         let is_list = command.get_arguments().any(|arg| {
             arg.get_id() == name.as_str() && matches!(arg.get_action(), ArgAction::Append)
         });
@@ -551,6 +554,24 @@ mod tests {
                 .expect_err("none")
                 .contains("/nowhere.toml")
         );
+    }
+
+    #[test]
+    fn options_are_checked_against_each_other_when_all_sources_have_spoken() {
+        let weights = [("SGLANG_ROUTER__WORKER_WEIGHTS", "http://w:1=2")];
+        assert!(command_line(&["--worker-urls", "http://w:1"], &weights).is_ok());
+        let error = command_line(&["--worker-urls", "http://v:1"], &weights).expect_err("stranger");
+        assert!(error.contains("not one of worker_urls"), "{error}");
+    }
+
+    #[test]
+    fn only_variables_of_the_router_have_to_be_text() {
+        use std::os::unix::ffi::OsStringExt;
+        let odd = OsString::from_vec(vec![0xff]);
+        assert_eq!(from_environment([("X".into(), odd.clone())].into_iter()), Ok(vec![]));
+        let ours = ("SGLANG_ROUTER__HOST".into(), odd);
+        let error = from_environment([ours].into_iter()).expect_err("not text").to_string();
+        assert!(error.contains("SGLANG_ROUTER__HOST") && error.contains("UTF-8"), "{error}");
     }
 
     #[test]

@@ -55,7 +55,8 @@ impl Server {
     #[new]
     fn start(py: Python<'_>, keywords: Vec<(String, Vec<String>)>) -> PyResult<Self> {
         let options = parse(keywords)?;
-        let running = py.detach(|| Running::start(options)).map_err(os_error)?;
+        let running =
+            py.detach(|| Running::start(options)).map_err(|error| os_error(py, &error))?;
         Ok(Self { running: Arc::new(running), process: std::process::id() })
     }
 
@@ -149,7 +150,8 @@ fn check_flags(flags: Vec<String>, environment: BTreeMap<String, String>) -> PyR
     let argv = std::iter::once("launch".to_owned()).chain(flags.clone());
     let refused = |error: &dyn std::fmt::Display| PyValueError::new_err(error.to_string());
     let matches = options::command().try_get_matches_from(argv).map_err(|error| refused(&error))?;
-    Options::from_command_line(&matches, &flags, environment.into_iter(), &[])
+    let environment = environment.into_iter().map(|(name, text)| (name.into(), text.into()));
+    Options::from_command_line(&matches, &flags, environment, &[])
         .map(|options| format!("{options:?}"))
         .map_err(|error| refused(&error))
 }
@@ -253,6 +255,17 @@ fn seconds(value: f64) -> PyResult<Duration> {
     })
 }
 
-fn os_error(error: io::Error) -> PyErr {
-    PyOSError::new_err(error.to_string())
+/// With the number that Python's `errno` knows the kind by, for those who look at it.
+fn os_error(py: Python<'_>, error: &io::Error) -> PyErr {
+    let name = match error.kind() {
+        io::ErrorKind::AddrInUse => "EADDRINUSE",
+        io::ErrorKind::AddrNotAvailable => "EADDRNOTAVAIL",
+        io::ErrorKind::PermissionDenied => "EACCES",
+        _ => return PyOSError::new_err(error.to_string()),
+    };
+    let number = py.import("errno").and_then(|errno| errno.getattr(name)?.extract::<i32>());
+    match number {
+        Ok(number) => PyOSError::new_err((number, error.to_string())),
+        Err(failure) => failure,
+    }
 }

@@ -17,6 +17,8 @@ use crate::telemetry::logging;
 use crate::tracking::Tracker;
 use crate::workers::Workers;
 
+const DESCRIPTORS_WANTED: u64 = 4096;
+
 /// A router that serves on threads of its own until it is told to stop. Dropping it cuts everything.
 pub struct Running {
     address: SocketAddr,
@@ -50,6 +52,8 @@ impl Running {
         let metrics_listener =
             metrics_port.map(|port| listen(&options.server.prometheus_host, port)).transpose()?;
         let address = listener.local_addr()?;
+        let request_timeout = options.server.request_timeout();
+        raise_descriptor_limit();
         let app = Arc::new(app(options));
         announce(&app, address);
         app.workers().start_checks();
@@ -58,10 +62,13 @@ impl Running {
         }
         let orders = watch::Sender::new(Order::Serve);
         if let Some(listener) = metrics_listener {
-            tokio::spawn(server::serve(listener, routes::metrics_only(&app), orders.subscribe()));
+            tracing::info!("metrics on http://{}/metrics too", listener.local_addr()?);
+            let router = routes::metrics_only(&app);
+            tokio::spawn(server::serve(listener, router, orders.subscribe(), request_timeout));
         }
         let ended = Arc::new(Ended::default());
-        let serving = server::serve(listener, routes::router(&app), orders.subscribe());
+        let router = routes::router(&app);
+        let serving = server::serve(listener, router, orders.subscribe(), request_timeout);
         tokio::spawn(ring_when_ended(serving, app.clone(), ended.clone()));
         drop(in_runtime);
         Ok(Self { address, app, orders, ended, runtime: Mutex::new(Some(runtime)) })
@@ -82,16 +89,22 @@ impl Running {
         self.app.is_ready()
     }
 
-    /// Takes no new connections; what is in flight has `grace` to end. Returns at once.
+    /// Takes no new connections; what is in flight has `grace` to end, or less if that was said before. Returns at
+    /// once.
     pub fn drain(&self, grace: Option<Duration>) {
         self.app.drain();
         let grace = grace.unwrap_or_else(|| self.app.options().grace_period());
+        let until = tokio::time::Instant::now() + grace;
         self.orders.send_if_modified(|order| {
-            let is_serving = *order == Order::Serve;
-            if is_serving {
-                *order = Order::Drain(grace);
+            let is_sooner = match *order {
+                Order::Serve => true,
+                Order::Drain(earlier) => until < earlier,
+                Order::Stop => false,
+            };
+            if is_sooner {
+                *order = Order::Drain(until);
             }
-            is_serving
+            is_sooner
         });
     }
 
@@ -145,6 +158,18 @@ fn runtime(options: &Options, log: &Dispatch) -> io::Result<Runtime> {
         .build()
 }
 
+/// Each request in flight takes two file descriptors; many systems begin with 1,024.
+fn raise_descriptor_limit() {
+    match rlimit::increase_nofile_limit(u64::MAX) {
+        Ok(limit) if limit < DESCRIPTORS_WANTED => tracing::warn!(
+            "only {limit} file descriptors: about {} requests at once; raise the limit (ulimit -Hn)",
+            limit / 2
+        ),
+        Ok(_) => {}
+        Err(error) => tracing::warn!("cannot raise the limit of file descriptors: {error}"),
+    }
+}
+
 async fn ring_when_ended(serving: impl Future<Output = ()>, app: Arc<App>, ended: Arc<Ended>) {
     serving.await;
     app.stop();
@@ -157,8 +182,8 @@ fn app(options: Options) -> App {
     let tracker = tracking
         .enable_request_tracking
         .then(|| Tracker::new(tracking, options.routing.policy.name()));
-    let workers = Workers::new(options.workers, &options.upstream);
     let policy = routing::build(&options.routing);
+    let workers = Workers::new(options.workers, &options.upstream, policy.clone());
     App::new(options.server, workers, policy, &options.routing, tracker)
 }
 

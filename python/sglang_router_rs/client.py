@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import urllib.error
 import urllib.request
@@ -95,6 +96,8 @@ _Page = tuple[list[Trace], "str | None"]
 
 def page_queries(limit: int | None, filters: dict[str, Any]) -> Generator[_Pairs, _Page, None]:
     """The queries of a listing, page by page: yields pairs, is sent the page they gave."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} is not a number of traces from 1 on, nor None for all")
     left, cursor = limit, None
     while left is None or left > 0:
         size = _PAGE_MAX if left is None else min(left, _PAGE_MAX)
@@ -136,6 +139,8 @@ class RouterTraceClient:
         self.url = url.rstrip("/")
         self._timeout = timeout
         self._headers = dict(headers or {})
+        # A router is asked directly, as by the asynchronous client, whatever proxies the environment names.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def get_request_trace(self, request_id: str) -> Trace | None:
         """The newest trace with this id; ``None`` if there is none."""
@@ -168,7 +173,7 @@ class RouterTraceClient:
         headers = {"content-type": "application/json", **self._headers} if data else self._headers
         request = urllib.request.Request(self.url + path, data=data, headers=headers)
         try:
-            with urllib.request.urlopen(request, timeout=self._timeout) as response:
+            with self._opener.open(request, timeout=self._timeout) as response:
                 return _read(response.status, response.headers, response.read())
         except urllib.error.HTTPError as error:
             with error:
@@ -248,6 +253,9 @@ class AsyncRouterTraceClient:
         try:
             async with self._session.request(method, url, json=body) as response:
                 return _read(response.status, response.headers, await response.read())
+        except asyncio.TimeoutError as error:
+            # Before Python 3.11 not an OSError.
+            raise TimeoutError(f"{self.url} did not answer within {self._timeout} s") from error
         except aiohttp.ServerDisconnectedError as error:
             # The one end of a connection that aiohttp does not count among the OSErrors.
             raise ConnectionResetError(f"{self.url} closed the connection without an answer") from error

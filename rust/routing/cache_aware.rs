@@ -8,7 +8,7 @@
 //! case. Loads and matches are taken over the routable workers only.
 //!
 //! The one idea: what workers have cached is guessed from what they were sent, in a [`PrefixTree`].
-//! It does not know what a worker has dropped, only that it restarted or left
+//! It does not know what a worker has dropped, only that it was gone and is back
 //! ([`Policy::forget`]).
 //!
 //! Picks share the tree. Recording a sent prompt holds it alone, for about as long as it takes to
@@ -81,9 +81,11 @@ impl Policy for CacheAware {
         let tree = self.tree.read();
         let matched = tree.matched(request.prompt);
         let (index, reason) = self.choose(request.prompt, &matched, targets, rng);
-        let tokens = matched.bytes_for(targets[index].id) / BYTES_PER_TOKEN;
-        let matched_tokens = Some(u32::try_from(tokens).unwrap_or(u32::MAX));
-        Pick { index, reason, matched_tokens }
+        Pick { index, reason, matched_tokens: Some(tokens(&matched, targets[index].id)) }
+    }
+
+    fn matched_tokens(&self, request: &Request, worker: WorkerId) -> Option<u32> {
+        Some(tokens(&self.tree.read().matched(request.prompt), worker))
     }
 
     fn sent(&self, request: &Request, worker: WorkerId) {
@@ -93,6 +95,10 @@ impl Policy for CacheAware {
     fn forget(&self, worker: WorkerId) {
         self.tree.write().remove_worker(worker);
     }
+}
+
+fn tokens(matched: &Match, worker: WorkerId) -> u32 {
+    u32::try_from(matched.bytes_for(worker) / BYTES_PER_TOKEN).unwrap_or(u32::MAX)
 }
 
 /// Index of the target with the longest match and its bytes, ties at random; `None` if none of the

@@ -113,11 +113,16 @@ pub trait Policy: Send + Sync {
     /// Picks one of `targets`, which are the routable workers: never empty, sorted by id.
     fn pick(&self, request: &Request, targets: &[Arc<Target>], rng: &mut fastrand::Rng) -> Pick;
 
+    /// Tokens of the prompt this policy believes to be in a worker's cache, as a pick of it would say.
+    fn matched_tokens(&self, _request: &Request, _worker: WorkerId) -> Option<u32> {
+        None
+    }
+
     /// The request is now being sent to this worker; also called when it was pinned or is sent
     /// again, that is, when this policy did not pick.
     fn sent(&self, _request: &Request, _worker: WorkerId) {}
 
-    /// The worker left or restarted: what was believed of its cache is void.
+    /// The worker left, or was gone and is back: what was believed of its cache is void.
     fn forget(&self, _worker: WorkerId) {}
 }
 
@@ -300,7 +305,7 @@ fn least_in_flight(targets: &[Arc<Target>], rng: &mut fastrand::Rng) -> usize {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use clap::Parser;
     use proptest::prelude::*;

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use axum::Json;
 use axum::body::Body;
@@ -20,11 +21,12 @@ use super::engine_metrics::Merge;
 use super::{App, headers};
 use crate::error::{Error, Kind, shown};
 use crate::telemetry::metrics::{CONTENT_TYPE, WorkerLabels};
-use crate::upstream::{Answer, SendError};
 use crate::workers::{State as Health, Worker};
 
-/// The largest metrics text read from one worker.
-const ENGINE_METRICS_BYTES_MAX: usize = 16 << 20;
+/// The largest answer taken from a worker that is asked about itself.
+const ANSWER_BYTES_MAX: usize = 16 << 20;
+/// And how long it may take; `/health_generate` generates a token.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 pub(super) async fn alive() -> &'static str {
     "OK"
@@ -54,8 +56,7 @@ pub(super) async fn metrics(State(app): State<Arc<App>>) -> Response {
         let in_flight = i64::from(worker.target.in_flight());
         app.metrics.active.get_or_create(&labels).set(in_flight);
         app.metrics.running.get_or_create(&labels).set(in_flight);
-        let is_healthy = worker.state() == Health::Healthy;
-        app.metrics.health.get_or_create(&labels).set(i64::from(is_healthy));
+        app.metrics.health.get_or_create(&labels).set(i64::from(worker.is_routable()));
     }
     if let Some(tracker) = &app.tracker {
         app.metrics.traces_held.set(tracker.stats().active_traces as i64);
@@ -120,23 +121,18 @@ pub(super) async fn from_worker(
     let headers = headers::towards_worker(head.headers.clone());
     let mut failure = None;
     for worker in &app.workers.snapshot().routable {
-        let exchange = async {
-            let mut answer = get(worker, path, &headers).await?;
-            answer.body_mut().begin().await?;
-            Ok::<_, SendError>(answer)
-        };
-        match app.within_timeout(exchange).await? {
-            Ok(answer) => return Ok(app.pass_on(answer, worker)),
-            Err(error) => {
-                if error.is_unconnected() {
-                    app.workers.unreachable(worker);
-                }
-                failure = Some(error);
+        match ask(&app, worker, path, &headers).await {
+            Ok(answer) => {
+                let mut answer = answer.map(Body::from);
+                headers::towards_client(answer.headers_mut());
+                app.name_worker(answer.headers_mut(), worker);
+                return Ok(answer);
             }
+            Err(why) => failure = Some(format!("{}: {why}", worker.url)),
         }
     }
     Err(match failure {
-        Some(error) => Error::new(Kind::WorkerUnreachable, error.to_string()),
+        Some(failure) => Error::new(Kind::WorkerUnreachable, failure),
         None => app.no_available_workers(),
     })
 }
@@ -168,36 +164,36 @@ pub(super) async fn engine_metrics(State(app): State<Arc<App>>) -> Result<Respon
 }
 
 async fn metrics_of(app: &App, worker: &Worker) -> Result<Bytes, String> {
-    let exchange = async {
-        let path = PathAndQuery::from_static("/metrics");
-        let answer = get(worker, &path, &HeaderMap::new()).await;
-        let answer = answer.map_err(|error| error.to_string())?;
-        if !answer.status().is_success() {
-            return Err(format!("answered {}", answer.status()));
-        }
-        let body = Limited::new(answer.into_body(), ENGINE_METRICS_BYTES_MAX).collect().await;
-        Ok(body.map_err(|error| error.to_string())?.to_bytes())
-    };
-    app.within_timeout(exchange).await.map_err(|error| error.to_string())?
+    let path = PathAndQuery::from_static("/metrics");
+    let answer = ask(app, worker, &path, &HeaderMap::new()).await?;
+    let status = answer.status();
+    if status.is_success() { Ok(answer.into_body()) } else { Err(format!("answered {status}")) }
 }
 
-async fn get(
+/// One worker's whole answer to a GET, or why there is none.
+async fn ask(
+    app: &App,
     worker: &Worker,
     path: &PathAndQuery,
     headers: &HeaderMap,
-) -> Result<hyper::Response<Answer>, SendError> {
+) -> Result<hyper::Response<Bytes>, String> {
     let mut request = hyper::Request::new(Full::default());
     *request.uri_mut() = worker.uri(path);
     *request.headers_mut() = headers.clone();
     request.headers_mut().insert(header::HOST, worker.url.authority().clone());
-    worker.connections.send(request).await
-}
-
-impl App {
-    fn pass_on(&self, answer: hyper::Response<Answer>, worker: &Worker) -> Response {
-        let mut answer = answer.map(Body::new);
-        headers::towards_client(answer.headers_mut());
-        self.name_worker(answer.headers_mut(), worker);
-        answer
-    }
+    let exchange = async {
+        let answer = worker.connections.send(request).await.map_err(|error| {
+            if error.is_unconnected() {
+                app.workers.unreachable(worker);
+            }
+            error.to_string()
+        })?;
+        let (head, body) = answer.into_parts();
+        let body = Limited::new(body, ANSWER_BYTES_MAX).collect().await;
+        let body = body.map_err(|error| format!("the answer broke off: {error}"))?;
+        Ok(hyper::Response::from_parts(head, body.to_bytes()))
+    };
+    tokio::time::timeout(ANSWER_TIMEOUT, exchange)
+        .await
+        .unwrap_or_else(|_| Err(format!("no answer within {} s", ANSWER_TIMEOUT.as_secs())))
 }

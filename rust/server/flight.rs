@@ -4,7 +4,6 @@
 //! in flight at the picked worker and the open trace record. Completed, refused, broken, or dropped because the
 //! client left: exactly one end is written, and the count is given back by `Drop`.
 
-use std::borrow::Cow;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -14,7 +13,7 @@ use hyper::StatusCode;
 use super::{App, request_id};
 use crate::error::{Error, Kind, Origin};
 use crate::request::Scan;
-use crate::routing::{InFlight, Pick};
+use crate::routing::InFlight;
 use crate::telemetry::metrics::{RouteLabels, SelectionLabels, StatusLabels, WorkerLabels};
 use crate::tracking::{AnswerFacts, Arrived, OpenTrace, RequestFacts};
 use crate::upstream::answer::Facts;
@@ -32,7 +31,17 @@ pub(super) struct Flight {
     in_flight: Option<InFlight>,
     /// The worker's status, once its headers came.
     status: Option<StatusCode>,
+    /// Those headers went on to the client.
+    is_relayed: bool,
     has_ended: bool,
+}
+
+/// A worker picked for a request, which is in flight there from the pick on.
+pub(super) struct Picked {
+    pub(super) worker: Arc<Worker>,
+    pub(super) in_flight: InFlight,
+    pub(super) reason: &'static str,
+    pub(super) matched_tokens: Option<u32>,
 }
 
 impl Flight {
@@ -49,6 +58,7 @@ impl Flight {
             worker: None,
             in_flight: None,
             status: None,
+            is_relayed: false,
             has_ended: false,
         };
         if let Some(id) = header_id {
@@ -101,26 +111,27 @@ impl Flight {
         }
     }
 
-    /// A worker was picked; the request is in flight at it from now on.
-    pub(super) fn picked(&mut self, worker: Arc<Worker>, pick: &Pick, decision: Duration) {
+    /// A worker was picked.
+    pub(super) fn picked(&mut self, picked: Picked, decision: Duration) {
+        let Picked { worker, in_flight, reason, matched_tokens } = picked;
         if let (Some(trace), Some(name)) = (&mut self.trace, worker.name()) {
-            trace.routed(name, pick.reason, pick.matched_tokens, decision);
+            trace.routed(name, reason, matched_tokens, decision);
             trace.sent(Instant::now());
         }
-        let policy = self.app.policy_name;
-        let selection = SelectionLabels { policy, reason: pick.reason };
+        let selection = SelectionLabels { policy: self.app.policy_name, reason };
         self.app.metrics.selections.get_or_create(&selection).inc();
         tracing::debug!(
-            request_id = self.id, worker = %worker.url, reason = pick.reason,
-            matched_tokens = pick.matched_tokens, decision_us = decision.as_nanos() as f64 / 1e3, "picked"
+            request_id = self.id, worker = %worker.url, reason, matched_tokens,
+            decision_us = decision.as_nanos() as f64 / 1e3, "picked"
         );
-        self.in_flight = Some(worker.target.begin());
+        self.in_flight = Some(in_flight);
         self.worker = Some(worker);
     }
 
     /// The picked worker gave no answer.
     pub(super) fn attempt_failed(&mut self, error: &str) {
         self.in_flight = None;
+        self.status = None;
         if let Some(worker) = &self.worker {
             worker.failed.fetch_add(1, Ordering::Relaxed);
             tracing::warn!(request_id = self.id, worker = %worker.url, "attempt failed: {error}");
@@ -136,6 +147,12 @@ impl Flight {
         if let Some(trace) = &mut self.trace {
             trace.headers(status.as_u16());
         }
+    }
+
+    /// The answer goes on to the client from here.
+    pub(super) fn relaying(&mut self) -> StatusCode {
+        self.is_relayed = true;
+        self.status.unwrap_or_default()
     }
 
     /// The first byte of the answer's body came.
@@ -165,26 +182,38 @@ impl Flight {
             });
         }
         if status.is_success() {
-            self.end(Some(status), "", Ok(()));
+            self.end(Ending { status: Some(status), counted_as: status.as_u16(), error: None });
         } else {
             let colon = if excerpt.is_empty() { "" } else { ": " };
             let message = format!("worker answered {status}{colon}{excerpt}");
             let origin = if status.is_client_error() { Origin::Client } else { Origin::Worker };
-            self.end(Some(status), "", Err((origin, message.into())));
+            self.fail(Some(status), status.as_u16(), origin, &message, "");
         }
     }
 
     /// The answer ended before it was whole, for this reason.
     pub(super) fn broke(&mut self, message: &str) {
-        self.end(self.status, "", Err((Origin::Worker, message.into())));
+        let counted_as = self.status.map_or(Kind::WorkerUnreachable.status(), |it| it.as_u16());
+        self.fail(self.status, counted_as, Origin::Worker, message, "");
     }
 
     /// The router answers with an error of its own.
     pub(super) fn refuse(mut self, error: &Error) {
         self.id();
-        let message = Cow::Borrowed(error.message.as_str());
-        let kind = error.kind;
-        self.end(Some(kind.http_status()), kind.code(), Err((kind.origin(), message)));
+        let (kind, status) = (error.kind, error.kind.http_status());
+        self.fail(Some(status), kind.status(), kind.origin(), &error.message, kind.code());
+    }
+
+    fn fail(
+        &mut self,
+        status: Option<StatusCode>,
+        counted_as: u16,
+        origin: Origin,
+        message: &str,
+        code: &'static str,
+    ) {
+        let error = Some(Failure { origin, message, code });
+        self.end(Ending { status, counted_as, error });
     }
 
     fn open(&mut self, id: String) {
@@ -194,24 +223,21 @@ impl Flight {
         self.id = Some(id);
     }
 
-    fn end(
-        &mut self,
-        status: Option<StatusCode>,
-        error_code: &'static str,
-        outcome: Result<(), (Origin, Cow<'_, str>)>,
-    ) {
+    fn end(&mut self, ending: Ending<'_>) {
         if std::mem::replace(&mut self.has_ended, true) {
             return;
         }
         let now = Instant::now();
         // After a failed attempt the request is with no worker any more.
         let worker = self.in_flight.take().and(self.worker.as_ref());
-        let status_code = status.map_or(Kind::Aborted.status(), |status| status.as_u16());
+        let Ending { status, counted_as: status_code, error } = ending;
+        let error_code = error.as_ref().map_or("", |error| error.code);
         self.app.metrics.responses.get_or_create(&StatusLabels { status_code, error_code }).inc();
         let seconds = (now - self.arrived.at).as_secs_f64();
         self.app.metrics.request_duration.get_or_create(&labels(&self.route)).observe(seconds);
-        match outcome {
-            Ok(()) => {
+        let status = status.map(|status| status.as_u16());
+        match error {
+            None => {
                 if let Some(worker) = worker {
                     worker.served.fetch_add(1, Ordering::Relaxed);
                     let labels = WorkerLabels { worker: worker.url.to_string() };
@@ -221,17 +247,34 @@ impl Flight {
                     trace.complete(now);
                 }
             }
-            Err((origin, message)) => {
+            Some(Failure { origin, message, .. }) => {
                 if let (Some(worker), Origin::Worker) = (worker, origin) {
                     worker.failed.fetch_add(1, Ordering::Relaxed);
                 }
-                log_failure(self.id.as_deref(), self.worker.as_deref(), origin, &message);
+                log_failure(self.id.as_deref(), self.worker.as_deref(), origin, message);
                 if let Some(trace) = self.trace.take() {
-                    trace.fail(now, status.map(|status| status.as_u16()), &message);
+                    trace.fail(now, status, message);
                 }
             }
         }
     }
+}
+
+/// How a request ended.
+struct Ending<'a> {
+    /// What the client was answered, if it was.
+    status: Option<StatusCode>,
+    /// The same for the metric, which has a number for every ending.
+    counted_as: u16,
+    /// None when the answer was relayed to its end and is no error.
+    error: Option<Failure<'a>>,
+}
+
+struct Failure<'a> {
+    origin: Origin,
+    message: &'a str,
+    /// The router's own error code, or empty.
+    code: &'static str,
 }
 
 impl Drop for Flight {
@@ -240,13 +283,18 @@ impl Drop for Flight {
             return;
         }
         self.id();
-        let is_stopped = self.app.is_stopped.load(Ordering::Relaxed);
-        let (origin, message) = if is_stopped {
-            (Origin::Router, "the router was stopped before the answer had ended")
+        let timeout = self.app.options.request_timeout();
+        let (origin, message) = if self.app.is_stopped.load(Ordering::Relaxed) {
+            (Origin::Router, "the router was stopped before the answer had ended".to_owned())
+        } else if self.arrived.at.elapsed() >= timeout {
+            let message =
+                format!("the client had not read the answer after {} s", timeout.as_secs());
+            (Origin::Client, message)
         } else {
-            (Origin::Client, "client disconnected")
+            (Origin::Client, "client disconnected".to_owned())
         };
-        self.end(self.status, "", Err((origin, message.into())));
+        let status = self.status.filter(|_| self.is_relayed);
+        self.fail(status, Kind::Aborted.status(), origin, &message, "");
     }
 }
 

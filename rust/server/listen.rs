@@ -2,6 +2,7 @@
 //! of the grace period or when told to, what is left is cut.
 
 use std::io;
+use std::pin::pin;
 use std::time::Duration;
 
 use axum::Router;
@@ -11,6 +12,9 @@ use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::client_stream::ClientStream;
 
 /// Connections that wait to be accepted; a burst of clients arrives faster than threads wake up.
 const BACKLOG: u32 = 4096;
@@ -21,8 +25,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Order {
     Serve,
-    /// Take nothing new; what is in flight has this long.
-    Drain(Duration),
+    /// Take nothing new; what is in flight has until then.
+    Drain(Instant),
     /// Cut everything.
     Stop,
 }
@@ -44,7 +48,14 @@ pub(crate) async fn listen(host: &str, port: u16) -> io::Result<TcpListener> {
         };
         match bind() {
             Ok(listener) => return Ok(listener),
-            Err(error) => failure = Some(error),
+            Err(error) => {
+                let is_taken = error.kind() == io::ErrorKind::AddrInUse;
+                failure = Some(error);
+                // On another address of the same name clients might still find the other program.
+                if is_taken {
+                    break;
+                }
+            }
         }
     }
     let error = failure.unwrap_or_else(|| io::ErrorKind::AddrNotAvailable.into());
@@ -53,8 +64,10 @@ pub(crate) async fn listen(host: &str, port: u16) -> io::Result<TcpListener> {
     } else {
         ""
     };
-    let message = format!("cannot listen on port {port} of {host}: {error}{hint}");
-    Err(io::Error::new(error.kind(), message))
+    Err(io::Error::new(
+        error.kind(),
+        format!("cannot listen on port {port} of {host}: {error}{hint}"),
+    ))
 }
 
 /// Serves until told to drain, then waits for what is in flight. Returns when all has ended or is to be cut.
@@ -62,37 +75,51 @@ pub(crate) async fn serve(
     listener: TcpListener,
     router: Router,
     mut orders: watch::Receiver<Order>,
+    request_timeout: Duration,
 ) {
     let graceful = GracefulShutdown::new();
-    let grace = loop {
+    loop {
         tokio::select! {
             accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => serve_connection(stream, router.clone(), &graceful),
+                Ok((stream, _)) => serve_connection(stream, router.clone(), &graceful, request_timeout),
                 Err(error) => refused(&error).await,
             },
             changed = orders.changed() => match (changed, *orders.borrow()) {
                 (Ok(()), Order::Serve) => {}
-                (Ok(()), Order::Drain(grace)) => break grace,
+                (Ok(()), Order::Drain(_)) => break,
                 (Ok(()), Order::Stop) | (Err(_), _) => return,
             },
         }
-    };
+    }
     drop(listener);
-    tracing::info!("draining: {} connections have {} s", graceful.count(), grace.as_secs());
-    let is_stop = |order: &Order| *order == Order::Stop;
-    tokio::select! {
-        () = graceful.shutdown() => tracing::info!("drained"),
-        () = tokio::time::sleep(grace) => tracing::warn!("grace period over: cutting what is left"),
-        _ = orders.wait_for(is_stop) => tracing::warn!("told to stop at once: cutting what is left"),
+    tracing::info!("draining {} connections", graceful.count());
+    let mut drained = pin!(graceful.shutdown());
+    loop {
+        let Order::Drain(until) = *orders.borrow_and_update() else {
+            return tracing::warn!("told to stop at once: cutting what is left");
+        };
+        tokio::select! {
+            () = &mut drained => return tracing::info!("drained"),
+            () = tokio::time::sleep_until(until) => {
+                return tracing::warn!("grace period over: cutting what is left");
+            }
+            _ = orders.changed() => {}
+        }
     }
 }
 
-fn serve_connection(stream: TcpStream, router: Router, graceful: &GracefulShutdown) {
+fn serve_connection(
+    stream: TcpStream,
+    router: Router,
+    graceful: &GracefulShutdown,
+    request_timeout: Duration,
+) {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!("a client was gone before it was served: {error}");
         return;
     }
     let service = TowerToHyperService::new(router);
+    let stream = ClientStream::new(stream, request_timeout);
     let connection = http1::Builder::new().serve_connection(TokioIo::new(stream), service);
     let connection = graceful.watch(connection);
     tokio::spawn(async move {

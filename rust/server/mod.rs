@@ -2,6 +2,7 @@
 //! connections and ends in an orderly way.
 
 mod body;
+mod client_stream;
 mod endpoints;
 mod engine_metrics;
 mod error_response;
@@ -128,13 +129,5 @@ impl App {
         {
             headers.insert(headers::X_NODE, node);
         }
-    }
-
-    /// The output of `future`, if it is there within the time a request may take.
-    async fn within_timeout<T>(&self, future: impl Future<Output = T>) -> Result<T, Error> {
-        tokio::time::timeout(self.options.request_timeout(), future).await.map_err(|_| {
-            let message = format!("no answer within {} s", self.options.request_timeout_secs);
-            Error::new(Kind::Timeout, message)
-        })
     }
 }

@@ -92,7 +92,7 @@ impl Options {
         if self.disable_retries { 1 } else { self.retry_max_retries }
     }
 
-    pub(super) fn request_timeout(&self) -> Duration {
+    pub fn request_timeout(&self) -> Duration {
         Duration::from_secs(self.request_timeout_secs)
     }
 

@@ -17,13 +17,14 @@ use http_body_util::Full;
 use hyper::header::{self, HeaderValue};
 use hyper::{HeaderMap, Method};
 
-use super::flight::Flight;
+use super::flight::{Flight, Picked};
 use super::relay::Relay;
 use super::request_id::X_REQUEST_ID;
 use super::{App, body, headers};
 use crate::error::{Error, Kind, shown};
 use crate::request::{self, Scan};
 use crate::routing::{self, Pick};
+use crate::upstream::answer::is_stream;
 use crate::upstream::{Answer, SendError};
 use crate::workers::{Snapshot, Worker};
 
@@ -96,24 +97,25 @@ async fn exchange(
     }
     let prompt = routing::Request { prompt: &scan.prompt };
     let deadline = flight.arrived_at() + app.options.request_timeout();
+    let mut draw = app.draws.next();
     let mut tried = Vec::new();
-    let mut failure = app.no_available_workers();
+    let mut failure = None;
     for _ in 0..app.options.attempts_max() {
         let pick_began = Instant::now();
-        let Some((worker, pick)) = pick(app, &prompt, pin.as_ref(), &tried)? else {
-            break;
-        };
-        flight.picked(worker.clone(), &pick, scan_took + pick_began.elapsed());
+        let Some(picked) = pick(app, &prompt, pin.as_ref(), &tried, &mut draw)? else { break };
+        let worker = picked.worker.clone();
+        flight.picked(picked, scan_took + pick_began.elapsed());
+        app.policy.sent(&prompt, worker.index);
 
         let sending = send(flight, &worker, outgoing.towards(&worker));
         match tokio::time::timeout_at(deadline.into(), sending).await {
             Ok(Ok(answer)) => return Ok(answer),
-            Ok(Err(error)) => failure = unanswered(app, flight, &worker, &error),
+            Ok(Err(error)) => failure = Some(unanswered(app, flight, &worker, &error)),
             Err(_) => return Err(timed_out(app)),
         }
         tried.push(worker.index);
     }
-    Err(failure)
+    Err(failure.unwrap_or_else(|| app.no_available_workers()))
 }
 
 /// A large body is scanned where it holds up no other request.
@@ -136,7 +138,7 @@ async fn send(
     let mut answer = worker.connections.send(request).await?;
     flight.answered(answer.status());
     let content_type = answer.headers().get(header::CONTENT_TYPE);
-    if !content_type.is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream")) {
+    if !is_stream(content_type.and_then(|kind| kind.to_str().ok())) {
         answer.body_mut().begin().await?;
     }
     Ok(answer)
@@ -144,18 +146,13 @@ async fn send(
 
 /// Waits, where it would help, until the workers have been checked for the first time.
 async fn admit(app: &App, flight: &Flight, pin: Option<&HeaderValue>) -> Result<(), Error> {
-    let is_served = || {
-        let snapshot = app.workers.snapshot();
-        match pin {
-            None => !snapshot.routable.is_empty(),
-            Some(pin) => pinned(&snapshot, pin).is_ok(),
-        }
+    let is_served = |snapshot: &Snapshot| match pin {
+        None => !snapshot.routable.is_empty(),
+        Some(pin) => pinned(snapshot, pin).is_ok(),
     };
-    if app.workers.first_round_ended() || is_served() {
-        return Ok(());
-    }
     let until = flight.arrived_at() + app.options.queue_timeout();
-    tokio::time::timeout_at(until.into(), app.workers.first_round()).await.map_err(|_| {
+    let waiting = app.workers.first_round_or(is_served);
+    tokio::time::timeout_at(until.into(), waiting).await.map_err(|_| {
         let message = format!(
             "the workers were still being checked after {} s (queue_timeout_secs)",
             app.options.queue_timeout_secs
@@ -164,42 +161,41 @@ async fn admit(app: &App, flight: &Flight, pin: Option<&HeaderValue>) -> Result<
     })
 }
 
-/// The next worker to try; None when there is no other left.
+/// The next worker to try, with the request counted as in flight there; None when there is no other left.
 fn pick(
     app: &App,
     request: &routing::Request<'_>,
     pin: Option<&HeaderValue>,
     tried: &[u32],
-) -> Result<Option<(Arc<Worker>, Pick)>, Error> {
+    draw: &mut fastrand::Rng,
+) -> Result<Option<Picked>, Error> {
     let snapshot = app.workers.snapshot();
-    let mut rng = app.draws.next();
-    let picked = if let Some(pin) = pin {
+    let (index, pick) = if let Some(pin) = pin {
         // It had its chance, and there is no other.
         if !tried.is_empty() {
             return Ok(None);
         }
         let index = pinned(&snapshot, pin)?;
-        let pick = app.policy.pick(request, &snapshot.targets[index..=index], &mut rng);
-        Some((index, Pick { reason: PINNED, ..pick }))
-    } else if tried.is_empty() {
-        let targets = &snapshot.targets;
-        (!targets.is_empty())
-            .then(|| app.policy.pick(request, targets, &mut rng))
-            .map(|pick| (pick.index, pick))
+        let matched_tokens = app.policy.matched_tokens(request, snapshot.routable[index].index);
+        (index, Pick { index, reason: PINNED, matched_tokens })
     } else {
-        let left: Vec<usize> = (0..snapshot.routable.len())
-            .filter(|index| !tried.contains(&snapshot.routable[*index].index))
-            .collect();
-        let targets: Vec<_> = left.iter().map(|index| snapshot.targets[*index].clone()).collect();
-        (!targets.is_empty())
-            .then(|| app.policy.pick(request, &targets, &mut rng))
-            .map(|pick| (left[pick.index], pick))
+        let is_left = |index: &usize| !tried.contains(&snapshot.routable[*index].index);
+        let left: Vec<usize> = if tried.is_empty() {
+            vec![]
+        } else {
+            (0..snapshot.routable.len()).filter(is_left).collect()
+        };
+        let some: Vec<_> = left.iter().map(|index| snapshot.targets[*index].clone()).collect();
+        let targets = if tried.is_empty() { &snapshot.targets } else { &some };
+        if targets.is_empty() {
+            return Ok(None);
+        }
+        let pick = app.policy.pick(request, targets, draw);
+        (left.get(pick.index).copied().unwrap_or(pick.index), pick)
     };
-    Ok(picked.map(|(index, pick)| {
-        let worker = snapshot.routable[index].clone();
-        app.policy.sent(request, worker.index);
-        (worker, pick)
-    }))
+    let worker = snapshot.routable[index].clone();
+    let in_flight = worker.target.begin();
+    Ok(Some(Picked { worker, in_flight, reason: pick.reason, matched_tokens: pick.matched_tokens }))
 }
 
 /// Where the worker that a request names stands among the routable ones.

@@ -37,11 +37,11 @@ impl Relay {
     /// Turns a worker's answer into the client's. `timeout` is what the whole request may take.
     pub(super) fn begin(
         answer: Response<Answer>,
-        flight: Flight,
+        mut flight: Flight,
         timeout: Duration,
     ) -> Response<Self> {
         let deadline = tokio::time::Instant::from_std(flight.arrived_at() + timeout);
-        let status = answer.status();
+        let status = flight.relaying();
         let reader = flight.is_traced().then(|| reader(answer.headers()));
         let is_readable = !answer.headers().contains_key(header::CONTENT_ENCODING);
         let excerpt = (!status.is_success() && is_readable).then(Vec::new);
@@ -96,12 +96,12 @@ impl Body for Relay {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         let this = &mut *self;
-        let Poll::Ready(frame) = Pin::new(&mut this.answer).poll_frame(cx) else {
-            ready!(this.deadline.as_mut().poll(cx));
+        if this.deadline.as_mut().poll(cx).is_ready() {
             let message = format!("the answer had not ended after {} s", this.timeout.as_secs());
             this.flight.broke(&message);
             return Poll::Ready(Some(Err(message.into())));
-        };
+        }
+        let frame = ready!(Pin::new(&mut this.answer).poll_frame(cx));
         match &frame {
             Some(Ok(frame)) => {
                 if let Some(data) = frame.data_ref() {

@@ -12,6 +12,7 @@ use bytes::Bytes;
 use futures_util::stream;
 use hyper::header::{HeaderName, HeaderValue};
 use serde::Deserialize;
+use tokio::task::block_in_place;
 
 use super::{App, body};
 use crate::error::{Error, Kind, shown};
@@ -59,7 +60,7 @@ pub(super) async fn batch(
             format!("{} ids in one batch; at most {BATCH_IDS_MAX} are looked up", ids.len());
         return Err(Error::new(Kind::PayloadTooLarge, message));
     }
-    Ok(Json(tracker.get_many(&ids)))
+    Ok(Json(block_in_place(|| tracker.get_many(&ids))))
 }
 
 pub(super) async fn list(
@@ -72,7 +73,7 @@ pub(super) async fn list(
     let query = Query::parse(pairs).map_err(|error| invalid(error.to_string()))?;
     match query.format {
         Format::Json => {
-            let page = tracker.list(&query);
+            let page = block_in_place(|| tracker.list(&query));
             let next =
                 page.next_cursor.and_then(|next| HeaderValue::try_from(next.to_string()).ok());
             let mut response = Json(page.traces).into_response();
@@ -112,7 +113,10 @@ fn export(
     pages: impl Iterator<Item = Vec<u8>> + Send + 'static,
     content_type: &'static str,
 ) -> Response {
-    let chunks = pages.map(|page| Ok::<_, std::convert::Infallible>(Bytes::from(page)));
+    let mut pages = pages;
+    let next = move || block_in_place(|| pages.next());
+    let chunks =
+        std::iter::from_fn(next).map(|page| Ok::<_, std::convert::Infallible>(Bytes::from(page)));
     ([(header::CONTENT_TYPE, content_type)], Body::from_stream(stream::iter(chunks)))
         .into_response()
 }

@@ -16,6 +16,9 @@ const DEFAULT_OUTPUT_TOKENS: usize = 128;
 /// The most parts (prompts times samples) of one request.
 pub const MAX_PARTS: usize = 4096;
 
+/// The most tokens that all answers of one request have together.
+pub const MAX_TOKENS: usize = 4 << 20;
+
 /// What a request asks for.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Ask {
@@ -46,6 +49,10 @@ impl Ask {
         let parts = self.prompts.len().saturating_mul(self.samples);
         if parts > MAX_PARTS {
             return Err(format!("a request may have at most {MAX_PARTS} answers, got {parts}"));
+        }
+        if parts.saturating_mul(self.output_tokens) > MAX_TOKENS {
+            let asked = parts.saturating_mul(self.output_tokens);
+            return Err(format!("a request may ask for {MAX_TOKENS} tokens in all, got {asked}"));
         }
         let repeat = |prompt| std::iter::repeat_n(prompt, self.samples);
         Ok(self.prompts.iter().flat_map(repeat).cloned().collect())
@@ -285,6 +292,8 @@ mod tests {
         assert_eq!(ask.parts().unwrap(), [vec![1], vec![1], vec![2], vec![2]]);
         let ask = Ask { samples: usize::MAX, ..ask };
         assert!(ask.parts().unwrap_err().contains("4096"));
+        let ask = Ask { samples: 40, output_tokens: 131_072, ..ask };
+        assert!(ask.parts().unwrap_err().contains("4194304"));
     }
 
     #[test]

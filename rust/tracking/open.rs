@@ -20,8 +20,8 @@ const MAX_WORKER_REQUEST_ID_BYTES: usize = 128;
 const MAX_FINISH_REASON_BYTES: usize = 64;
 const MAX_REASON_BYTES: usize = 64;
 
-/// The error of a request that nobody ended: its task was dropped because the client went away.
-const CLIENT_GONE: &str = "client disconnected";
+/// The error of a request that was dropped without an end.
+const UNENDED: &str = "dropped before its end";
 
 /// What the request itself says. `None` leaves what is known.
 #[derive(Debug, Clone, Copy, Default)]
@@ -197,19 +197,12 @@ impl OpenTrace {
         });
     }
 
-    /// The last byte was relayed. An answer other than 2xx makes the request a failed one.
+    /// The last byte of an answer that is no error was relayed.
     pub fn complete(mut self, at: Instant) {
-        match self.http_status {
-            Some(status) if !(200..300).contains(&status) => {
-                let message = format!("the worker answered with status {status}");
-                self.end(at, Status::Failed, None, Some(&message));
-            }
-            _ => self.end(at, Status::Completed, None, None),
-        }
+        self.end(at, Status::Completed, self.http_status, None);
     }
 
-    /// The request failed. `http_status` is what the client is answered; `None` leaves what was
-    /// already relayed.
+    /// The request failed. `http_status` is what the client was answered, `None` if it was not.
     pub fn fail(mut self, at: Instant, http_status: Option<u16>, error_message: &str) {
         self.end(at, Status::Failed, http_status, Some(error_message));
     }
@@ -225,7 +218,7 @@ impl OpenTrace {
         shard.edit(place, |record, _| {
             close_attempt(record, attempt, None, error);
             record.latency_us = latency_us;
-            record.http_status = http_status.or(record.http_status);
+            record.http_status = http_status;
             record.error_message = error.map(error_text);
         });
         shard.end(place, from, to, self.worker.is_some(), now_us);
@@ -255,7 +248,7 @@ impl OpenTrace {
 impl Drop for OpenTrace {
     fn drop(&mut self) {
         if !self.status.is_ended() {
-            self.end(Instant::now(), Status::Failed, None, Some(CLIENT_GONE));
+            self.end(Instant::now(), Status::Failed, None, Some(UNENDED));
         }
     }
 }

@@ -56,17 +56,25 @@ enum Form {
     Stream(Events, Box<Progress>),
 }
 
+/// Whether an answer with this `content-type` is a stream of server-sent events.
+pub fn is_stream(content_type: Option<&str>) -> bool {
+    is_media_type(content_type, "text/event-stream")
+}
+
+fn is_media_type(content_type: Option<&str>, wanted: &str) -> bool {
+    let media_type = content_type.and_then(|it| it.split(';').next()).unwrap_or_default();
+    media_type.trim().eq_ignore_ascii_case(wanted)
+}
+
 impl Reader {
     /// A reader for an answer with these values of the headers `content-type` and
     /// `content-encoding`. Reads JSON and `text/event-stream`, and nothing that is compressed.
     pub fn new(content_type: Option<&str>, content_encoding: Option<&str>) -> Self {
         let plain = content_encoding
             .is_none_or(|it| it.trim().is_empty() || it.trim().eq_ignore_ascii_case("identity"));
-        let media_type =
-            content_type.and_then(|it| it.split(';').next()).unwrap_or_default().trim();
-        Reader(if plain && media_type.eq_ignore_ascii_case("text/event-stream") {
+        Reader(if plain && is_stream(content_type) {
             Form::Stream(Events::new(), Box::default())
-        } else if plain && media_type.eq_ignore_ascii_case("application/json") {
+        } else if plain && is_media_type(content_type, "application/json") {
             Form::Whole(Some(Vec::new()))
         } else {
             Form::Unread

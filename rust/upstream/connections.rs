@@ -32,6 +32,16 @@ use crate::error::with_causes;
 const IDLE_MAX: Duration = Duration::from_millis(2500);
 const TCP_KEEPALIVE: Duration = Duration::from_secs(30);
 
+/// What a failed connect says about the other side.
+const OF_THE_PEER: [io::ErrorKind; 6] = [
+    io::ErrorKind::ConnectionRefused,
+    io::ErrorKind::ConnectionReset,
+    io::ErrorKind::HostUnreachable,
+    io::ErrorKind::NetworkUnreachable,
+    io::ErrorKind::NetworkDown,
+    io::ErrorKind::TimedOut,
+];
+
 /// Why a request got no answer from this worker.
 #[derive(Debug, thiserror::Error)]
 pub enum SendError {
@@ -51,9 +61,17 @@ pub enum SendError {
 }
 
 impl SendError {
-    /// Whether nobody was found at the address.
+    /// Whether nobody was found at the address. A want of file descriptors or ports is the router's own and says
+    /// nothing of the worker.
     pub fn is_unconnected(&self) -> bool {
-        matches!(self, Self::Connect { .. } | Self::ConnectTimeout { .. })
+        match self {
+            Self::ConnectTimeout { .. } => true,
+            // A name that is not found has no number of the system's.
+            Self::Connect { source, .. } => {
+                source.raw_os_error().is_none() || OF_THE_PEER.contains(&source.kind())
+            }
+            Self::NoAnswer { .. } | Self::Upgrade { .. } | Self::BrokenAnswer { .. } => false,
+        }
     }
 }
 

@@ -12,7 +12,7 @@ mod options;
 mod server_info;
 mod url;
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwap;
@@ -21,7 +21,7 @@ use hyper::http::uri::PathAndQuery;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 
-use crate::routing::{Target, WorkerName};
+use crate::routing::{Policy, Target, WorkerName};
 use crate::upstream::{self, Connections};
 use health::Health;
 pub use health::State;
@@ -78,7 +78,8 @@ impl Worker {
         whole.parse().unwrap_or_else(|_| path.clone().into())
     }
 
-    fn is_routable(&self) -> bool {
+    /// Whether it may be picked.
+    pub fn is_routable(&self) -> bool {
         self.state() == State::Healthy && self.name.get().is_some()
     }
 }
@@ -104,7 +105,6 @@ impl Snapshot {
 }
 
 /// All workers of one router.
-#[derive(Debug)]
 pub struct Workers {
     options: Options,
     snapshot: ArcSwap<Snapshot>,
@@ -112,12 +112,20 @@ pub struct Workers {
     node_ids: Mutex<NodeIds>,
     /// Workers of the start whose first check has not ended.
     unchecked: AtomicUsize,
-    first_round: watch::Sender<bool>,
+    has_first_round_ended: AtomicBool,
+    /// Changes with every snapshot and at the end of the first round.
+    news: watch::Sender<()>,
+    /// Told when what it believes of a worker is void.
+    policy: Arc<dyn Policy>,
 }
 
 impl Workers {
     /// The workers of the start. None is checked yet.
-    pub fn new(options: Options, upstream: &upstream::Options) -> Arc<Self> {
+    pub fn new(
+        options: Options,
+        upstream: &upstream::Options,
+        policy: Arc<dyn Policy>,
+    ) -> Arc<Self> {
         let all: Vec<Arc<Worker>> = (0..)
             .zip(&options.worker_urls)
             .map(|(index, url)| Arc::new(new_worker(index, url, &options, upstream)))
@@ -126,13 +134,15 @@ impl Workers {
         let workers = Arc::new(Self {
             node_ids: Mutex::new(NodeIds::new(options.node_id_from, options.node_ids.clone())),
             unchecked: AtomicUsize::new(unchecked),
-            first_round: watch::Sender::new(unchecked == 0),
+            has_first_round_ended: AtomicBool::new(unchecked == 0),
+            news: watch::Sender::new(()),
+            policy,
             snapshot: ArcSwap::from_pointee(Snapshot { all, ..Snapshot::default() }),
             options,
         });
         // A name that is the worker's own word has to wait for it.
         if workers.options.node_id_from != NodeIdFrom::Gpu || unchecked == 0 {
-            workers.name(&workers.snapshot().all);
+            workers.name(|_| true);
         }
         workers.publish();
         workers
@@ -152,14 +162,17 @@ impl Workers {
         tokio::spawn(checks::close_idle_forever(self.clone()));
     }
 
-    /// Waits until every worker of the start has been checked once.
-    pub async fn first_round(&self) {
-        // The sender lives as long as `self`.
-        let _ = self.first_round.subscribe().wait_for(|ended| *ended).await;
+    /// Waits until every worker of the start has been checked once, or until `is_enough` of a snapshot.
+    pub async fn first_round_or(&self, is_enough: impl Fn(&Snapshot) -> bool) {
+        let mut news = self.news.subscribe();
+        while !self.first_round_ended() && !is_enough(&self.snapshot()) {
+            // The sender lives as long as `self`.
+            let _ = news.changed().await;
+        }
     }
 
-    pub fn first_round_ended(&self) -> bool {
-        *self.first_round.borrow()
+    fn first_round_ended(&self) -> bool {
+        self.has_first_round_ended.load(Ordering::Acquire)
     }
 
     /// A request found nobody at the worker's address: it is not picked again before a good check.
@@ -173,9 +186,14 @@ impl Workers {
 
     /// The outcome of one check.
     fn checked(&self, worker: &Arc<Worker>, outcome: Result<(), String>) {
+        let before = worker.state();
         let changed = worker.health.lock().checked(outcome.is_ok(), &self.options);
         if self.first_round_ended() {
             self.name_healthy();
+        }
+        if changed && before == State::Unreachable {
+            // Nobody was at its address: it is another process now, with an empty cache.
+            self.policy.forget(worker.index);
         }
         if changed {
             match (worker.state(), outcome) {
@@ -197,9 +215,10 @@ impl Workers {
             return;
         }
         self.name_healthy();
-        self.first_round.send_replace(true);
+        self.has_first_round_ended.store(true, Ordering::Release);
         // A worker whose later check succeeded between the two lines above saw no end of the round yet.
         self.name_healthy();
+        self.news.send_replace(());
         let snapshot = self.snapshot();
         tracing::info!(
             healthy = snapshot.routable.len(),
@@ -210,16 +229,18 @@ impl Workers {
 
     /// Names and publishes the healthy workers that have no name yet.
     fn name_healthy(&self) {
-        let is_nameless =
-            |worker: &&Arc<Worker>| worker.name.get().is_none() && worker.state() == State::Healthy;
-        let nameless: Vec<_> = self.snapshot().all.iter().filter(is_nameless).cloned().collect();
-        self.name(&nameless);
-        self.publish();
+        if self.name(|worker| worker.state() == State::Healthy) {
+            self.publish();
+        }
     }
 
-    fn name(&self, joining: &[Arc<Worker>]) {
+    /// Names those workers among the nameless, all at once; whether there were any.
+    fn name(&self, is_meant: impl Fn(&Worker) -> bool) -> bool {
         let mut node_ids = self.node_ids.lock();
-        let unnamed: Vec<Unnamed<'_>> = joining
+        let snapshot = self.snapshot();
+        let is_nameless = |worker: &&Arc<Worker>| worker.name.get().is_none() && is_meant(worker);
+        let nameless: Vec<_> = snapshot.all.iter().filter(is_nameless).collect();
+        let unnamed: Vec<Unnamed<'_>> = nameless
             .iter()
             .map(|worker| Unnamed {
                 index: worker.index,
@@ -227,7 +248,7 @@ impl Workers {
                 base_gpu_id: worker.info().and_then(|info| info.base_gpu_id),
             })
             .collect();
-        for (worker, node_id) in joining.iter().zip(node_ids.assign(&unnamed)) {
+        for (worker, node_id) in nameless.iter().zip(node_ids.assign(&unnamed)) {
             let name = WorkerName {
                 index: worker.index,
                 url: worker.url.as_str().into(),
@@ -236,6 +257,7 @@ impl Workers {
             // A worker is named once; the lock above keeps it so.
             let _ = worker.name.set(Arc::new(name));
         }
+        !nameless.is_empty()
     }
 
     fn publish(&self) {
@@ -244,6 +266,7 @@ impl Workers {
         let routable: Vec<_> = all.iter().filter(|worker| worker.is_routable()).cloned().collect();
         let targets = routable.iter().map(|worker| worker.target.clone()).collect();
         self.snapshot.store(Arc::new(Snapshot { all, routable, targets }));
+        self.news.send_replace(());
     }
 }
 
@@ -270,6 +293,7 @@ fn new_worker(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::routing;
     use clap::Parser;
 
     /// Options as the command line gives them.
@@ -283,7 +307,8 @@ mod tests {
     }
 
     fn workers(argv: &[&str]) -> Arc<Workers> {
-        Workers::new(options(argv), &upstream::Options { connect_timeout_secs: 1 })
+        let policy = routing::build(&crate::routing::tests::options(&[]).expect("defaults"));
+        Workers::new(options(argv), &upstream::Options { connect_timeout_secs: 1 }, policy)
     }
 
     const TWO: [&str; 3] = ["--worker-urls", "http://a:30001", "http://b:30002"];

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::node_id::{self, NodeIdFrom};
 use super::url::WorkerUrl;
+use crate::routing::check_weight;
 
 #[derive(clap::Args, Clone, Debug)]
 #[group(skip)]
@@ -100,12 +101,8 @@ pub(super) fn split_entry<'a>(entry: &'a str, value: &str) -> Result<(&'a str, &
 
 fn parse_weight(entry: &str) -> Result<(WorkerUrl, f64), String> {
     let (url, number) = split_entry(entry, "NUMBER")?;
-    let weight = number
-        .parse()
-        .ok()
-        .filter(|weight: &f64| weight.is_finite() && *weight >= 0.0)
-        .ok_or_else(|| format!("the weight {number:?} is not a finite number >= 0"))?;
-    Ok((url.parse()?, weight))
+    let weight = number.parse().map_err(|_| format!("the weight {number:?} is not a number"))?;
+    Ok((url.parse()?, check_weight(weight)?))
 }
 
 fn parse_path(path: &str) -> Result<String, String> {
