@@ -30,6 +30,8 @@ use crate::error::with_causes;
 
 /// uvicorn, SGLang's server, closes a connection that was idle for 5 s; ours are gone before.
 const IDLE_MAX: Duration = Duration::from_millis(2500);
+/// How long a connection whose answer has ended may take to be ready for the next request.
+const READY_WITHIN: Duration = Duration::from_millis(5);
 const TCP_KEEPALIVE: Duration = Duration::from_secs(30);
 
 /// What a failed connect says about the other side.
@@ -111,7 +113,7 @@ impl Connections {
         self: &Arc<Self>,
         request: Request<Full<Bytes>>,
     ) -> Result<Response<Answer>, SendError> {
-        if let Some(connection) = self.take_idle() {
+        if let Some(connection) = self.reusable().await {
             let received = connection.received.clone();
             let before = received.load(Ordering::Relaxed);
             match self.send_on(connection, request.clone()).await {
@@ -154,13 +156,26 @@ impl Connections {
         Ok(response.map(|body| Answer { body, held: None, lease }))
     }
 
-    fn take_idle(&self) -> Option<Connection> {
+    /// The connection that was given back last, if it can take a request.
+    async fn reusable(&self) -> Option<Connection> {
+        let mut connection = self.newest_usable()?;
+        if !connection.sender.is_ready() {
+            // It was given back when the last byte of its answer was read, which may be a moment before hyper has
+            // declared it ready. One whose request is still being sent, though it was answered, is closed.
+            let ready = tokio::time::timeout(READY_WITHIN, connection.sender.ready()).await;
+            ready.ok()?.ok()?;
+        }
+        Some(connection)
+    }
+
+    fn newest_usable(&self) -> Option<Connection> {
         let mut idle = self.idle.lock();
-        // A connection is given back when the last byte of its answer was read, which may be a moment before
-        // hyper has declared it ready; such a one stays where it is.
-        let newest = idle.iter().rposition(|idle| idle.connection.sender.is_ready())?;
-        let taken = idle.remove(newest);
-        taken.is_usable().then_some(taken.connection)
+        loop {
+            let newest = idle.pop()?;
+            if newest.is_usable() {
+                return Some(newest.connection);
+            }
+        }
     }
 
     fn give_back(&self, connection: Connection) {
