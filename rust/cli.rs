@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{CommandFactory, FromArgMatches, Parser};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::options::{self, Options, Setting};
 use crate::running::Running;
@@ -74,49 +74,59 @@ fn refuse(error: &clap::Error) -> u8 {
 }
 
 fn launch(options: Options) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    // Before the port opens: who sees it open may send a signal.
+    let mut signals = runtime.block_on(async { Signals::new() })?;
     let running = Arc::new(Running::start(options)?);
     let until_end = running.clone();
-    let ended = move || while !until_end.wait(Duration::from_secs(3600)) {};
-    until_signalled(ended, |is_first| if is_first { running.drain(None) } else { running.stop() })
-}
-
-fn simulate(options: sim::Options) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut terminate = signal(SignalKind::terminate())?;
-        let shutdown = async move {
-            tokio::select! {
-                _ = interrupt.recv() => {}
-                _ = terminate.recv() => {}
-            }
-        };
-        sim::serve(options, shutdown).await
-    })?;
-    Ok(())
-}
-
-/// Blocks until `ended` returns; tells `signalled` of each SIGINT and SIGTERM, and whether it was the first.
-fn until_signalled(
-    ended: impl FnOnce() + Send + 'static,
-    signalled: impl Fn(bool),
-) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut terminate = signal(SignalKind::terminate())?;
+        let ended = move || while !until_end.wait(Duration::from_secs(3600)) {};
         let mut ended = tokio::task::spawn_blocking(ended);
         let mut is_first = true;
         loop {
             tokio::select! {
                 outcome = &mut ended => return Ok(outcome?),
-                _ = interrupt.recv() => {}
-                _ = terminate.recv() => {}
+                () = signals.next() => {}
             }
-            signalled(is_first);
+            if is_first {
+                running.drain(None);
+            } else {
+                running.stop();
+            }
             is_first = false;
         }
     })
+}
+
+fn simulate(options: sim::Options) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut signals = Signals::new()?;
+        sim::serve(options, signals.next()).await
+    })?;
+    Ok(())
+}
+
+/// SIGINT and SIGTERM. While it is there they no longer end the process by themselves.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    /// To be called in a runtime.
+    fn new() -> std::io::Result<Self> {
+        let interrupt = signal(SignalKind::interrupt())?;
+        Ok(Self { interrupt, terminate: signal(SignalKind::terminate())? })
+    }
+
+    /// Waits for one of them.
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
 }
 
 #[cfg(test)]

@@ -1,14 +1,16 @@
 """A router in front of SGLang servers that tells which worker served which request, why, and how long it took.
 
-from sglang_router_rs import Router, PolicyType
+A router before two workers, until Ctrl-C::
 
-router = Router(
-    worker_urls=["http://localhost:30005", "http://localhost:30006"],
-    policy=PolicyType.CacheAware,
-    port=30001,
-    enable_request_tracking=True,
-)
-router.start()
+    from sglang_router_rs import Router, PolicyType
+
+    router = Router(
+        worker_urls=["http://localhost:30005", "http://localhost:30006"],
+        policy=PolicyType.CacheAware,
+        port=30001,
+        enable_request_tracking=True,
+    )
+    router.start()
 """
 
 from ._core import __version__

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -63,13 +63,11 @@ class Router:
         """
         self._check_idle()
         try:
-            server = self._begin()
             if _may_handle_signals():
-                _serve_until_signalled(server)
+                _serve_until_signalled(self._begin)
             else:
-                _wait(server)
+                _wait(self._begin())
         except BaseException:
-            # Also a KeyboardInterrupt of the moment before signals are handled here.
             if self._server is not None:
                 self._server.stop()
                 _wait(self._server)
@@ -235,18 +233,23 @@ def _wait(server: _core.Server) -> None:
         pass
 
 
-def _serve_until_signalled(server: _core.Server) -> None:
+def _serve_until_signalled(begin: Callable[[], _core.Server]) -> None:
     received: list[int] = []
+    server: _core.Server | None = None
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
-        if received:
-            server.stop()
-        else:
-            server.drain()
         received.append(number)
+        if server is not None and len(received) > 1:
+            server.stop()
+        elif server is not None:
+            server.drain()
 
+    # Before the port opens: who sees it open may send a signal.
     earlier = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        server = begin()
+        if received:
+            server.drain()
         _wait(server)
     finally:
         for number, handler in earlier.items():

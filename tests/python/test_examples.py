@@ -30,7 +30,7 @@ def test_there_are_examples() -> None:
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_an_example_serves_until_ctrl_c(example: str) -> None:
+def test_an_example_runs_until_it_is_told_to_end(example: str) -> None:
     # Its port is for readers; a test takes a free one.
     script = re.sub(r"port=\d+", "port=0", example)
     with Program("-c", script) as program:
