@@ -248,7 +248,7 @@ def test_an_unknown_option_is_named_wherever_it_stands(tmp_path: Path) -> None:
         ({"worker_urls": ["http://a:99999"]}, ValueError, "worker_urls: "),
         ({"worker_urls": [1]}, ValueError, "worker_urls: "),
         ({"worker_urls": ["http://a:1", "http://b:1", "http://a:1/"]}, ValueError, "worker_urls: .*http://a:1"),
-        ({"worker_weights": {"http://a:1": -1}}, ValueError, "worker_weights: .*-1.*>= 0"),
+        ({"worker_weights": {"http://a:1": -1}}, ValueError, "worker_weights: .*-1.*at least 0"),
         ({"worker_weights": {"http://a:1": "x"}}, ValueError, "worker_weights: .*x"),
         ({"worker_weights": {"http://c:1": 1}}, ValueError, "worker_weights: http://c:1 is not one of worker_urls"),
         (
