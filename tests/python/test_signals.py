@@ -13,6 +13,8 @@ SCRIPT = """
 import os, signal, sys, threading, time
 from sglang_router_rs import Router
 
+# A shell starts what runs in its background with Ctrl-C ignored, and so the tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 router = Router(sys.argv[1:], port=0, disable_health_check=True, enable_request_tracking=True)
 
 def tell():
@@ -107,7 +109,7 @@ for number in (signal.SIGINT, signal.SIGTERM):
     assert signal.getsignal(number) is mine
     os.kill(os.getpid(), number)
 """
-    with Program("-c", own + SCRIPT + START + after) as program:
+    with Program("-c", SCRIPT + own + START + after) as program:
         program.find("serving on")
         program.send(number)
         assert program.end() == 0, program.output
@@ -190,13 +192,14 @@ def test_ctrl_c_in_a_with_block_ends_the_router(sim: Sim) -> None:
     script = """
 try:
     with router:
-        print("serving on", router.url)
-        threading.Event().wait()
+        print("in the block")
+        while True:
+            time.sleep(0.01)
 except KeyboardInterrupt:
     print("interrupted,", "running" if router.is_running else "ended")
 """
     with serving(script, sim.urls) as program:
-        program.find("serving on")
+        program.find("in the block")
         program.send(signal.SIGINT)
         assert program.end() == 0, program.output
         assert "interrupted, ended" in program.output
