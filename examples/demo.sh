@@ -11,8 +11,8 @@ log=$(mktemp -d)
 started=()
 
 stop() {
-    for process in "${started[@]}"; do kill -INT "$process" 2>/dev/null || true; done
-    for process in "${started[@]}"; do wait "$process" 2>/dev/null || true; done
+    for process in ${started[@]+"${started[@]}"}; do kill -TERM "$process" 2>/dev/null || true; done
+    for process in ${started[@]+"${started[@]}"}; do wait "$process" 2>/dev/null || true; done
     rm -rf "$log"
 }
 trap stop EXIT

@@ -334,6 +334,10 @@ fn read_file(path: &Path) -> Result<Vec<Setting>, OptionError> {
         })?;
         settings.push(Setting { name, values });
     }
+    if settings.iter().any(|setting| setting.name == "config") {
+        let message = "a file of options does not name another one".to_owned();
+        return Err(OptionError::Invalid { origin, name: "config".to_owned(), message });
+    }
     parse(&settings, &origin)?;
     Ok(settings)
 }
@@ -547,6 +551,8 @@ mod tests {
         assert!(
             error.contains("port in ") && error.contains("c.json") && error.contains("0..=65535")
         );
+        let other = File::new("e.toml", "config = 'x.toml'");
+        assert!(command_line(&[&other.flag()], &[]).expect_err("other").contains("another one"));
         let nested = File::new("d.toml", "[port]\nx = [1]");
         assert!(command_line(&[&nested.flag()], &[]).expect_err("nested").contains("flat"));
         assert!(

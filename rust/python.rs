@@ -25,6 +25,9 @@ use crate::server::routes;
 use crate::telemetry::metrics;
 use crate::tracking::{Query, Tracker};
 
+/// A year: longer waits are mistakes.
+const LONGEST: Duration = Duration::from_secs(365 * 86_400);
+
 /// A router with its options, not yet serving.
 #[pyclass(frozen)]
 struct Server {
@@ -250,8 +253,11 @@ fn json_text(value: &impl Serialize) -> String {
 }
 
 fn seconds(value: f64) -> PyResult<Duration> {
-    Duration::try_from_secs_f64(value).map_err(|error| {
-        PyValueError::new_err(format!("{value} is not a number of seconds >= 0: {error}"))
+    Duration::try_from_secs_f64(value).ok().filter(|value| *value <= LONGEST).ok_or_else(|| {
+        PyValueError::new_err(format!(
+            "{value} is not a number of seconds from 0 to {}",
+            LONGEST.as_secs()
+        ))
     })
 }
 

@@ -249,7 +249,8 @@ def _serve_until_signalled(begin: Callable[[], _core.Server]) -> None:
     try:
         server = begin()
         if received:
-            server.drain()
+            on_signal_before_start = server.stop if len(received) > 1 else server.drain
+            on_signal_before_start()
         _wait(server)
     finally:
         for number, handler in earlier.items():

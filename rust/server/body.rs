@@ -1,6 +1,7 @@
 //! The request's body, whole: it is looked at once and may have to be sent twice.
 
 use std::error::Error as _;
+use std::io;
 use std::time::Duration;
 
 use axum::body::Body;
@@ -16,6 +17,14 @@ use crate::error::{Error, Kind, with_causes};
 /// sending it gets to read the refusal.
 const DRAINED_BYTES_MAX: u64 = 16 << 20;
 const DRAINED_FOR: Duration = Duration::from_secs(2);
+
+/// How a client that left in the middle of its body shows.
+const LEFT: [io::ErrorKind; 4] = [
+    io::ErrorKind::UnexpectedEof,
+    io::ErrorKind::ConnectionReset,
+    io::ErrorKind::ConnectionAborted,
+    io::ErrorKind::BrokenPipe,
+];
 
 /// Memory taken on a client's mere word about its body's length.
 const TRUSTED_LENGTH_MAX: u64 = 1 << 20;
@@ -67,14 +76,18 @@ async fn next(body: &mut Body) -> Result<Option<Bytes>, Error> {
 
 /// A body in bad form, or a client that left.
 fn broken(error: &axum::Error) -> Error {
-    let cause = error.source().and_then(|source| source.downcast_ref::<hyper::Error>());
-    let has_left = cause.is_some_and(|cause| cause.is_incomplete_message() || cause.is_closed());
-    if has_left {
-        Error::new(Kind::Aborted, "client disconnected before its request was complete")
-    } else {
-        let message = format!("the request body is broken: {}", with_causes(error));
-        Error::new(Kind::IncompleteBody, message)
+    let mut source = error.source();
+    while let Some(cause) = source {
+        if cause.downcast_ref::<io::Error>().is_some_and(|cause| LEFT.contains(&cause.kind())) {
+            return Error::new(
+                Kind::Aborted,
+                "client disconnected before its request was complete",
+            );
+        }
+        source = cause.source();
     }
+    let message = format!("the request body is broken: {}", with_causes(error));
+    Error::new(Kind::IncompleteBody, message)
 }
 
 async fn drain(mut body: Body) {

@@ -152,6 +152,9 @@ impl Flight {
     /// The answer goes on to the client from here.
     pub(super) fn relaying(&mut self) -> StatusCode {
         self.is_relayed = true;
+        if let Some(trace) = &mut self.trace {
+            trace.relaying();
+        }
         self.status.unwrap_or_default()
     }
 
@@ -169,9 +172,8 @@ impl Flight {
         }
     }
 
-    /// The last byte of the answer was relayed. `excerpt` is the head of an answer that is an error.
-    pub(super) fn relayed(&mut self, facts: &Facts, excerpt: &str) {
-        let status = self.status.unwrap_or_default();
+    /// What the answer said of itself, as far as it came.
+    pub(super) fn said(&mut self, facts: &Facts) {
         if let Some(trace) = &mut self.trace {
             trace.answer(AnswerFacts {
                 prompt_tokens: facts.prompt_tokens,
@@ -181,6 +183,11 @@ impl Flight {
                 worker_request_id: facts.worker_request_id.as_deref(),
             });
         }
+    }
+
+    /// The last byte of the answer was relayed. `excerpt` is the head of an answer that is an error.
+    pub(super) fn relayed(&mut self, excerpt: &str) {
+        let status = self.status.unwrap_or_default();
         if status.is_success() {
             self.end(Ending { status: Some(status), counted_as: status.as_u16(), error: None });
         } else {
@@ -200,8 +207,10 @@ impl Flight {
     /// The router answers with an error of its own.
     pub(super) fn refuse(mut self, error: &Error) {
         self.id();
-        let (kind, status) = (error.kind, error.kind.http_status());
-        self.fail(Some(status), kind.status(), kind.origin(), &error.message, kind.code());
+        let kind = error.kind;
+        // Who has left is answered nothing.
+        let status = (kind != Kind::Aborted).then(|| kind.http_status());
+        self.fail(status, kind.status(), kind.origin(), &error.message, kind.code());
     }
 
     fn fail(

@@ -22,13 +22,13 @@ use super::relay::Relay;
 use super::request_id::X_REQUEST_ID;
 use super::{App, body, headers};
 use crate::error::{Error, Kind, shown};
-use crate::request::{self, Scan};
+use crate::request;
 use crate::routing::{self, Pick};
 use crate::upstream::answer::is_stream;
 use crate::upstream::{Answer, SendError};
 use crate::workers::{Snapshot, Worker};
 
-/// Scanning takes up to a millisecond per 100 KB; more than this is not done between other requests.
+/// Scanning takes up to a millisecond per 100 KB; what is larger is not scanned or matched between other requests.
 const LARGE_BODY_BYTES: usize = 256 << 10;
 
 /// The `reason` of a request that named its worker itself.
@@ -79,7 +79,7 @@ async fn exchange(
     body: Bytes,
 ) -> Result<hyper::Response<Answer>, Error> {
     let scan_began = Instant::now();
-    let scan = scan(&body);
+    let scan = unhurried(body.len(), || request::scan(&body));
     let scan_took = scan_began.elapsed();
     flight.describe(&scan, trace_id(&head.headers));
 
@@ -102,10 +102,10 @@ async fn exchange(
     let mut failure = None;
     for _ in 0..app.options.attempts_max() {
         let pick_began = Instant::now();
-        let Some(picked) = pick(app, &prompt, pin.as_ref(), &tried, &mut draw)? else { break };
+        let picking = || pick(app, &prompt, pin.as_ref(), &tried, &mut draw);
+        let Some(picked) = unhurried(body.len(), picking)? else { break };
         let worker = picked.worker.clone();
         flight.picked(picked, scan_took + pick_began.elapsed());
-        app.policy.sent(&prompt, worker.index);
 
         let sending = send(flight, &worker, outgoing.towards(&worker));
         match tokio::time::timeout_at(deadline.into(), sending).await {
@@ -118,13 +118,9 @@ async fn exchange(
     Err(failure.unwrap_or_else(|| app.no_available_workers()))
 }
 
-/// A large body is scanned where it holds up no other request.
-fn scan(body: &[u8]) -> Scan<'_> {
-    if body.len() < LARGE_BODY_BYTES {
-        request::scan(body)
-    } else {
-        tokio::task::block_in_place(|| request::scan(body))
-    }
+/// Does what takes long for a large body where it holds up no other request.
+fn unhurried<T>(body_bytes: usize, work: impl FnOnce() -> T) -> T {
+    if body_bytes < LARGE_BODY_BYTES { work() } else { tokio::task::block_in_place(work) }
 }
 
 /// Sends to one worker. The head of a stream goes to the client at once; any other head goes along with the first of
@@ -150,9 +146,13 @@ async fn admit(app: &App, flight: &Flight, pin: Option<&HeaderValue>) -> Result<
         None => !snapshot.routable.is_empty(),
         Some(pin) => pinned(snapshot, pin).is_ok(),
     };
-    let until = flight.arrived_at() + app.options.queue_timeout();
+    let (whole, queue) = (app.options.request_timeout(), app.options.queue_timeout());
+    let until = flight.arrived_at() + whole.min(queue);
     let waiting = app.workers.first_round_or(is_served);
     tokio::time::timeout_at(until.into(), waiting).await.map_err(|_| {
+        if whole <= queue {
+            return timed_out(app);
+        }
         let message = format!(
             "the workers were still being checked after {} s (queue_timeout_secs)",
             app.options.queue_timeout_secs
@@ -195,6 +195,7 @@ fn pick(
     };
     let worker = snapshot.routable[index].clone();
     let in_flight = worker.target.begin();
+    app.policy.sent(request, worker.index);
     Ok(Some(Picked { worker, in_flight, reason: pick.reason, matched_tokens: pick.matched_tokens }))
 }
 

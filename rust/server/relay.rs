@@ -16,7 +16,7 @@ use tokio::time::Sleep;
 use super::flight::Flight;
 use crate::error::with_causes;
 use crate::upstream::Answer;
-use crate::upstream::answer::{Facts, Reader};
+use crate::upstream::answer::Reader;
 
 /// How much of an error answer is kept for the trace.
 const EXCERPT_BYTES_MAX: usize = 400;
@@ -74,11 +74,23 @@ impl Relay {
     }
 
     fn ended(&mut self) {
-        let facts = self.reader.take().map_or_else(Facts::default, Reader::finish);
+        self.tell();
         let excerpt = self.excerpt.take().unwrap_or_default();
         // On one line, whatever the worker wrote.
         let excerpt = String::from_utf8_lossy(&excerpt).replace(char::is_control, " ");
-        self.flight.relayed(&facts, excerpt.trim());
+        self.flight.relayed(excerpt.trim());
+    }
+
+    fn broke(&mut self, message: &str) {
+        self.tell();
+        self.flight.broke(message);
+    }
+
+    /// Also of an answer that is not whole it is known what it said so far.
+    fn tell(&mut self) {
+        if let Some(reader) = self.reader.take() {
+            self.flight.said(&reader.finish());
+        }
     }
 }
 
@@ -98,7 +110,7 @@ impl Body for Relay {
         let this = &mut *self;
         if this.deadline.as_mut().poll(cx).is_ready() {
             let message = format!("the answer had not ended after {} s", this.timeout.as_secs());
-            this.flight.broke(&message);
+            this.broke(&message);
             return Poll::Ready(Some(Err(message.into())));
         }
         let frame = ready!(Pin::new(&mut this.answer).poll_frame(cx));
@@ -113,7 +125,7 @@ impl Body for Relay {
             }
             Some(Err(error)) => {
                 let causes = with_causes(error);
-                this.flight.broke(&format!("the worker's answer broke off: {causes}"));
+                this.broke(&format!("the worker's answer broke off: {causes}"));
             }
             None => this.ended(),
         }
@@ -134,6 +146,8 @@ impl Drop for Relay {
         // An answer without a body is never polled.
         if self.answer.is_end_stream() {
             self.ended();
+        } else {
+            self.tell();
         }
     }
 }

@@ -153,12 +153,17 @@ impl OpenTrace {
         self.at_home(|shard, place| {
             shard.set_status(place, from, Status::Processing);
             shard.edit(place, |record, _| {
-                record.http_status = Some(http_status);
                 if let Some(attempt) = record.attempts.last_mut() {
                     attempt.http_status = Some(http_status);
                 }
             });
         });
+    }
+
+    /// That answer goes on to the client from here.
+    pub fn relaying(&mut self) {
+        let http_status = self.http_status;
+        self.edit(|record, _| record.http_status = http_status);
     }
 
     /// The first byte of the answer's body; later calls change nothing.

@@ -156,16 +156,20 @@ impl Connections {
         Ok(response.map(|body| Answer { body, held: None, lease }))
     }
 
-    /// The connection that was given back last, if it can take a request.
+    /// The connection that was given back last among those that can take a request.
     async fn reusable(&self) -> Option<Connection> {
-        let mut connection = self.newest_usable()?;
-        if !connection.sender.is_ready() {
+        loop {
+            let mut connection = self.newest_usable()?;
+            if connection.sender.is_ready() {
+                return Some(connection);
+            }
             // It was given back when the last byte of its answer was read, which may be a moment before hyper has
-            // declared it ready. One whose request is still being sent, though it was answered, is closed.
+            // declared it ready, or closed. One whose request is still being sent, though it was answered, is dropped.
             let ready = tokio::time::timeout(READY_WITHIN, connection.sender.ready()).await;
-            ready.ok()?.ok()?;
+            if ready.is_ok_and(|ready| ready.is_ok()) {
+                return Some(connection);
+            }
         }
-        Some(connection)
     }
 
     fn newest_usable(&self) -> Option<Connection> {

@@ -25,7 +25,8 @@ pub(super) async fn check_forever(workers: Arc<Workers>, worker: Arc<Worker>) {
     loop {
         let outcome = get(&worker, &options.health_check_endpoint, options.check_timeout()).await;
         let is_unknown = outcome.is_ok() && worker.info.get().is_none();
-        if is_unknown && options.node_id_from == NodeIdFrom::Gpu {
+        let is_named_by_itself = options.node_id_from == NodeIdFrom::Gpu;
+        if is_unknown && is_named_by_itself {
             learn(&worker, options.check_timeout()).await;
         }
         let waited = began.elapsed().as_secs();
@@ -39,7 +40,7 @@ pub(super) async fn check_forever(workers: Arc<Workers>, worker: Arc<Worker>) {
         if std::mem::take(&mut is_first) {
             workers.first_check_ended();
         }
-        if is_unknown && worker.info.get().is_none() {
+        if is_unknown && !is_named_by_itself {
             learn(&worker, options.check_timeout()).await;
         }
         let pause = worker.health.lock().pause(options);

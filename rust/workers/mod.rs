@@ -186,8 +186,10 @@ impl Workers {
 
     /// The outcome of one check.
     fn checked(&self, worker: &Arc<Worker>, outcome: Result<(), String>) {
-        let before = worker.state();
-        let changed = worker.health.lock().checked(outcome.is_ok(), &self.options);
+        let (before, changed) = {
+            let mut health = worker.health.lock();
+            (health.state(), health.checked(outcome.is_ok(), &self.options))
+        };
         if self.first_round_ended() {
             self.name_healthy();
         }

@@ -60,6 +60,7 @@ async fn a_client_that_leaves_within_a_stream() {
     exchange.closed().await;
     let trace = failed(&router, "x", "client disconnected").await;
     assert_eq!(trace["http_status"], 200);
+    assert_eq!(trace["worker_request_id"], "w", "what was said before it left");
     assert!(trace["ttft_ms"].is_f64());
     assert_eq!(router.worker(&worker.url).await["failed"], 0);
 }
@@ -74,7 +75,8 @@ async fn a_client_that_leaves_while_its_request_is_read() {
     router.trace_when("x", "queued").await;
     drop(client);
     let trace = router.trace_when("x", "failed").await;
-    assert!(trace["error_message"].is_string() && trace["worker_url"].is_null());
+    assert_eq!(trace["error_message"], "client disconnected before its request was complete");
+    assert!(trace["http_status"].is_null() && trace["worker_url"].is_null());
     assert!(worker.request_now().is_none());
     router.until_idle().await;
 }

@@ -41,6 +41,15 @@ impl Router {
     pub async fn ready(worker_urls: &[&str], flags: &[&str]) -> Router {
         let router = Router::start(worker_urls, flags);
         router.until_healthy(worker_urls.len()).await;
+        // So that no connection is in use but for what a test asks for.
+        until("workers that have told about themselves", async || {
+            let workers = router.get("/workers").await.json();
+            let told = workers["workers"]
+                .as_array()
+                .is_some_and(|workers| workers.iter().all(|worker| worker["model_id"].is_string()));
+            told.then_some(())
+        })
+        .await;
         router
     }
 

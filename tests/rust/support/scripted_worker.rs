@@ -12,6 +12,9 @@ use tokio::task::{AbortHandle, JoinSet};
 
 use super::{Message, Wire, soon, until};
 
+/// What a worker says of itself, and to whoever checks it.
+const ABOUT_ITSELF: &str = r#"{"model_path":"scripted"}"#;
+
 /// How health checks are answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Health {
@@ -205,7 +208,10 @@ impl Open {
         let health = health.wait_for(|health| *health != Health::Withheld).await;
         let health = *health.expect("the state lives");
         let status = if health == Health::Good { "200 OK" } else { "503 Service Unavailable" };
-        let answer = format!("HTTP/1.1 {status}\r\nconnection: close\r\ncontent-length: 0\r\n\r\n");
+        let answer = format!(
+            "HTTP/1.1 {status}\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{ABOUT_ITSELF}",
+            ABOUT_ITSELF.len()
+        );
         // A router that is gone does not want it any more.
         let _ = self.wire.try_send(answer).await;
     }
