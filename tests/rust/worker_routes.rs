@@ -105,6 +105,7 @@ async fn workers_are_listed_and_found() {
     let router = Router::start(&[&sims.urls[0], &other.url], &[]);
     router.until_healthy(1).await;
     other.until_checked(1).await;
+    router.until_told().await;
     let all = router.json("/workers").await;
     assert_eq!(all["total"], 2);
     let first = &all["workers"][0];

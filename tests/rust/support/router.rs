@@ -42,15 +42,22 @@ impl Router {
         let router = Router::start(worker_urls, flags);
         router.until_healthy(worker_urls.len()).await;
         // So that no connection is in use but for what a test asks for.
+        router.until_told().await;
+        router
+    }
+
+    /// Waits until every healthy worker has told about itself.
+    pub async fn until_told(&self) {
         until("workers that have told about themselves", async || {
-            let workers = router.get("/workers").await.json();
-            let told = workers["workers"]
-                .as_array()
-                .is_some_and(|workers| workers.iter().all(|worker| worker["model_id"].is_string()));
+            let workers = self.get("/workers").await.json();
+            let told = workers["workers"].as_array().is_some_and(|workers| {
+                workers
+                    .iter()
+                    .all(|worker| worker["is_healthy"] == false || worker["model_id"].is_string())
+            });
             told.then_some(())
         })
         .await;
-        router
     }
 
     /// Waits until exactly so many workers may be picked.
