@@ -4,6 +4,13 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+for port in 30001 30002 30003; do
+    if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
+        echo "demo: port $port is taken: stop what listens on it, and run this again" >&2
+        exit 1
+    fi
+done
+
 rm -rf .venv
 make --no-print-directory install
 python=.venv/bin/python
@@ -31,13 +38,6 @@ wait_for() {
 answers() {
     $python -c "import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=1)" "$1"
 }
-
-for port in 30001 30002 30003; do
-    if $python -c "import socket; socket.create_connection(('127.0.0.1', $port), 1)" 2>/dev/null; then
-        echo "demo: port $port is taken: stop what listens on it, and run this again" >&2
-        exit 1
-    fi
-done
 
 echo "== two simulated workers on ports 30002 and 30003"
 $python -m sglang_router_rs sim --ports 30002-30003 >"$log/sim" 2>&1 &

@@ -1,5 +1,6 @@
 //! The command line: `sglang-router-rs launch` and `sglang-router-rs sim`, the same from Python and without it.
 
+use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -53,7 +54,7 @@ pub fn run(argv: &[String], defaults: &[Setting]) -> u8 {
     match outcome {
         Ok(()) => 0,
         Err(error) => {
-            eprintln!("error: {error}");
+            complain(&error.to_string());
             1
         }
     }
@@ -62,15 +63,18 @@ pub fn run(argv: &[String], defaults: &[Setting]) -> u8 {
 /// clap's own words, or why an option is not there yet.
 fn refuse(error: &clap::Error) -> u8 {
     if let Some(name) = options::not_yet(error) {
-        eprintln!(
-            "error: sglang_router_rs {} does not support {name} yet",
-            env!("CARGO_PKG_VERSION")
-        );
+        let version = env!("CARGO_PKG_VERSION");
+        complain(&format!("sglang_router_rs {version} does not support {name} yet"));
     } else {
         // Nothing can be done about a terminal that is gone.
         let _ = error.print();
     }
     u8::try_from(error.exit_code()).unwrap_or(2)
+}
+
+fn complain(error: &str) {
+    // As above.
+    let _ = writeln!(std::io::stderr(), "error: {error}");
 }
 
 fn launch(options: Options) -> anyhow::Result<()> {

@@ -170,8 +170,13 @@ fn raise_descriptor_limit() {
     }
 }
 
-async fn ring_when_ended(serving: impl Future<Output = ()>, app: Arc<App>, ended: Arc<Ended>) {
-    serving.await;
+async fn ring_when_ended(
+    serving: impl Future<Output = ()> + Send + 'static,
+    app: Arc<App>,
+    ended: Arc<Ended>,
+) {
+    // Also a server that ended in a panic has ended.
+    let _ = tokio::spawn(serving).await;
     app.stop();
     *ended.is_ended.lock() = true;
     ended.rung.notify_all();
@@ -195,7 +200,11 @@ fn announce(app: &App, address: SocketAddr) {
         env!("CARGO_PKG_VERSION"),
         app.policy_name()
     );
-    for worker in &app.workers().snapshot().all {
+    let workers = &app.workers().snapshot().all;
+    if workers.is_empty() {
+        tracing::warn!("no workers: every request will be refused; name them with worker_urls");
+    }
+    for worker in workers {
         let name = worker.node_id().unwrap_or("named once it has said its GPU");
         tracing::info!("worker {} is {name}", worker.url);
     }

@@ -9,7 +9,7 @@ import urllib.request
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
 if TYPE_CHECKING:
     import aiohttp
@@ -121,7 +121,20 @@ def pages(ask: Callable[[_Pairs], _Page], limit: int | None, filters: dict[str, 
         return
 
 
+def _base(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.netloc or parts.path.strip("/") or parts.query:
+        raise ValueError(f"{url!r} is not the URL of a router; write http://HOST:PORT, without a path")
+    return url.rstrip("/")
+
+
+def _unreachable(url: str, reason: object) -> OSError:
+    return ConnectionError(f"cannot reach {url}: is the router running there? ({reason})")
+
+
 def _batches(ids: Iterable[str]) -> Iterator[list[str]]:
+    if isinstance(ids, str):
+        raise TypeError(f"ids takes a list of request ids, not the str {ids!r}")
     ids = list(ids)
     for start in range(0, len(ids), _BATCH_MAX):
         yield ids[start : start + _BATCH_MAX]
@@ -136,7 +149,7 @@ class RouterTraceClient:
 
     def __init__(self, url: str, timeout: float = 30, headers: dict[str, str] | None = None) -> None:
         """``timeout`` in seconds per request; ``headers`` go with every request."""
-        self.url = url.rstrip("/")
+        self.url = _base(url)
         self._timeout = timeout
         self._headers = dict(headers or {})
         # A router is asked directly, as by the asynchronous client, whatever proxies the environment names.
@@ -178,6 +191,10 @@ class RouterTraceClient:
         except urllib.error.HTTPError as error:
             with error:
                 return _read(error.code, error.headers, error.read())
+        except urllib.error.URLError as error:
+            if isinstance(error.reason, TimeoutError):
+                raise error.reason from None
+            raise _unreachable(self.url, error.reason) from None
 
 
 class AsyncRouterTraceClient:
@@ -188,7 +205,7 @@ class AsyncRouterTraceClient:
 
     def __init__(self, url: str, timeout: float = 30, headers: dict[str, str] | None = None) -> None:
         """``timeout`` in seconds per request; ``headers`` go with every request."""
-        self.url = url.rstrip("/")
+        self.url = _base(url)
         self._timeout = timeout
         self._headers = dict(headers or {})
         self._session: aiohttp.ClientSession | None = None
@@ -256,6 +273,8 @@ class AsyncRouterTraceClient:
         except asyncio.TimeoutError as error:
             # Before Python 3.11 not an OSError.
             raise TimeoutError(f"{self.url} did not answer within {self._timeout} s") from error
+        except aiohttp.ClientConnectorError as error:
+            raise _unreachable(self.url, error.os_error) from None
         except aiohttp.ServerDisconnectedError as error:
             # The one end of a connection that aiohttp does not count among the OSErrors.
             raise ConnectionResetError(f"{self.url} closed the connection without an answer") from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from . import _core
 from .__main__ import run
@@ -91,8 +91,14 @@ _REFUSED: dict[str, tuple[str | int | None, str]] = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # Without the usage, whose hundred lines would bury it.
+        self.exit(2, f"error: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m sglang_router_rs.launch_router",
         description="Start the router with the command line of sglang_router.launch_router; flags of "
         "`sglang-router-rs launch` are taken too.",

@@ -104,6 +104,7 @@ fn describe(worker: &Worker) -> Value {
         "load": worker.target.in_flight(),
         "node_id": worker.node_id(),
         "state": state.name(),
+        "last_error": worker.last_error(),
         "served": worker.served.load(Ordering::Relaxed),
         "failed": worker.failed.load(Ordering::Relaxed),
         "kv_tokens": info.and_then(|info| info.kv_tokens),

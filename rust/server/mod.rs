@@ -108,7 +108,11 @@ impl App {
             let states: Vec<String> = all
                 .iter()
                 .take(8)
-                .map(|worker| format!("{} is {}", worker.url, worker.state().name()))
+                .map(|worker| {
+                    let why =
+                        worker.last_error().map(|why| format!(" ({why})")).unwrap_or_default();
+                    format!("{} is {}{why}", worker.url, worker.state().name())
+                })
                 .collect();
             format!("none of the {} workers is healthy: {}", all.len(), states.join(", "))
         };

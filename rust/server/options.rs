@@ -53,7 +53,7 @@ pub struct Options {
     pub retry_max_retries: u32,
 
     /// Send each request to one worker only, whatever happens
-    #[arg(long, default_value_t = false, num_args = 0..=1, default_missing_value = "true", action = clap::ArgAction::Set)]
+    #[arg(long, default_value_t = false, num_args = 0..=1, default_missing_value = "true", action = clap::ArgAction::Set, value_parser = clap::builder::BoolishValueParser::new())]
     pub disable_retries: bool,
 
     /// Further POST routes to route and trace, for instance /v1/audio/transcriptions

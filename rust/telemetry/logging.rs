@@ -31,6 +31,8 @@ pub fn subscriber(options: &Options) -> Dispatch {
     let subscriber = tracing_subscriber::fmt()
         .with_max_level(options.log_level)
         .with_writer(std::io::stderr)
+        // A log that nobody reads any more must not end a request.
+        .log_internal_errors(false)
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
         .finish();

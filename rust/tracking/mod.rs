@@ -42,7 +42,7 @@ use store::Store;
 #[group(skip)]
 pub struct Options {
     /// Record which worker served each request, why and how long it took; read at /v1/traces
-    #[arg(long, alias = "enable-request-tracing", default_value_t = false, num_args = 0..=1, default_missing_value = "true", action = clap::ArgAction::Set)]
+    #[arg(long, alias = "enable-request-tracing", default_value_t = false, num_args = 0..=1, default_missing_value = "true", action = clap::ArgAction::Set, value_parser = clap::builder::BoolishValueParser::new())]
     pub enable_request_tracking: bool,
 
     /// Most traces held; when full, the least recently used ended one goes first

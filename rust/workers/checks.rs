@@ -70,7 +70,7 @@ async fn learn(worker: &Worker, timeout: Duration) {
                 if let Some(info) = ServerInfo::parse(&body) {
                     tracing::info!(
                         worker = %worker.url, model = info.model_id, gpu = info.base_gpu_id,
-                        kv_tokens = info.kv_tokens, "worker told about itself"
+                        kv_tokens = info.kv_tokens, "worker reports"
                     );
                     // Only this task sets it.
                     let _ = worker.info.set(info);

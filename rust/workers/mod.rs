@@ -45,6 +45,8 @@ pub struct Worker {
     name: OnceLock<Arc<WorkerName>>,
     info: OnceLock<ServerInfo>,
     health: Mutex<Health>,
+    /// Why its last check failed; None after a good one.
+    last_error: Mutex<Option<String>>,
     /// Rung when a request could not connect, so that it is checked now and not at the end of the interval.
     check_now: Notify,
 }
@@ -66,6 +68,11 @@ impl Worker {
 
     pub fn state(&self) -> State {
         self.health.lock().state()
+    }
+
+    /// Why its last check failed; None after a good one.
+    pub fn last_error(&self) -> Option<String> {
+        self.last_error.lock().clone()
     }
 
     /// Where a path of the router's is on this worker.
@@ -186,6 +193,16 @@ impl Workers {
 
     /// The outcome of one check.
     fn checked(&self, worker: &Arc<Worker>, outcome: Result<(), String>) {
+        let earlier_error = {
+            let error = outcome.as_ref().err().cloned();
+            std::mem::replace(&mut *worker.last_error.lock(), error)
+        };
+        if let Err(why) = &outcome
+            && earlier_error.as_ref() != Some(why)
+        {
+            // Said again only when it is another reason, so that a worker that stays down is quiet.
+            tracing::warn!(worker = %worker.url, "check failed: {why}");
+        }
         let (before, changed) = {
             let mut health = worker.health.lock();
             (health.state(), health.checked(outcome.is_ok(), &self.options))
@@ -202,8 +219,8 @@ impl Workers {
                 (State::Healthy, _) => tracing::info!(
                     node = worker.node_id(), worker = %worker.url, "worker healthy"
                 ),
-                (state, Err(why)) => {
-                    tracing::warn!(worker = %worker.url, "worker {}: {why}", state.name());
+                (state, Err(_)) => {
+                    tracing::warn!(worker = %worker.url, "worker {}", state.name());
                 }
                 (state, Ok(())) => tracing::info!(worker = %worker.url, "worker {}", state.name()),
             }
@@ -222,11 +239,12 @@ impl Workers {
         self.name_healthy();
         self.news.send_replace(());
         let snapshot = self.snapshot();
-        tracing::info!(
-            healthy = snapshot.routable.len(),
-            workers = snapshot.all.len(),
-            "first round of worker checks ended"
-        );
+        let (healthy, workers) = (snapshot.routable.len(), snapshot.all.len());
+        if healthy == 0 {
+            tracing::warn!(workers, "first round of worker checks ended: none is healthy");
+        } else {
+            tracing::info!(healthy, workers, "first round of worker checks ended");
+        }
     }
 
     /// Names and publishes the healthy workers that have no name yet.
@@ -288,6 +306,7 @@ fn new_worker(
         name: OnceLock::new(),
         info: OnceLock::new(),
         health: Mutex::new(Health::new(options)),
+        last_error: Mutex::new(None),
         check_now: Notify::new(),
     }
 }

@@ -54,7 +54,7 @@ pub struct Options {
     pub health_check_endpoint: String,
 
     /// Take every worker for healthy, always
-    #[arg(long, default_value_t = false, num_args = 0..=1, default_missing_value = "true", action = clap::ArgAction::Set)]
+    #[arg(long, default_value_t = false, num_args = 0..=1, default_missing_value = "true", action = clap::ArgAction::Set, value_parser = clap::builder::BoolishValueParser::new())]
     pub disable_health_check: bool,
 }
 

@@ -79,6 +79,9 @@ impl FromStr for WorkerUrl {
                 "{given:?} is not a worker URL: {why}; write http://HOST:PORT, for instance http://localhost:30005"
             )
         };
+        if given.contains(',') {
+            return Err(wrong("it has a comma; several URLs are separated by spaces"));
+        }
         let (scheme, rest) =
             given.split_once("://").ok_or_else(|| wrong("it has no scheme (http://)"))?;
         if scheme.eq_ignore_ascii_case("https") {
@@ -163,6 +166,7 @@ mod tests {
             ("localhost:30005", "no scheme"),
             ("", "no scheme"),
             ("https://h:1", "https"),
+            ("http://a:1,http://b:1", "comma"),
             ("ftp://h:1", "not http"),
             ("http://u:p@h:1", "user information"),
             ("http://h:1?x=1", "query"),
