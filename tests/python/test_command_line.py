@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -115,3 +118,38 @@ def test_a_simulated_worker_counts_and_fails_on_demand() -> None:
         assert ask(f"{first}/generate", {"text": "a", "sampling_params": {"max_new_tokens": 1}}).status == 200
         sim.send(signal.SIGTERM)
         assert sim.end() == 0
+
+
+def test_a_router_whose_log_nobody_reads_any_more_serves_and_ends(sim: Sim) -> None:
+    reader, writer = os.pipe()
+    arguments = ["launch", "--port=0", "--enable-request-tracking", "--worker-urls", *sim.urls]
+    router = subprocess.Popen([sys.executable, "-m", "sglang_router_rs", *arguments], stderr=writer)
+    os.close(writer)
+    try:
+        log = b""
+        while b"first round" not in log:
+            log += os.read(reader, 4096)
+        os.close(reader)
+        found = re.search(rb"on (http://\S+),", log)
+        assert found
+        url = found[1].decode()
+        # A refused request is logged.
+        assert ask(f"{url}/generate", {}, {"x-sglang-target-worker": "nobody"}).status == 400
+        assert generate(url).status == 200
+        router.send_signal(signal.SIGTERM)
+        assert router.wait(30) == 0
+    finally:
+        router.kill()
+        router.wait()
+
+
+def test_a_worker_that_is_not_there_is_told_with_the_reason() -> None:
+    with module("launch", "--port=0", "--worker-urls", "http://127.0.0.1:9") as program:
+        url = program.router_url()
+        program.find("check failed: cannot connect to 127.0.0.1:9")
+        assert "cannot connect" in ask(f"{url}/workers").json()["workers"][0]["last_error"]
+        refused = ask(f"{url}/generate", {})
+        assert refused.status == 503
+        assert "cannot connect" in refused.json()["error"]["message"]
+        program.send(signal.SIGTERM)
+        assert program.end() == 0

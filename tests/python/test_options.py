@@ -230,7 +230,7 @@ def test_an_unknown_option_is_named_wherever_it_stands(tmp_path: Path) -> None:
         ({"port": True}, ValueError, 'port: bad value "true"'),
         ({"port": "http"}, ValueError, 'port: bad value "http"'),
         ({"enable_request_tracking": "maybe"}, ValueError, "enable_request_tracking: .*maybe"),
-        ({"enable_request_tracking": 1}, ValueError, 'enable_request_tracking: bad value "1"'),
+        ({"enable_request_tracking": 2}, ValueError, 'enable_request_tracking: bad value "2"'),
         ({"policy": "best"}, ValueError, "policy: .*best.*random, round_robin"),
         ({"policy": ""}, ValueError, "policy: "),
         ({"max_trace_entries": 0}, ValueError, r'max_trace_entries: bad value "0": .*1\.\.'),
