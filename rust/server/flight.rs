@@ -42,6 +42,8 @@ pub(super) struct Picked {
     pub(super) in_flight: InFlight,
     pub(super) reason: &'static str,
     pub(super) matched_tokens: Option<u32>,
+    /// How long the pick took.
+    pub(super) took: Duration,
 }
 
 impl Flight {
@@ -111,9 +113,10 @@ impl Flight {
         }
     }
 
-    /// A worker was picked.
-    pub(super) fn picked(&mut self, picked: Picked, decision: Duration) {
-        let Picked { worker, in_flight, reason, matched_tokens } = picked;
+    /// A worker was picked, after the body was scanned for as long.
+    pub(super) fn picked(&mut self, picked: Picked, scan_took: Duration) {
+        let Picked { worker, in_flight, reason, matched_tokens, took } = picked;
+        let decision = scan_took + took;
         if let (Some(trace), Some(name)) = (&mut self.trace, worker.name()) {
             trace.routed(name, reason, matched_tokens, decision);
             trace.sent(Instant::now());

@@ -101,11 +101,10 @@ async fn exchange(
     let mut tried = Vec::new();
     let mut failure = None;
     for _ in 0..app.options.attempts_max() {
-        let pick_began = Instant::now();
         let picking = || pick(app, &prompt, pin.as_ref(), &tried, &mut draw);
         let Some(picked) = unhurried(body.len(), picking)? else { break };
         let worker = picked.worker.clone();
-        flight.picked(picked, scan_took + pick_began.elapsed());
+        flight.picked(picked, scan_took);
 
         let sending = send(flight, &worker, outgoing.towards(&worker));
         match tokio::time::timeout_at(deadline.into(), sending).await {
@@ -169,34 +168,50 @@ fn pick(
     tried: &[u32],
     draw: &mut fastrand::Rng,
 ) -> Result<Option<Picked>, Error> {
+    let began = Instant::now();
     let snapshot = app.workers.snapshot();
-    let (index, pick) = if let Some(pin) = pin {
+    let (index, pick) = match pin {
         // It had its chance, and there is no other.
-        if !tried.is_empty() {
-            return Ok(None);
+        Some(_) if !tried.is_empty() => return Ok(None),
+        Some(pin) => {
+            let index = pinned(&snapshot, pin)?;
+            let matched_tokens = app.policy.matched_tokens(request, snapshot.routable[index].index);
+            (index, Pick { index, reason: PINNED, matched_tokens })
         }
-        let index = pinned(&snapshot, pin)?;
-        let matched_tokens = app.policy.matched_tokens(request, snapshot.routable[index].index);
-        (index, Pick { index, reason: PINNED, matched_tokens })
-    } else {
-        let is_left = |index: &usize| !tried.contains(&snapshot.routable[*index].index);
-        let left: Vec<usize> = if tried.is_empty() {
-            vec![]
-        } else {
-            (0..snapshot.routable.len()).filter(is_left).collect()
-        };
-        let some: Vec<_> = left.iter().map(|index| snapshot.targets[*index].clone()).collect();
-        let targets = if tried.is_empty() { &snapshot.targets } else { &some };
-        if targets.is_empty() {
-            return Ok(None);
-        }
-        let pick = app.policy.pick(request, targets, draw);
-        (left.get(pick.index).copied().unwrap_or(pick.index), pick)
+        None => match choose(app, request, &snapshot, tried, draw) {
+            Some(chosen) => chosen,
+            None => return Ok(None),
+        },
     };
+    let took = began.elapsed();
     let worker = snapshot.routable[index].clone();
+    // Counted before the prompt is remembered, which takes longer than the next request's pick.
     let in_flight = worker.target.begin();
     app.policy.sent(request, worker.index);
-    Ok(Some(Picked { worker, in_flight, reason: pick.reason, matched_tokens: pick.matched_tokens }))
+    let Pick { reason, matched_tokens, .. } = pick;
+    Ok(Some(Picked { worker, in_flight, reason, matched_tokens, took }))
+}
+
+/// What the policy picks among the routable workers that were not tried, and its place among all routable ones.
+fn choose(
+    app: &App,
+    request: &routing::Request<'_>,
+    snapshot: &Snapshot,
+    tried: &[u32],
+    draw: &mut fastrand::Rng,
+) -> Option<(usize, Pick)> {
+    if tried.is_empty() && !snapshot.targets.is_empty() {
+        let pick = app.policy.pick(request, &snapshot.targets, draw);
+        return Some((pick.index, pick));
+    }
+    let is_left = |index: &usize| !tried.contains(&snapshot.routable[*index].index);
+    let left: Vec<usize> = (0..snapshot.routable.len()).filter(is_left).collect();
+    let targets: Vec<_> = left.iter().map(|index| snapshot.targets[*index].clone()).collect();
+    if targets.is_empty() {
+        return None;
+    }
+    let pick = app.policy.pick(request, &targets, draw);
+    Some((left[pick.index], pick))
 }
 
 /// Where the worker that a request names stands among the routable ones.
