@@ -82,13 +82,14 @@ def policy_type_py() -> str:
     return "\n".join(lines) + "\n"
 
 
+def page(title: str, lines: list[str]) -> str:
+    """A page of the reference."""
+    return "\n".join([f"# {title}", "", f"<!-- {NOTE} -->", "", *lines]) + "\n"
+
+
 def options_md() -> str:
     """The table of options."""
     lines = [
-        "# Options",
-        "",
-        f"<!-- {NOTE} -->",
-        "",
         "An option is a keyword of `Router(...)`, a flag of `launch` (`max_tree_size` is `--max-tree-size`), an",
         "environment variable (`SGLANG_ROUTER__MAX_TREE_SIZE`; lists and maps with commas) and a flat key of a",
         "TOML or JSON `--config` file. A keyword or flag beats the environment, which beats the file, which beats",
@@ -109,16 +110,12 @@ def options_md() -> str:
         reasons = ", ".join(f"`{reason}`" for reason in policy["reasons"])
         lines.append(f"| `{policy['member']}` | `{policy['name']}` | {policy['rule']} | {reasons} |")
     lines += ["", "A request that names its worker (`x-sglang-target-worker`) has the reason `pinned`."]
-    return "\n".join(lines) + "\n"
+    return page("Options", lines)
 
 
 def errors_md() -> str:
     """The table of errors."""
     lines = [
-        "# Errors",
-        "",
-        f"<!-- {NOTE} -->",
-        "",
         'An error the router makes is `{"error": {"type", "code", "message"}}` with the code in the header',
         "`x-router-error-code` too. A worker's own errors pass through unchanged, without that header.",
         "",
@@ -126,16 +123,12 @@ def errors_md() -> str:
         "|---|---|---|---|",
     ]
     lines += [f"| `{code}` | {status} | {origin} | {meaning} |" for code, status, origin, meaning in _core.errors()]
-    return "\n".join(lines) + "\n"
+    return page("Errors", lines)
 
 
 def metrics_md() -> str:
     """The table of metrics."""
     lines = [
-        "# Metrics",
-        "",
-        f"<!-- {NOTE} -->",
-        "",
         "`GET /metrics` answers in the OpenMetrics text format, which Prometheus reads; counters end in `_total`.",
         "Metrics named `smg_…` mean what `sglang-router` 0.3.2 means by them.",
         "",
@@ -143,15 +136,15 @@ def metrics_md() -> str:
         "|---|---|",
     ]
     lines += [f"| `{name}` | {meaning} |" for name, meaning in _core.metrics()]
-    return "\n".join(lines) + "\n"
+    return page("Metrics", lines)
 
 
 def routes_md() -> str:
     """The table of routes."""
-    lines = ["# Routes", "", f"<!-- {NOTE} -->", "", "| method | path | what |", "|---|---|---|"]
+    lines = ["| method | path | what |", "|---|---|---|"]
     lines += [f"| {method} | `{path}` | {meaning} |" for method, path, meaning in _core.routes()]
     lines += ["", "`extra_routes` adds POST routes that are routed and traced."]
-    return "\n".join(lines) + "\n"
+    return page("Routes", lines)
 
 
 FILES = {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::{Request, State};
-use axum::routing::{MethodRouter, get, post};
+use axum::routing::{MethodFilter, MethodRouter, get, on};
 use hyper::Method;
 
 use super::{App, endpoints, proxy, traces};
@@ -108,25 +108,25 @@ pub(crate) fn metrics_only(app: &Arc<App>) -> Router {
 }
 
 fn handler(method: &Method, path: &str, purpose: Purpose) -> MethodRouter<Arc<App>> {
+    let method = MethodFilter::try_from(method.clone()).expect("axum knows GET and POST");
     match purpose {
         Purpose::Routed => {
             let route: Arc<str> = path.into();
-            debug_assert_eq!(method, Method::POST);
-            post(move |State(app): State<Arc<App>>, request: Request| {
+            on(method, move |State(app): State<Arc<App>>, request: Request| {
                 proxy::proxy(app, route.clone(), request)
             })
         }
-        Purpose::FromWorker => get(endpoints::from_worker),
-        Purpose::EngineMetrics => get(endpoints::engine_metrics),
-        Purpose::Alive => get(endpoints::alive),
-        Purpose::Readiness => get(endpoints::readiness),
-        Purpose::Metrics => get(endpoints::metrics),
-        Purpose::Workers => get(endpoints::workers),
-        Purpose::Worker => get(endpoints::worker),
-        Purpose::Trace => get(traces::one),
-        Purpose::TraceBatch => post(traces::batch),
-        Purpose::Traces => get(traces::list),
-        Purpose::TraceStats => get(traces::stats),
+        Purpose::FromWorker => on(method, endpoints::from_worker),
+        Purpose::EngineMetrics => on(method, endpoints::engine_metrics),
+        Purpose::Alive => on(method, endpoints::alive),
+        Purpose::Readiness => on(method, endpoints::readiness),
+        Purpose::Metrics => on(method, endpoints::metrics),
+        Purpose::Workers => on(method, endpoints::workers),
+        Purpose::Worker => on(method, endpoints::worker),
+        Purpose::Trace => on(method, traces::one),
+        Purpose::TraceBatch => on(method, traces::batch),
+        Purpose::Traces => on(method, traces::list),
+        Purpose::TraceStats => on(method, traces::stats),
     }
 }
 
@@ -138,13 +138,13 @@ pub(super) fn parse_extra(path: &str) -> Result<String, String> {
     if !is_path {
         return Err(format!("{path:?} is not a plain path like /v1/audio/transcriptions"));
     }
-    let is_ours = |declared: &&(Method, &str, Purpose)| {
-        declared.1 == path || (path.starts_with("/v1/traces/") || path.starts_with("/workers/"))
-    };
-    match ROUTES.iter().find(is_ours) {
-        Some(_) => Err(format!("{path} is a route of the router already")),
-        None => Ok(path.to_owned()),
+    let is_ours = path.starts_with("/v1/traces/")
+        || path.starts_with("/workers/")
+        || ROUTES.iter().any(|(_, declared, _)| *declared == path);
+    if is_ours {
+        return Err(format!("{path} is a route of the router already"));
     }
+    Ok(path.to_owned())
 }
 
 async fn not_found(request: Request) -> Error {

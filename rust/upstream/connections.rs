@@ -80,8 +80,8 @@ impl SendError {
 /// Idle connections to one worker, and the way to make new ones.
 #[derive(Debug)]
 pub struct Connections {
-    host: Box<str>,
-    port: u16,
+    /// `HOST:PORT`
+    address: Box<str>,
     connect_timeout: Duration,
     /// Newest last. Holds at most as many as were in use at once within that time.
     idle: Mutex<Vec<Idle>>,
@@ -101,9 +101,9 @@ struct Idle {
 }
 
 impl Connections {
-    /// `host` without the brackets of an IPv6 address.
-    pub fn new(host: &str, port: u16, connect_timeout: Duration) -> Arc<Self> {
-        Arc::new(Self { host: host.into(), port, connect_timeout, idle: Mutex::default() })
+    /// `address` is `HOST:PORT`, with the brackets of an IPv6 address.
+    pub fn new(address: &str, connect_timeout: Duration) -> Arc<Self> {
+        Arc::new(Self { address: address.into(), connect_timeout, idle: Mutex::default() })
     }
 
     /// Sends a request and waits for the head of the answer.
@@ -131,7 +131,7 @@ impl Connections {
     ) -> Result<Response<Answer>, SendError> {
         match answered {
             Ok(answer) if answer.status() == StatusCode::SWITCHING_PROTOCOLS => {
-                Err(SendError::Upgrade { address: self.address() })
+                Err(SendError::Upgrade { address: self.address.clone() })
             }
             Ok(answer) => Ok(answer),
             Err(source) => Err(self.no_answer(source)),
@@ -189,15 +189,15 @@ impl Connections {
     }
 
     async fn connect(&self) -> Result<Connection, SendError> {
-        let connecting = TcpStream::connect((&*self.host, self.port));
+        let connecting = TcpStream::connect(&*self.address);
         let stream = tokio::time::timeout(self.connect_timeout, connecting)
             .await
             .map_err(|_| SendError::ConnectTimeout {
-                address: self.address(),
+                address: self.address.clone(),
                 timeout: self.connect_timeout,
             })?
             .and_then(|stream| prepare(&stream).map(|()| stream))
-            .map_err(|source| SendError::Connect { address: self.address(), source })?;
+            .map_err(|source| SendError::Connect { address: self.address.clone(), source })?;
         let received = Arc::new(AtomicU64::new(0));
         let io = TokioIo::new(Counted { stream, received: received.clone() });
         let (sender, connection) =
@@ -209,15 +209,7 @@ impl Connections {
     }
 
     fn no_answer(&self, source: hyper::Error) -> SendError {
-        SendError::NoAnswer { address: self.address(), source }
-    }
-
-    fn address(&self) -> Box<str> {
-        if self.host.contains(':') {
-            format!("[{}]:{}", self.host, self.port).into()
-        } else {
-            format!("{}:{}", self.host, self.port).into()
-        }
+        SendError::NoAnswer { address: self.address.clone(), source }
     }
 }
 

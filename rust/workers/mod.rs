@@ -210,22 +210,20 @@ impl Workers {
         if self.first_round_ended() {
             self.name_healthy();
         }
-        if changed && before == State::Unreachable {
+        if !changed {
+            return;
+        }
+        if before == State::Unreachable {
             // Nobody was at its address: it is another process now, with an empty cache.
             self.policy.forget(worker.index);
         }
-        if changed {
-            match (worker.state(), outcome) {
-                (State::Healthy, _) => tracing::info!(
-                    node = worker.node_id(), worker = %worker.url, "worker healthy"
-                ),
-                (state, Err(_)) => {
-                    tracing::warn!(worker = %worker.url, "worker {}", state.name());
-                }
-                (state, Ok(())) => tracing::info!(worker = %worker.url, "worker {}", state.name()),
-            }
-            self.publish();
+        match worker.state() {
+            State::Healthy => tracing::info!(
+                node = worker.node_id(), worker = %worker.url, "worker healthy"
+            ),
+            state => tracing::warn!(worker = %worker.url, "worker {}", state.name()),
         }
+        self.publish();
     }
 
     /// Called once per worker of the start, after its first check.
@@ -299,7 +297,7 @@ fn new_worker(
     Worker {
         index,
         url: url.clone(),
-        connections: Connections::new(url.host(), url.port(), upstream.connect_timeout()),
+        connections: Connections::new(&url.host_and_port(), upstream.connect_timeout()),
         target: Arc::new(Target::new(index, options.weight(url))),
         served: AtomicU64::new(0),
         failed: AtomicU64::new(0),

@@ -27,6 +27,17 @@ async fn two(flags: &[&str]) -> ([ScriptedWorker; 2], Router) {
     (workers, router)
 }
 
+/// A worker that has answered one request, so that the next one finds its connection; nothing is retried.
+async fn warm() -> (ScriptedWorker, Router, Wire) {
+    let mut worker = ScriptedWorker::start().await;
+    let router = Router::ready(&[&worker.url], &["--disable-retries"]).await;
+    let mut client = router.connect().await;
+    post(&mut client, "first").await;
+    worker.request().await.answer(ok("{}")).await;
+    client.answer().await;
+    (worker, router, client)
+}
+
 #[tokio::test]
 async fn a_connection_is_used_again() {
     let mut worker = ScriptedWorker::start().await;
@@ -75,13 +86,7 @@ async fn a_connection_that_ends_with_its_answer_costs_nothing() {
 
 #[tokio::test]
 async fn a_reused_connection_that_ends_silently_is_replaced_once_and_is_no_attempt() {
-    let mut worker = ScriptedWorker::start().await;
-    let router = Router::ready(&[&worker.url], &["--disable-retries"]).await;
-    let mut client = router.connect().await;
-    post(&mut client, "first").await;
-    worker.request().await.answer(ok("{}")).await;
-    client.answer().await;
-
+    let (mut worker, router, mut client) = warm().await;
     post(&mut client, "again").await;
     let lost = worker.request().await;
     let (sent, reused) = (lost.request.clone(), lost.connection);
@@ -102,13 +107,7 @@ async fn a_reused_connection_that_ends_silently_is_replaced_once_and_is_no_attem
 
 #[tokio::test]
 async fn a_reused_connection_is_replaced_only_once() {
-    let mut worker = ScriptedWorker::start().await;
-    let router = Router::ready(&[&worker.url], &["--disable-retries"]).await;
-    let mut client = router.connect().await;
-    post(&mut client, "first").await;
-    worker.request().await.answer(ok("{}")).await;
-    client.answer().await;
-
+    let (mut worker, router, mut client) = warm().await;
     post(&mut client, "lost").await;
     drop(worker.request().await);
     drop(worker.request().await);
