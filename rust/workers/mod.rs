@@ -5,7 +5,9 @@
 //!
 //! Does not choose among workers (`routing`) and does not send requests for clients (`server`).
 
+pub mod breaker;
 mod checks;
+mod gate;
 mod health;
 pub mod node_id;
 mod options;
@@ -23,6 +25,8 @@ use tokio::sync::{Notify, watch};
 
 use crate::routing::{Policy, Target, WorkerName};
 use crate::upstream::{self, Connections};
+use gate::Limiting;
+pub use gate::{Gate, Pass};
 use health::Health;
 pub use health::State;
 use node_id::{NodeIdFrom, NodeIds, Unnamed};
@@ -42,6 +46,7 @@ pub struct Worker {
     pub served: AtomicU64,
     /// Requests that failed on it.
     pub failed: AtomicU64,
+    pub gate: Arc<Gate>,
     name: OnceLock<Arc<WorkerName>>,
     info: OnceLock<ServerInfo>,
     health: Mutex<Health>,
@@ -122,6 +127,8 @@ pub struct Workers {
     has_first_round_ended: AtomicBool,
     /// Changes with every snapshot and at the end of the first round.
     news: watch::Sender<()>,
+    /// How many workers' breakers limit what may be picked.
+    limiting: Limiting,
     /// Told when what it believes of a worker is void.
     policy: Arc<dyn Policy>,
 }
@@ -133,9 +140,10 @@ impl Workers {
         upstream: &upstream::Options,
         policy: Arc<dyn Policy>,
     ) -> Arc<Self> {
+        let limiting = Limiting::default();
         let all: Vec<Arc<Worker>> = (0..)
             .zip(&options.worker_urls)
-            .map(|(index, url)| Arc::new(new_worker(index, url, &options, upstream)))
+            .map(|(index, url)| Arc::new(new_worker(index, url, &options, upstream, &limiting)))
             .collect();
         let unchecked = if options.disable_health_check { 0 } else { all.len() };
         let workers = Arc::new(Self {
@@ -143,6 +151,7 @@ impl Workers {
             unchecked: AtomicUsize::new(unchecked),
             has_first_round_ended: AtomicBool::new(unchecked == 0),
             news: watch::Sender::new(()),
+            limiting,
             policy,
             snapshot: ArcSwap::from_pointee(Snapshot { all, ..Snapshot::default() }),
             options,
@@ -157,6 +166,11 @@ impl Workers {
 
     pub fn snapshot(&self) -> Arc<Snapshot> {
         self.snapshot.load_full()
+    }
+
+    /// Whether a worker's breaker keeps it, or may keep it, from being picked.
+    pub fn is_any_limited(&self) -> bool {
+        self.limiting.load(Ordering::Acquire) > 0
     }
 
     /// Checks all workers until the runtime ends.
@@ -293,6 +307,7 @@ fn new_worker(
     url: &WorkerUrl,
     options: &Options,
     upstream: &upstream::Options,
+    limiting: &Limiting,
 ) -> Worker {
     Worker {
         index,
@@ -301,6 +316,7 @@ fn new_worker(
         target: Arc::new(Target::new(index, options.weight(url))),
         served: AtomicU64::new(0),
         failed: AtomicU64::new(0),
+        gate: Gate::new(url.as_str(), options.breaker, limiting.clone()),
         name: OnceLock::new(),
         info: OnceLock::new(),
         health: Mutex::new(Health::new(options)),
