@@ -405,6 +405,7 @@ fn shape(arg: &Arg) -> Shape {
         TypeId::of::<u16>(),
         TypeId::of::<u32>(),
         TypeId::of::<u64>(),
+        TypeId::of::<i64>(),
         TypeId::of::<usize>(),
     ]) {
         Shape::Integer

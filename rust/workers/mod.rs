@@ -80,6 +80,16 @@ impl Worker {
         self.last_error.lock().clone()
     }
 
+    /// Why it may not be picked, in words that follow its name.
+    pub fn why_not(&self) -> String {
+        let state = self.state();
+        if state == State::Healthy {
+            return format!("has its circuit breaker {}", self.gate.state().name());
+        }
+        let why = self.last_error().map(|why| format!(" ({why})")).unwrap_or_default();
+        format!("is {}{why}", state.name())
+    }
+
     /// Where a path of the router's is on this worker.
     pub fn uri(&self, path: &PathAndQuery) -> Uri {
         if self.url.base_path().is_empty() {
