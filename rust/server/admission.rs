@@ -66,7 +66,9 @@ pub(super) struct Admission {
 /// A request's right to be in flight; dropping it lets the next one in.
 #[derive(Debug)]
 #[must_use = "the slot is taken only while this is held"]
-pub(super) struct Slot(#[expect(dead_code, reason = "held for its drop")] Option<OwnedSemaphorePermit>);
+pub(super) struct Slot(
+    #[expect(dead_code, reason = "held for its drop")] Option<OwnedSemaphorePermit>,
+);
 
 impl Admission {
     pub(super) fn new(options: &Options) -> Self {

@@ -135,7 +135,8 @@ fn check_coding(headers: &HeaderMap) -> Result<(), Error> {
     if codings.all(|coding| coding.as_bytes().trim_ascii().eq_ignore_ascii_case(b"chunked")) {
         return Ok(());
     }
-    let message = "the request's transfer-encoding is not chunked alone, the only one the router knows";
+    let message =
+        "the request's transfer-encoding is not chunked alone, the only one the router knows";
     Err(Error::new(Kind::IncompleteBody, message))
 }
 
@@ -270,7 +271,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_coding_that_is_not_known_is_refused() {
-        for (coding, is_known) in [("chunked", true), ("Chunked ", true), ("gzip, chunked", false)] {
+        for (coding, is_known) in [("chunked", true), ("Chunked ", true), ("gzip, chunked", false)]
+        {
             let headers = [(header::TRANSFER_ENCODING, coding.parse().expect("a value"))];
             let headers = headers.into_iter().collect();
             let read = read(&headers, Body::from("x"), 5, &Budget::new(9)).await;

@@ -33,7 +33,10 @@ const HEAD_WITHIN: Duration = Duration::from_secs(120);
 pub(crate) enum Order {
     Serve,
     /// From `from` on take nothing new; what is in flight has until `until`.
-    Drain { from: Instant, until: Instant },
+    Drain {
+        from: Instant,
+        until: Instant,
+    },
     /// Cut everything.
     Stop,
 }

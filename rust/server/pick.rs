@@ -43,8 +43,7 @@ impl Wish<'_> {
     /// Whether an attempt would go to a worker that was not tried.
     pub(super) fn has_untried(&self, app: &App) -> bool {
         let is_untried = |worker: &Arc<Worker>| {
-            !self.failed_on.contains(&worker.index)
-                && worker.gate.fitness(now()) != Fitness::Barred
+            !self.failed_on.contains(&worker.index) && worker.gate.fitness(now()) != Fitness::Barred
         };
         self.pin.is_none() && app.workers.snapshot().routable.iter().any(is_untried)
     }

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use hyper::header::{self, HeaderMap};
 use hyper::StatusCode;
+use hyper::header::{self, HeaderMap};
 
 use crate::workers::breaker::Outcome;
 
@@ -104,7 +104,9 @@ mod tests {
     #[test]
     fn pauses_grow_up_to_their_bound_with_jitter_around_them() {
         let mut draw = fastrand::Rng::with_seed(7);
-        for (pauses, even_ms) in [(0, 50.0), (1, 75.0), (2, 112.5), (9, 1000.0), (4_000_000, 1000.0)] {
+        for (pauses, even_ms) in
+            [(0, 50.0), (1, 75.0), (2, 112.5), (9, 1000.0), (4_000_000, 1000.0)]
+        {
             for _ in 0..100 {
                 let ms = OPTIONS.backoff(pauses, &mut draw).as_secs_f64() * 1e3;
                 assert!((0.8 * even_ms..=1.2 * even_ms).contains(&ms), "{pauses}: {ms}");
