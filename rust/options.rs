@@ -53,7 +53,6 @@ const NOT_YET: &[&str] = &[
     "cors_allowed_origins",
     "log_dir",
     "log_json",
-    "prometheus_duration_buckets",
     "trace_candidates",
     "trace_log",
     "trace_log_keep",

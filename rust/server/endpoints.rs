@@ -18,9 +18,9 @@ use hyper::{HeaderMap, StatusCode};
 use serde_json::{Value, json};
 
 use super::engine_metrics::Merge;
-use super::{App, headers};
+use super::{App, headers, scrape};
 use crate::error::{Error, Kind, shown};
-use crate::telemetry::metrics::{CONTENT_TYPE, WorkerLabels};
+use crate::telemetry::metrics::CONTENT_TYPE;
 use crate::workers::{State as Health, Worker};
 
 /// The largest answer taken from a worker that is asked about itself.
@@ -51,17 +51,8 @@ pub(super) async fn readiness(State(app): State<Arc<App>>) -> Response {
 }
 
 pub(super) async fn metrics(State(app): State<Arc<App>>) -> Response {
-    for worker in &app.workers.snapshot().all {
-        let labels = WorkerLabels { worker: worker.url.to_string() };
-        let in_flight = i64::from(worker.target.in_flight());
-        app.metrics.active.get_or_create(&labels).set(in_flight);
-        app.metrics.running.get_or_create(&labels).set(in_flight);
-        app.metrics.health.get_or_create(&labels).set(i64::from(worker.is_routable()));
-    }
-    if let Some(tracker) = &app.tracker {
-        app.metrics.traces_held.set(tracker.stats().active_traces as i64);
-    }
-    ([(header::CONTENT_TYPE, CONTENT_TYPE)], app.metrics.render()).into_response()
+    let text = app.metrics.render(&scrape::read(&app).await);
+    ([(header::CONTENT_TYPE, CONTENT_TYPE)], text).into_response()
 }
 
 pub(super) async fn workers(State(app): State<Arc<App>>) -> Json<Value> {

@@ -18,6 +18,7 @@ mod relay;
 mod request_id;
 mod retry;
 pub mod routes;
+mod scrape;
 mod traces;
 
 use std::sync::Arc;
@@ -58,7 +59,7 @@ pub(crate) struct App {
     draws: Draws,
     /// None when request tracking is off.
     tracker: Option<Arc<Tracker>>,
-    metrics: Metrics,
+    metrics: Arc<Metrics>,
     request_ids: RequestIds,
     admission: Admission,
     budget: Arc<Budget>,
@@ -80,13 +81,13 @@ impl App {
             admission: Admission::new(&options.admission),
             budget: Budget::new(options.max_buffered_bytes),
             in_flight: Arc::default(),
+            metrics: Arc::new(Metrics::new(&options.metrics)),
             options,
             workers,
             policy,
             policy_name: routing.policy.name(),
             draws: Draws::new(routing.seed),
             tracker,
-            metrics: Metrics::default(),
             is_draining: AtomicBool::new(false),
             is_stopped: AtomicBool::new(false),
         }

@@ -6,6 +6,7 @@ use hyper::header::HeaderName;
 
 use super::relay::Patience;
 use super::{admission, retry, routes};
+use crate::telemetry::metrics;
 
 /// Which headers of an answer say who gave it.
 #[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,6 +83,9 @@ pub struct Options {
     /// Address of that second listener
     #[arg(long, default_value = "127.0.0.1")]
     pub prometheus_host: String,
+
+    #[command(flatten)]
+    pub metrics: metrics::Options,
 }
 
 impl Options {
@@ -92,7 +96,7 @@ impl Options {
                 return Err(("extra_routes", format!("{path} is named twice")));
             }
         }
-        Ok(())
+        self.metrics.check()
     }
 
     pub fn request_timeout(&self) -> Duration {

@@ -9,6 +9,7 @@ use hyper::Method;
 
 use super::{App, endpoints, proxy, traces};
 use crate::error::{Error, Kind, shown};
+use crate::telemetry::metrics::Route;
 
 /// What answers a route.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,10 +92,10 @@ pub const ROUTES: &[(Method, &str, Purpose)] = &[
 pub(crate) fn router(app: &Arc<App>) -> Router {
     let mut router = Router::new();
     for (method, path, purpose) in ROUTES {
-        router = router.route(path, handler(method, path, *purpose));
+        router = router.route(path, handler(app, method, path, *purpose));
     }
     for path in &app.options.extra_routes {
-        router = router.route(path, handler(&Method::POST, path, Purpose::Routed));
+        router = router.route(path, handler(app, &Method::POST, path, Purpose::Routed));
     }
     router.fallback(not_found).method_not_allowed_fallback(not_allowed).with_state(app.clone())
 }
@@ -107,11 +108,11 @@ pub(crate) fn metrics_only(app: &Arc<App>) -> Router {
         .with_state(app.clone())
 }
 
-fn handler(method: &Method, path: &str, purpose: Purpose) -> MethodRouter<Arc<App>> {
+fn handler(app: &App, method: &Method, path: &str, purpose: Purpose) -> MethodRouter<Arc<App>> {
     let method = MethodFilter::try_from(method.clone()).expect("axum knows GET and POST");
     match purpose {
         Purpose::Routed => {
-            let route: Arc<str> = path.into();
+            let route = Route::new(&app.metrics, path);
             on(method, move |State(app): State<Arc<App>>, request: Request| {
                 proxy::proxy(app, route.clone(), request)
             })

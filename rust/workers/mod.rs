@@ -6,6 +6,7 @@
 //! Does not choose among workers (`routing`) and does not send requests for clients (`server`).
 
 pub mod breaker;
+mod cache_use;
 mod checks;
 mod gate;
 mod health;
@@ -25,6 +26,7 @@ use tokio::sync::{Notify, watch};
 
 use crate::routing::{Policy, Target, WorkerName};
 use crate::upstream::{self, Connections};
+pub use cache_use::CacheUse;
 use gate::Limiting;
 pub use gate::{Gate, Pass};
 use health::Health;
@@ -46,6 +48,9 @@ pub struct Worker {
     pub served: AtomicU64,
     /// Requests that failed on it.
     pub failed: AtomicU64,
+    /// Times it was picked.
+    pub picked: AtomicU64,
+    pub cache: CacheUse,
     pub gate: Arc<Gate>,
     name: OnceLock<Arc<WorkerName>>,
     info: OnceLock<ServerInfo>,
@@ -139,6 +144,8 @@ pub struct Workers {
     news: watch::Sender<()>,
     /// How many workers' breakers limit what may be picked.
     limiting: Limiting,
+    /// Checks that ended well, and that did not.
+    checks: [AtomicU64; 2],
     /// Told when what it believes of a worker is void.
     policy: Arc<dyn Policy>,
 }
@@ -162,6 +169,7 @@ impl Workers {
             has_first_round_ended: AtomicBool::new(unchecked == 0),
             news: watch::Sender::new(()),
             limiting,
+            checks: Default::default(),
             policy,
             snapshot: ArcSwap::from_pointee(Snapshot { all, ..Snapshot::default() }),
             options,
@@ -181,6 +189,11 @@ impl Workers {
     /// Whether a worker's breaker keeps it, or may keep it, from being picked.
     pub fn is_any_limited(&self) -> bool {
         self.limiting.load(Ordering::Acquire) > 0
+    }
+
+    /// Checks so far that ended well, and that did not.
+    pub fn checks(&self) -> [u64; 2] {
+        self.checks.each_ref().map(|count| count.load(Ordering::Relaxed))
     }
 
     /// Checks all workers until the runtime ends.
@@ -217,6 +230,7 @@ impl Workers {
 
     /// The outcome of one check.
     fn checked(&self, worker: &Arc<Worker>, outcome: Result<(), String>) {
+        self.checks[usize::from(outcome.is_err())].fetch_add(1, Ordering::Relaxed);
         let earlier_error = {
             let error = outcome.as_ref().err().cloned();
             std::mem::replace(&mut *worker.last_error.lock(), error)
@@ -326,6 +340,8 @@ fn new_worker(
         target: Arc::new(Target::new(index, options.weight(url))),
         served: AtomicU64::new(0),
         failed: AtomicU64::new(0),
+        picked: AtomicU64::new(0),
+        cache: CacheUse::default(),
         gate: Gate::new(url.as_str(), options.breaker, limiting.clone()),
         name: OnceLock::new(),
         info: OnceLock::new(),
