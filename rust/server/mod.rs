@@ -9,6 +9,7 @@ mod error_response;
 mod flight;
 mod headers;
 mod listen;
+mod membership;
 mod options;
 mod proxy;
 mod relay;
@@ -103,7 +104,8 @@ impl App {
     fn no_available_workers(&self) -> Error {
         let all = &self.workers.snapshot().all;
         let message = if all.is_empty() {
-            "the router has no workers; name them with worker_urls".to_owned()
+            "the router has no workers; name them with worker_urls, or join them with POST /workers"
+                .to_owned()
         } else {
             let states: Vec<String> = all
                 .iter()
