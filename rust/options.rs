@@ -523,7 +523,7 @@ mod tests {
         let options = command_line(&["--port", "3", &file.flag()], &environment).expect("options");
         assert_eq!((options.server.port, options.server.host.as_str()), (3, "e"));
         assert_eq!(options.routing.seed, Some(7));
-        let urls: Vec<_> = options.workers.worker_urls.iter().map(|url| url.as_str()).collect();
+        let urls: Vec<_> = options.workers.worker_urls.iter().map(ToString::to_string).collect();
         assert_eq!(urls, ["http://e:1", "http://e:2"]);
     }
 

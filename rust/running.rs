@@ -15,6 +15,7 @@ use crate::routing;
 use crate::server::{self, App, Order, routes};
 use crate::telemetry::logging;
 use crate::tracking::Tracker;
+use crate::upstream;
 use crate::workers::Workers;
 
 const DESCRIPTORS_WANTED: u64 = 4096;
@@ -190,7 +191,8 @@ fn app(options: Options) -> App {
         .enable_request_tracking
         .then(|| Tracker::new(tracking, options.routing.policy.name()));
     let policy = routing::build(&options.routing);
-    let workers = Workers::new(options.workers, &options.upstream, policy.clone());
+    let network = Arc::new(upstream::Tcp);
+    let workers = Workers::new(options.workers, &options.upstream, policy.clone(), network);
     App::new(options.server, workers, policy, &options.routing, tracker)
 }
 
@@ -203,8 +205,14 @@ fn announce(app: &App, address: SocketAddr) {
         app.policy_name()
     );
     let workers = &app.workers().snapshot().all;
-    if workers.is_empty() {
-        tracing::warn!("no workers: every request will be refused; name them with worker_urls");
+    let mut names = app.workers().dns_names().peekable();
+    if workers.is_empty() && names.peek().is_none() {
+        tracing::warn!(
+            "no workers: requests are refused until some join (worker_urls, or POST /workers)"
+        );
+    }
+    for name in names {
+        tracing::info!("workers join and leave with the addresses of {name}");
     }
     for worker in workers {
         let name = worker.node_id().unwrap_or("named once it has said its GPU");

@@ -80,15 +80,13 @@ pub(super) async fn worker(
 ) -> Result<Json<Value>, Error> {
     let Path(id) = id?;
     let snapshot = app.workers.snapshot();
-    let by_id = snapshot.all.iter().find(|worker| worker.index.to_string() == id);
-    match by_id.or_else(|| snapshot.find(&id)) {
-        Some(worker) => Ok(Json(describe(worker))),
-        None => {
-            let message =
-                format!("no worker has the id or URL {}; GET /workers lists them", shown(&id));
-            Err(Error::new(Kind::NotFound, message))
-        }
-    }
+    snapshot.find_by_id(&id).map(|worker| Json(describe(worker))).ok_or_else(|| no_worker(&id))
+}
+
+/// No worker has this id or URL.
+pub(super) fn no_worker(id: &str) -> Error {
+    let message = format!("no worker has the id or URL {}; GET /workers lists them", shown(id));
+    Error::new(Kind::NotFound, message)
 }
 
 fn describe(worker: &Worker) -> Value {
@@ -97,7 +95,7 @@ fn describe(worker: &Worker) -> Value {
     json!({
         "id": worker.index.to_string(),
         "url": worker.url.as_str(),
-        "model_id": info.and_then(|info| info.model_id.as_deref()),
+        "model_id": info.as_ref().and_then(|info| info.model_id.as_deref()),
         "worker_type": "regular",
         "connection_mode": "HTTP",
         "is_healthy": state == Health::Healthy,
@@ -107,7 +105,7 @@ fn describe(worker: &Worker) -> Value {
         "last_error": worker.last_error(),
         "served": worker.served.load(Ordering::Relaxed),
         "failed": worker.failed.load(Ordering::Relaxed),
-        "kv_tokens": info.and_then(|info| info.kv_tokens),
+        "kv_tokens": info.as_ref().and_then(|info| info.kv_tokens),
     })
 }
 

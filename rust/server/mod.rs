@@ -11,6 +11,7 @@ mod flight;
 mod headers;
 mod in_flight;
 mod listen;
+mod membership;
 mod options;
 mod pick;
 mod proxy;
@@ -127,7 +128,8 @@ impl App {
     fn no_available_workers(&self) -> Error {
         let all = &self.workers.snapshot().all;
         let message = if all.is_empty() {
-            "the router has no workers; name them with worker_urls".to_owned()
+            "the router has no workers; name them with worker_urls, or join them with POST /workers"
+                .to_owned()
         } else {
             let states: Vec<String> = all
                 .iter()

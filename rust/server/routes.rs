@@ -7,7 +7,7 @@ use axum::extract::{Request, State};
 use axum::routing::{MethodFilter, MethodRouter, get, on};
 use hyper::Method;
 
-use super::{App, endpoints, proxy, traces};
+use super::{App, endpoints, membership, proxy, traces};
 use crate::error::{Error, Kind, shown};
 
 /// What answers a route.
@@ -23,6 +23,11 @@ pub enum Purpose {
     Metrics,
     Workers,
     Worker,
+    Join,
+    Leave,
+    AddWorker,
+    RemoveWorker,
+    ListWorkers,
     Trace,
     TraceBatch,
     Traces,
@@ -41,6 +46,11 @@ impl Purpose {
             Purpose::Metrics => "the router's metrics, Prometheus text",
             Purpose::Workers => "all workers",
             Purpose::Worker => "one worker, by id or URL-encoded URL",
+            Purpose::Join => "a worker joins; 202 at once",
+            Purpose::Leave => "a worker leaves, by id or URL-encoded URL; 202 at once",
+            Purpose::AddWorker => "the worker `?url=` joins; 200 once it may be picked",
+            Purpose::RemoveWorker => "the worker `?url=` leaves; 200, not picked any more",
+            Purpose::ListWorkers => "the URLs of the workers that do not leave",
             Purpose::Trace => "one trace, by request id",
             Purpose::TraceBatch => "traces of many request ids",
             Purpose::Traces => "a listing or an export of traces",
@@ -80,6 +90,11 @@ pub const ROUTES: &[(Method, &str, Purpose)] = &[
     (Method::GET, "/metrics", Purpose::Metrics),
     (Method::GET, "/workers", Purpose::Workers),
     (Method::GET, "/workers/{id}", Purpose::Worker),
+    (Method::POST, "/workers", Purpose::Join),
+    (Method::DELETE, "/workers/{id}", Purpose::Leave),
+    (Method::POST, "/add_worker", Purpose::AddWorker),
+    (Method::POST, "/remove_worker", Purpose::RemoveWorker),
+    (Method::GET, "/list_workers", Purpose::ListWorkers),
     (Method::GET, "/v1/traces", Purpose::Traces),
     (Method::GET, "/v1/traces/stats", Purpose::TraceStats),
     (Method::POST, "/v1/traces/batch", Purpose::TraceBatch),
@@ -108,7 +123,7 @@ pub(crate) fn metrics_only(app: &Arc<App>) -> Router {
 }
 
 fn handler(method: &Method, path: &str, purpose: Purpose) -> MethodRouter<Arc<App>> {
-    let method = MethodFilter::try_from(method.clone()).expect("axum knows GET and POST");
+    let method = MethodFilter::try_from(method.clone()).expect("axum knows GET, POST and DELETE");
     match purpose {
         Purpose::Routed => {
             let route: Arc<str> = path.into();
@@ -123,6 +138,11 @@ fn handler(method: &Method, path: &str, purpose: Purpose) -> MethodRouter<Arc<Ap
         Purpose::Metrics => on(method, endpoints::metrics),
         Purpose::Workers => on(method, endpoints::workers),
         Purpose::Worker => on(method, endpoints::worker),
+        Purpose::Join => on(method, membership::join),
+        Purpose::Leave => on(method, membership::leave),
+        Purpose::AddWorker => on(method, membership::add),
+        Purpose::RemoveWorker => on(method, membership::remove),
+        Purpose::ListWorkers => on(method, membership::list),
         Purpose::Trace => on(method, traces::one),
         Purpose::TraceBatch => on(method, traces::batch),
         Purpose::Traces => on(method, traces::list),
