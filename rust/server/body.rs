@@ -37,10 +37,7 @@ pub(super) async fn read(
 ) -> Result<Bytes, Error> {
     let announced = body.size_hint().lower();
     if announced > max_bytes {
-        // Who waits for a 100 has sent nothing yet.
-        if !headers.contains_key(header::EXPECT) {
-            drain(body).await;
-        }
+        refuse(headers, body).await;
         return Err(too_large(max_bytes));
     }
     let Some(mut first) = next(&mut body).await? else {
@@ -88,6 +85,14 @@ fn broken(error: &axum::Error) -> Error {
     }
     let message = format!("the request body is broken: {}", with_causes(error));
     Error::new(Kind::IncompleteBody, message)
+}
+
+/// Does with a body what has to be done before its request is refused unread.
+pub(super) async fn refuse(headers: &HeaderMap, body: Body) {
+    // Who waits for a 100 has sent nothing yet.
+    if !headers.contains_key(header::EXPECT) {
+        drain(body).await;
+    }
 }
 
 async fn drain(mut body: Body) {

@@ -4,7 +4,7 @@ use axum::Json;
 use axum::extract::rejection::PathRejection;
 use axum::response::{IntoResponse, Response};
 use hyper::StatusCode;
-use hyper::header::HeaderValue;
+use hyper::header::{HeaderValue, WWW_AUTHENTICATE};
 use serde_json::json;
 
 use super::headers::X_ROUTER_ERROR_CODE;
@@ -24,7 +24,12 @@ impl IntoResponse for Error {
         let reason = status.canonical_reason().unwrap_or("Client Closed Request");
         let body = json!({"error": {"type": reason, "code": code, "message": self.message}});
         let header = [(X_ROUTER_ERROR_CODE, HeaderValue::from_static(code))];
-        (status, header, Json(body)).into_response()
+        let mut response = (status, header, Json(body)).into_response();
+        if status == StatusCode::UNAUTHORIZED {
+            let challenge = HeaderValue::from_static("Bearer");
+            response.headers_mut().insert(WWW_AUTHENTICATE, challenge);
+        }
+        response
     }
 }
 

@@ -1,11 +1,15 @@
 //! The HTTP side. `proxy.rs` is the life of a routed request; `routes.rs` declares every route; `listen.rs` accepts
 //! connections and ends in an orderly way.
 
+mod ask;
 mod body;
 mod client_stream;
+mod cors;
+mod doors;
 mod endpoints;
 mod engine_metrics;
 mod error_response;
+mod fan_out;
 mod flight;
 mod headers;
 mod listen;
@@ -14,6 +18,7 @@ mod proxy;
 mod relay;
 mod request_id;
 pub mod routes;
+mod secret;
 mod traces;
 
 use std::sync::Arc;
@@ -27,9 +32,12 @@ use crate::routing::{self, Draws, Policy};
 use crate::telemetry::metrics::Metrics;
 use crate::tracking::Tracker;
 use crate::workers::{Worker, Workers};
+pub use doors::Door;
+use doors::Doors;
 pub(crate) use listen::{Order, listen, serve};
 pub use options::{Options, WorkerHeaders};
 use request_id::RequestIds;
+pub use secret::Secret;
 
 /// One router: what its handlers share.
 pub(crate) struct App {
@@ -42,6 +50,7 @@ pub(crate) struct App {
     tracker: Option<Arc<Tracker>>,
     metrics: Metrics,
     request_ids: RequestIds,
+    doors: Doors,
     is_draining: AtomicBool,
     is_stopped: AtomicBool,
 }
@@ -56,6 +65,7 @@ impl App {
     ) -> Self {
         Self {
             request_ids: RequestIds::new(&options.request_id_headers),
+            doors: Doors::new(&options),
             options,
             workers,
             policy,

@@ -18,8 +18,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwap;
-use hyper::Uri;
+use hyper::header::{AUTHORIZATION, HeaderValue};
 use hyper::http::uri::PathAndQuery;
+use hyper::{HeaderMap, Uri};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 
@@ -47,6 +48,8 @@ pub struct Worker {
     /// Requests that failed on it.
     pub failed: AtomicU64,
     pub gate: Arc<Gate>,
+    /// What it is sent as `authorization`, where a request brings none of its own.
+    authorization: Option<HeaderValue>,
     name: OnceLock<Arc<WorkerName>>,
     info: OnceLock<ServerInfo>,
     health: Mutex<Health>,
@@ -88,6 +91,13 @@ impl Worker {
         let whole = format!("{}{path}", self.url.base_path());
         // Both parts were parsed before, each beginning with a slash.
         whole.parse().unwrap_or_else(|_| path.clone().into())
+    }
+
+    /// Gives a request on its way here the key that this worker asks for, unless it brings one of its own.
+    pub fn authorize(&self, headers: &mut HeaderMap) {
+        if let (Some(key), false) = (&self.authorization, headers.contains_key(AUTHORIZATION)) {
+            headers.insert(AUTHORIZATION, key.clone());
+        }
     }
 
     /// Whether it may be picked.
@@ -134,16 +144,18 @@ pub struct Workers {
 }
 
 impl Workers {
-    /// The workers of the start. None is checked yet.
+    /// The workers of the start, each sent `authorization` where a request brings none. None is checked yet.
     pub fn new(
         options: Options,
         upstream: &upstream::Options,
         policy: Arc<dyn Policy>,
+        authorization: Option<HeaderValue>,
     ) -> Arc<Self> {
         let limiting = Limiting::default();
         let all: Vec<Arc<Worker>> = (0..)
             .zip(&options.worker_urls)
-            .map(|(index, url)| Arc::new(new_worker(index, url, &options, upstream, &limiting)))
+            .map(|(index, url)| new_worker(index, url, &options, upstream, &limiting))
+            .map(|worker| Arc::new(Worker { authorization: authorization.clone(), ..worker }))
             .collect();
         let unchecked = if options.disable_health_check { 0 } else { all.len() };
         let workers = Arc::new(Self {
@@ -317,6 +329,7 @@ fn new_worker(
         served: AtomicU64::new(0),
         failed: AtomicU64::new(0),
         gate: Gate::new(url.as_str(), options.breaker, limiting.clone()),
+        authorization: None,
         name: OnceLock::new(),
         info: OnceLock::new(),
         health: Mutex::new(Health::new(options)),
@@ -343,7 +356,7 @@ mod tests {
 
     fn workers(argv: &[&str]) -> Arc<Workers> {
         let policy = routing::build(&crate::routing::tests::options(&[]).expect("defaults"));
-        Workers::new(options(argv), &upstream::Options { connect_timeout_secs: 1 }, policy)
+        Workers::new(options(argv), &upstream::Options { connect_timeout_secs: 1 }, policy, None)
     }
 
     const TWO: [&str; 3] = ["--worker-urls", "http://a:30001", "http://b:30002"];

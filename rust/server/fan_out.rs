@@ -1,0 +1,110 @@
+//! The routes that ask all workers and answer with what each of them said.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::{Request, State};
+use axum::http::uri::PathAndQuery;
+use axum::response::{IntoResponse, Response};
+use hyper::{HeaderMap, StatusCode};
+use serde_json::{Value, json};
+
+use super::App;
+use super::ask::{Question, ask_each};
+use crate::error::Error;
+
+/// How long a worker may take to empty its cache.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Empties the caches of all workers. What the policy believed of them is void then.
+pub(super) async fn flush_cache(
+    State(app): State<Arc<App>>,
+    request: Request,
+) -> Result<Response, Error> {
+    let workers = app.workers.snapshot().all.clone();
+    if workers.is_empty() {
+        return Err(app.no_available_workers());
+    }
+    let path = request.uri().path_and_query().cloned();
+    let path = path.unwrap_or_else(|| PathAndQuery::from_static("/flush_cache"));
+    let question = Question::post(path, None).within(FLUSH_TIMEOUT);
+    let outcomes = ask_each(&app, &workers, &question, |worker, answer| {
+        if answer.is_ok() {
+            app.policy.forget(worker.index);
+        }
+        (worker.url.to_string(), answer.err())
+    })
+    .await;
+    let (successful, failed): (Vec<_>, Vec<_>) =
+        outcomes.into_iter().partition(|(_, error)| error.is_none());
+    let successful: Vec<_> = successful.into_iter().map(|(url, _)| url).collect();
+    let failed: Vec<_> =
+        failed.into_iter().map(|(url, error)| json!({"worker": url, "error": error})).collect();
+    let mut report = json!({
+        "status": "success",
+        "message": format!("flushed the caches of {} of {} workers", successful.len(), workers.len()),
+        "workers_flushed": successful.len(),
+        "total_http_workers": workers.len(),
+        "total_workers": workers.len(),
+    });
+    if failed.is_empty() {
+        return Ok(Json(report).into_response());
+    }
+    report["status"] = "partial_success".into();
+    report["successful"] = successful.into();
+    report["failed"] = failed.into();
+    Ok((StatusCode::PARTIAL_CONTENT, Json(report)).into_response())
+}
+
+/// How many tokens each worker has in hand, by its own account.
+pub(super) async fn loads(State(app): State<Arc<App>>) -> Json<Value> {
+    let workers = app.workers.snapshot().all.clone();
+    let question = Question::get(PathAndQuery::from_static("/get_load"), HeaderMap::new());
+    let loads = ask_each(&app, &workers, &question, |worker, answer| {
+        match answer.and_then(|body| tokens(&body)) {
+            Ok(load) => json!({"worker": worker.url.as_str(), "load": load}),
+            Err(error) => json!({"worker": worker.url.as_str(), "load": null, "error": error}),
+        }
+    })
+    .await;
+    Json(json!({"workers": loads}))
+}
+
+/// The sum of `num_tokens` over the ranks of a worker: an array with an object for each, or the only one's object.
+fn tokens(body: &[u8]) -> Result<u64, String> {
+    let load: Value = serde_json::from_slice(body)
+        .map_err(|error| format!("/get_load answered no JSON: {error}"))?;
+    let ranks = match &load {
+        Value::Array(ranks) => ranks.as_slice(),
+        rank => std::slice::from_ref(rank),
+    };
+    let tokens = |rank: &Value| rank.get("num_tokens").and_then(Value::as_u64);
+    let sum = ranks.iter().try_fold(0_u64, |sum, rank| sum.checked_add(tokens(rank)?));
+    sum.filter(|_| !ranks.is_empty())
+        .ok_or_else(|| "/get_load answered without num_tokens of each rank".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_are_summed_over_ranks() {
+        assert_eq!(tokens(br#"[{"dp_rank":0,"num_tokens":3},{"num_tokens":4}]"#), Ok(7));
+        assert_eq!(tokens(br#"{"num_tokens":5}"#), Ok(5));
+        for bad in [
+            "",
+            "[]",
+            "{}",
+            "5",
+            "null",
+            "[{}]",
+            "[1]",
+            r#"[{"num_tokens":3},{"num_tokens":-1}]"#,
+            r#"[{"num_tokens":18446744073709551615},{"num_tokens":1}]"#,
+        ] {
+            assert!(tokens(bad.as_bytes()).is_err(), "{bad}");
+        }
+    }
+}
