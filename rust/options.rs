@@ -498,6 +498,36 @@ mod tests {
         assert!(error("trace_ttl_seconds", &["x"]).contains("in 1.."));
         assert!(error("seed", &["-1"]).contains("in 0..=2^64-1"));
         assert!(error("disable_retries", &["maybe"]).contains("disable_retries"));
+        let origin = error("cors_allowed_origins", &["https://a.test/"]);
+        assert!(
+            origin.starts_with("cors_allowed_origins: bad value \"https://a.test/\""),
+            "{origin}"
+        );
+        assert!(origin.contains("such as https://chat.example.org"), "{origin}");
+    }
+
+    #[test]
+    fn a_key_is_shown_nowhere() {
+        let keys = [setting("api_key", &["sesame"]), setting("admin_api_key", &["sesame-2"])];
+        let shown = format!("{:?}", keywords(&keys).expect("keys"));
+        assert!(shown.contains("api_key: Some((hidden))") && !shown.contains("sesame"), "{shown}");
+        let toml = File::new("keys.toml", "port = 1\napi_key = sesame");
+        let json = File::new("keys.json", r#"{"admin_api_key": "sesame "}"#);
+        for (error, place) in [
+            (keywords(&[setting("api_key", &["sesame sesame"])]), "api_key: bad value"),
+            (command_line(&["--api-key", "sesame\t"], &[]), "--api-key"),
+            (
+                command_line(&[], &[("SGLANG_ROUTER__API_KEY", " sesame")]),
+                "SGLANG_ROUTER__API_KEY: ",
+            ),
+            (command_line(&[&toml.flag()], &[]), "line 2, column 11"),
+            (command_line(&[&json.flag()], &[]), "admin_api_key in "),
+            (keywords(&[setting("api_key", &[""])]), "a key is 1 to 512 visible ASCII characters"),
+            (command_line(&["--admin-api-key="], &[]), "a key is 1 to 512 visible ASCII"),
+        ] {
+            let error = error.expect_err(place);
+            assert!(error.contains(place) && !error.contains("sesame"), "{error}");
+        }
     }
 
     #[test]
