@@ -146,8 +146,8 @@ def routes_md() -> str:
         lines.append(f"| {method} | `{path}` | {f'`{key}`' if key else 'none'} | {meaning} |")
     lines += [
         "",
-        "`extra_routes` adds POST routes that are routed and traced; they ask for the `api_key`. A key that is not set is",
-        "not asked for, see [keys.md](keys.md).",
+        "`extra_routes` adds POST routes that are routed and traced; they ask for the `api_key`. A key that is not set",
+        "is not asked for: see [keys.md](keys.md).",
     ]
     return page("Routes", lines)
 

@@ -13,16 +13,22 @@ use serde_json::{Value, json};
 use super::App;
 use super::ask::{Question, ask_each};
 use crate::error::Error;
+use crate::workers::Worker;
 
 /// How long a worker may take to empty its cache.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The workers that such a route asks.
+fn to_ask(app: &App) -> Vec<Arc<Worker>> {
+    app.workers.snapshot().all.clone()
+}
 
 /// Empties the caches of all workers. What the policy believed of them is void then.
 pub(super) async fn flush_cache(
     State(app): State<Arc<App>>,
     request: Request,
 ) -> Result<Response, Error> {
-    let workers = app.workers.snapshot().all.clone();
+    let workers = to_ask(&app);
     if workers.is_empty() {
         return Err(app.no_available_workers());
     }
@@ -59,7 +65,7 @@ pub(super) async fn flush_cache(
 
 /// How many tokens each worker has in hand, by its own account.
 pub(super) async fn loads(State(app): State<Arc<App>>) -> Json<Value> {
-    let workers = app.workers.snapshot().all.clone();
+    let workers = to_ask(&app);
     let question = Question::get(PathAndQuery::from_static("/get_load"), HeaderMap::new());
     let loads = ask_each(&app, &workers, &question, |worker, answer| {
         match answer.and_then(|body| tokens(&body)) {

@@ -95,6 +95,22 @@ def test_a_second_signal_ends_launch_at_once(hanging: Sim) -> None:
             assert program.end() == 0, program.output
 
 
+@pytest.mark.parametrize(
+    ("flags", "is_warned_of"),
+    [
+        (["--host", "0.0.0.0"], True),
+        (["--host", "0.0.0.0", "--api-key", "open-sesame"], False),
+        (["--host", "0.0.0.0", "--admin-api-key", "open-sesame"], False),
+        ([], False),
+    ],
+)
+def test_a_router_open_to_everybody_is_warned_of(flags: list[str], is_warned_of: bool) -> None:
+    with module("launch", "--port", "0", *flags) as program:
+        program.find("no workers: every request will be refused")
+        assert ("no key is set" in program.output) == is_warned_of
+        assert "open-sesame" not in program.output
+
+
 @pytest.mark.parametrize("arguments", [["launch"], ["sim"]])
 def test_a_taken_port_is_named(arguments: list[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:

@@ -148,7 +148,8 @@ def test_keywords_equal_a_file(form: str, given_options: dict[str, Any], tmp_pat
         ):
             other = refusal(read)
             assert other is not None
-            assert str(file) in other
+            # What is wrong with values only together has no one source.
+            assert str(file) in other or other == error
 
 
 def toml(value: Any) -> str:
