@@ -12,7 +12,7 @@ use tracing::Dispatch;
 
 use crate::options::Options;
 use crate::routing;
-use crate::server::{self, App, Order, routes};
+use crate::server::{self, App, Order, Secret, routes};
 use crate::telemetry::logging;
 use crate::tracking::Tracker;
 use crate::upstream;
@@ -192,7 +192,9 @@ fn app(options: Options) -> App {
         .then(|| Tracker::new(tracking, options.routing.policy.name()));
     let policy = routing::build(&options.routing);
     let network = Arc::new(upstream::Tcp);
-    let workers = Workers::new(options.workers, &options.upstream, policy.clone(), network);
+    let authorization = options.server.api_key.as_ref().map(Secret::authorization);
+    let workers =
+        Workers::new(options.workers, &options.upstream, policy.clone(), network, authorization);
     App::new(options.server, workers, policy, &options.routing, tracker)
 }
 
@@ -204,6 +206,12 @@ fn announce(app: &App, address: SocketAddr) {
         env!("CARGO_PKG_VERSION"),
         app.policy_name()
     );
+    if app.options().is_open_to_all() && !address.ip().to_canonical().is_loopback() {
+        tracing::warn!(
+            "no key is set and {address} is not of this machine alone: whoever reaches it may use the workers and \
+             manage them; set api_key and admin_api_key, or let host be 127.0.0.1"
+        );
+    }
     let workers = &app.workers().snapshot().all;
     let mut names = app.workers().dns_names().peekable();
     if workers.is_empty() && names.peek().is_none() {

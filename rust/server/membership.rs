@@ -14,7 +14,7 @@ use hyper::StatusCode;
 use hyper::header::{HeaderValue, LOCATION};
 use serde_json::{Map, Value, json};
 
-use super::{App, body, endpoints};
+use super::{App, Secret, body, endpoints};
 use crate::error::{Error, Kind, shown};
 use crate::routing::check_weight;
 use crate::workers::node_id::check_name;
@@ -22,9 +22,11 @@ use crate::workers::{Joined, Joining, Snapshot, Worker, WorkerUrl};
 
 const BODY_BYTES_MAX: u64 = 64 << 10;
 
-/// What `sglang-router` takes beside `url`, `weight`, `node_id` and `worker_type`, and has no meaning here.
+/// What acts.
+const KNOWN: [&str; 5] = ["url", "weight", "node_id", "api_key", "worker_type"];
+
+/// What `sglang-router` takes beside those, and has no meaning here.
 const WITHOUT_EFFECT: &[&str] = &[
-    "api_key",
     "bootstrap_port",
     "chat_template",
     "cost",
@@ -181,8 +183,9 @@ impl Asked {
             fields.keys().filter(|name| !is_known(name)).map(|name| shown(name)).collect();
         if !unknown.is_empty() {
             return Err(format!(
-                "unknown fields: {}; known are url, weight, node_id, worker_type and, without effect, {}",
+                "unknown fields: {}; known are {} and, without effect, {}",
                 unknown.join(", "),
+                KNOWN.join(", "),
                 WITHOUT_EFFECT.join(", ")
             ));
         }
@@ -202,6 +205,12 @@ impl Asked {
                 .map(|name| check_name(text("node_id", name)?))
                 .transpose()
                 .map_err(|why| format!("node_id: {why}"))?,
+            // The key is not repeated.
+            authorization: given("api_key")
+                .map(|key| Secret::new(key.as_str().unwrap_or_default()))
+                .transpose()
+                .map_err(|why| format!("api_key: {why}"))?
+                .map(|key| key.authorization()),
         };
         let without_effect = WITHOUT_EFFECT.iter().filter(|name| given(name).is_some());
         Ok(Self {
@@ -212,7 +221,7 @@ impl Asked {
 }
 
 fn is_known(name: &str) -> bool {
-    ["url", "weight", "node_id", "worker_type"].contains(&name) || WITHOUT_EFFECT.contains(&name)
+    KNOWN.contains(&name) || WITHOUT_EFFECT.contains(&name)
 }
 
 fn text<'a>(name: &str, value: &'a Value) -> Result<&'a str, String> {

@@ -2,11 +2,15 @@
 //! connections and ends in an orderly way.
 
 mod admission;
+mod ask;
 mod body;
 mod client_stream;
+mod cors;
+mod doors;
 mod endpoints;
 mod engine_metrics;
 mod error_response;
+mod fan_out;
 mod flight;
 mod headers;
 mod in_flight;
@@ -19,6 +23,7 @@ mod relay;
 mod request_id;
 mod retry;
 pub mod routes;
+mod secret;
 mod traces;
 
 use std::sync::Arc;
@@ -35,10 +40,13 @@ use crate::tracking::Tracker;
 use crate::workers::{Worker, Workers};
 use admission::Admission;
 use body::Budget;
+pub use doors::Door;
+use doors::Doors;
 use in_flight::InFlight;
 pub(crate) use listen::{Order, listen, serve};
 pub use options::{Options, WorkerHeaders};
 use request_id::RequestIds;
+pub use secret::Secret;
 
 /// The moment by the clock of the runtime, which tests may pause.
 fn now() -> Instant {
@@ -64,6 +72,7 @@ pub(crate) struct App {
     admission: Admission,
     budget: Arc<Budget>,
     in_flight: Arc<InFlight>,
+    doors: Doors,
     is_draining: AtomicBool,
     is_stopped: AtomicBool,
 }
@@ -81,6 +90,7 @@ impl App {
             admission: Admission::new(&options.admission),
             budget: Budget::new(options.max_buffered_bytes),
             in_flight: Arc::default(),
+            doors: Doors::new(&options),
             options,
             workers,
             policy,

@@ -83,6 +83,8 @@ metrics! {
         "smg_http_responses", "Ended routed requests by status (499: the client left) and the router's own error code";
     request_duration: Histograms<RouteLabels> = durations(),
         "smg_http_request_duration_seconds", "From a routed request's arrival to the last byte of its answer";
+    unauthorized: Counter = Counter::default(),
+        "sgl_router_unauthorized", "Requests refused because they did not have the key that their route asks for";
     active: Family<WorkerLabels, Gauge> = Family::default(),
         "smg_worker_requests_active", "Requests in flight at a worker";
     health: Family<WorkerLabels, Gauge> = Family::default(),

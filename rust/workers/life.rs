@@ -123,10 +123,11 @@ async fn learn(workers: &Workers, worker: &Worker) {
 /// The body of a 2xx answer, or in words why there is none.
 async fn get(worker: &Worker, path: &str, timeout: Duration) -> Result<Bytes, String> {
     let path_and_query: PathAndQuery = path.parse().map_err(|error| format!("{path}: {error}"))?;
-    let request = Request::get(worker.uri(&path_and_query))
+    let mut request = Request::get(worker.uri(&path_and_query))
         .header(header::HOST, worker.url.authority())
         .body(Full::default())
         .map_err(|error| error.to_string())?;
+    worker.authorize(request.headers_mut());
     let exchange = async {
         let answer = worker.connections.send(request).await.map_err(|error| error.to_string())?;
         let status = answer.status();

@@ -22,8 +22,9 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use arc_swap::{ArcSwap, ArcSwapOption};
-use hyper::Uri;
+use hyper::header::{AUTHORIZATION, HeaderValue};
 use hyper::http::uri::PathAndQuery;
+use hyper::{HeaderMap, Uri};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 
@@ -57,6 +58,8 @@ pub struct Worker {
     pub gate: Arc<Gate>,
     /// The name that came with it, if one did.
     given_name: Option<String>,
+    /// What it is sent as `authorization`, where a request brings none of its own.
+    authorization: Option<HeaderValue>,
     name: OnceLock<Arc<WorkerName>>,
     info: ArcSwapOption<ServerInfo>,
     health: Mutex<Health>,
@@ -112,6 +115,13 @@ impl Worker {
         whole.parse().unwrap_or_else(|_| path.clone().into())
     }
 
+    /// Gives a request on its way here the key that this worker asks for, unless it brings one of its own.
+    pub fn authorize(&self, headers: &mut HeaderMap) {
+        if let (Some(key), false) = (&self.authorization, headers.contains_key(AUTHORIZATION)) {
+            headers.insert(AUTHORIZATION, key.clone());
+        }
+    }
+
     /// Whether it may be picked.
     pub fn is_routable(&self) -> bool {
         self.state() == State::Healthy && self.name.get().is_some()
@@ -137,12 +147,14 @@ pub struct Joining {
     pub weight: Option<f64>,
     /// Instead of what `node_ids` and `node_id_from` say.
     pub node_id: Option<String>,
+    /// What it is sent as `authorization`, instead of what the other workers are.
+    pub authorization: Option<HeaderValue>,
 }
 
 impl Joining {
     /// A worker of which nothing is known but its URL.
     pub fn at(url: WorkerUrl) -> Self {
-        Self { url, weight: None, node_id: None }
+        Self { url, weight: None, node_id: None, authorization: None }
     }
 }
 
@@ -194,6 +206,8 @@ pub struct Workers {
     options: Options,
     upstream: upstream::Options,
     network: Arc<dyn Network>,
+    /// The workers' own key, sent where a request brings none.
+    authorization: Option<HeaderValue>,
     snapshot: ArcSwap<Snapshot>,
     /// Taken by whoever names workers or publishes a snapshot, so that snapshots follow each other in order.
     roster: Mutex<Roster>,
@@ -223,12 +237,14 @@ impl Drop for FirstRound {
 }
 
 impl Workers {
-    /// The workers of the start. None is checked yet, and no name is resolved.
+    /// The workers of the start, each sent `authorization` where a request brings none. None is checked yet, and no name
+    /// is resolved.
     pub fn new(
         options: Options,
         upstream: &upstream::Options,
         policy: Arc<dyn Policy>,
         network: Arc<dyn Network>,
+        authorization: Option<HeaderValue>,
     ) -> Arc<Self> {
         let joining: Vec<Joining> = options.urls().cloned().map(Joining::at).collect();
         let has_checks = !options.disable_health_check && !joining.is_empty();
@@ -238,6 +254,7 @@ impl Workers {
             options,
             upstream: upstream.clone(),
             network,
+            authorization,
             snapshot: ArcSwap::default(),
             roster: Mutex::new(Roster { next_index: 0, node_ids }),
             has_first_round_ended: AtomicBool::new(!is_round_needed),
@@ -484,7 +501,7 @@ impl Workers {
     }
 
     fn new_worker(&self, index: u32, joining: Joining) -> Worker {
-        let Joining { url, weight, node_id } = joining;
+        let Joining { url, weight, node_id, authorization } = joining;
         let weight = weight.unwrap_or_else(|| self.options.weight(&url));
         let timeout = self.upstream.connect_timeout();
         Worker {
@@ -496,6 +513,7 @@ impl Workers {
             served: AtomicU64::new(0),
             failed: AtomicU64::new(0),
             given_name: node_id,
+            authorization: authorization.or_else(|| self.authorization.clone()),
             name: OnceLock::new(),
             info: ArcSwapOption::empty(),
             health: Mutex::new(Health::new(&self.options)),

@@ -131,7 +131,7 @@ struct Fleet {
 fn fleet(argv: &[&str]) -> Fleet {
     let (network, policy) = (Arc::new(Scripted::default()), Arc::new(Forgetful::default()));
     let upstream = upstream::Options { connect_timeout_secs: 5 };
-    let workers = Workers::new(options(argv), &upstream, policy.clone(), network.clone());
+    let workers = Workers::new(options(argv), &upstream, policy.clone(), network.clone(), None);
     Fleet { workers, network, policy }
 }
 
@@ -285,7 +285,7 @@ async fn a_worker_joins_once_and_its_index_is_its_own() {
 async fn what_came_with_a_worker_counts_before_the_options() {
     let fleet = fleet(&["--node-ids", "http://a:1=left"]);
     let url: WorkerUrl = "http://a:1".parse().expect("a URL");
-    let joining = Joining { url, weight: Some(2.5), node_id: Some("mine".into()) };
+    let joining = Joining { weight: Some(2.5), node_id: Some("mine".into()), ..Joining::at(url) };
     let worker = fleet.workers.join(joining).expect("room").worker;
     assert_eq!((worker.node_id(), worker.target.weight), (Some("mine"), 2.5));
 }

@@ -8,6 +8,8 @@ mod bytes;
 mod connections;
 mod dependencies;
 mod disconnects;
+mod doors;
+mod fan_out;
 mod listing;
 mod load;
 mod pins;
