@@ -11,11 +11,11 @@ use tokio::sync::watch;
 use tracing::Dispatch;
 
 use crate::options::Options;
-use crate::routing;
+use crate::routing::{self, Policy};
 use crate::server::{self, App, Order, Secret, routes};
 use crate::telemetry::logging;
 use crate::tracking::Tracker;
-use crate::upstream;
+use crate::upstream::{self, Network};
 use crate::workers::Workers;
 
 const DESCRIPTORS_WANTED: u64 = 4096;
@@ -55,7 +55,8 @@ impl Running {
         let address = listener.local_addr()?;
         let request_timeout = options.server.request_timeout();
         raise_descriptor_limit();
-        let app = Arc::new(app(options));
+        let policy = routing::build(&options.routing);
+        let app = Arc::new(app(options, policy, Arc::new(upstream::Tcp)));
         announce(&app, address);
         app.workers().start_checks();
         if let Some(tracker) = app.tracker() {
@@ -185,13 +186,11 @@ async fn ring_when_ended(
     ended.rung.notify_all();
 }
 
-fn app(options: Options) -> App {
+pub(crate) fn app(options: Options, policy: Arc<dyn Policy>, network: Arc<dyn Network>) -> App {
     let tracking = options.tracking;
     let tracker = tracking
         .enable_request_tracking
         .then(|| Tracker::new(tracking, options.routing.policy.name()));
-    let policy = routing::build(&options.routing);
-    let network = Arc::new(upstream::Tcp);
     let authorization = options.server.api_key.as_ref().map(Secret::authorization);
     let workers =
         Workers::new(options.workers, &options.upstream, policy.clone(), network, authorization);

@@ -43,6 +43,8 @@ use body::Budget;
 pub use doors::Door;
 use doors::Doors;
 use in_flight::InFlight;
+#[cfg(test)]
+pub(crate) use listen::serve_connection;
 pub(crate) use listen::{Order, listen, serve};
 pub use options::{Options, WorkerHeaders};
 use request_id::RequestIds;
@@ -165,5 +167,29 @@ impl App {
         {
             headers.insert(headers::X_NODE, node);
         }
+    }
+}
+
+#[cfg(test)]
+impl App {
+    /// Ends the requests in flight with this id, as `POST /abort_request` does.
+    pub(crate) fn abort(&self, id: &str) {
+        self.in_flight.abort(id);
+    }
+
+    /// Requests that have ended, by the metrics.
+    pub(crate) fn answered(&self) -> u64 {
+        let text = self.metrics.render();
+        let lines = text.lines().filter(|line| line.starts_with("smg_http_responses_total{"));
+        let count =
+            |line: &str| line.rsplit(' ').next().and_then(|count| count.parse::<u64>().ok());
+        lines.filter_map(count).sum()
+    }
+
+    /// Nothing is held that belongs to a request.
+    pub(crate) fn assert_idle(&self) {
+        self.admission.assert_idle();
+        assert_eq!(self.budget.taken(), 0, "bytes of bodies");
+        assert!(self.in_flight.is_empty(), "listed requests");
     }
 }
