@@ -90,20 +90,22 @@ impl Running {
         self.app.is_ready()
     }
 
-    /// Takes no new connections; what is in flight has `grace` to end, or less if that was said before. Returns at
-    /// once.
+    /// Is not ready any more, takes no new connections after `shutdown_delay_secs`, and from then on what is in flight
+    /// has `grace` to end, or less if that was said before. Returns at once.
     pub fn drain(&self, grace: Option<Duration>) {
         self.app.drain();
-        let grace = grace.unwrap_or_else(|| self.app.options().grace_period());
-        let until = tokio::time::Instant::now() + grace;
+        let options = self.app.options();
+        let grace = grace.unwrap_or_else(|| options.grace_period());
         self.orders.send_if_modified(|order| {
-            let is_sooner = match *order {
-                Order::Serve => true,
-                Order::Drain(earlier) => until < earlier,
-                Order::Stop => false,
+            let (from, earlier) = match *order {
+                Order::Serve => (tokio::time::Instant::now() + options.shutdown_delay(), None),
+                Order::Drain { from, until } => (from, Some(until)),
+                Order::Stop => return false,
             };
+            let until = from.max(tokio::time::Instant::now()) + grace;
+            let is_sooner = earlier.is_none_or(|earlier| until < earlier);
             if is_sooner {
-                *order = Order::Drain(until);
+                *order = Order::Drain { from, until };
             }
             is_sooner
         });

@@ -1,6 +1,7 @@
 //! The HTTP side. `proxy.rs` is the life of a routed request; `routes.rs` declares every route; `listen.rs` accepts
 //! connections and ends in an orderly way.
 
+mod admission;
 mod body;
 mod client_stream;
 mod endpoints;
@@ -8,17 +9,21 @@ mod engine_metrics;
 mod error_response;
 mod flight;
 mod headers;
+mod in_flight;
 mod listen;
 mod membership;
 mod options;
+mod pick;
 mod proxy;
 mod relay;
 mod request_id;
+mod retry;
 pub mod routes;
 mod traces;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use hyper::HeaderMap;
 use hyper::header::HeaderValue;
@@ -28,9 +33,22 @@ use crate::routing::{self, Draws, Policy};
 use crate::telemetry::metrics::Metrics;
 use crate::tracking::Tracker;
 use crate::workers::{Worker, Workers};
+use admission::Admission;
+use body::Budget;
+use in_flight::InFlight;
 pub(crate) use listen::{Order, listen, serve};
 pub use options::{Options, WorkerHeaders};
 use request_id::RequestIds;
+
+/// The moment by the clock of the runtime, which tests may pause.
+fn now() -> Instant {
+    tokio::time::Instant::now().into_std()
+}
+
+/// Why a request ends that `POST /abort_request` named.
+fn aborted() -> Error {
+    Error::new(Kind::Aborted, "ended by POST /abort_request")
+}
 
 /// One router: what its handlers share.
 pub(crate) struct App {
@@ -43,6 +61,9 @@ pub(crate) struct App {
     tracker: Option<Arc<Tracker>>,
     metrics: Metrics,
     request_ids: RequestIds,
+    admission: Admission,
+    budget: Arc<Budget>,
+    in_flight: Arc<InFlight>,
     is_draining: AtomicBool,
     is_stopped: AtomicBool,
 }
@@ -57,6 +78,9 @@ impl App {
     ) -> Self {
         Self {
             request_ids: RequestIds::new(&options.request_id_headers),
+            admission: Admission::new(&options.admission),
+            budget: Budget::new(options.max_buffered_bytes),
+            in_flight: Arc::default(),
             options,
             workers,
             policy,
@@ -110,13 +134,9 @@ impl App {
             let states: Vec<String> = all
                 .iter()
                 .take(8)
-                .map(|worker| {
-                    let why =
-                        worker.last_error().map(|why| format!(" ({why})")).unwrap_or_default();
-                    format!("{} is {}{why}", worker.url, worker.state().name())
-                })
+                .map(|worker| format!("{} {}", worker.url, worker.why_not()))
                 .collect();
-            format!("none of the {} workers is healthy: {}", all.len(), states.join(", "))
+            format!("none of the {} workers may be picked: {}", all.len(), states.join(", "))
         };
         Error::new(Kind::NoAvailableWorkers, message)
     }

@@ -32,6 +32,8 @@ use crate::error::with_causes;
 const IDLE_MAX: Duration = Duration::from_millis(2500);
 /// How long a connection whose answer has ended may take to be ready for the next request.
 const READY_WITHIN: Duration = Duration::from_millis(5);
+/// How much of a body's head is shown to who asks before it is relayed.
+const BEGUN_BYTES_MAX: usize = 400;
 
 /// What a failed connect says about the other side.
 const OF_THE_PEER: [io::ErrorKind; 6] = [
@@ -62,8 +64,12 @@ pub enum SendError {
 }
 
 impl SendError {
-    /// Whether nobody was found at the address. A want of file descriptors or ports is the router's own and says
-    /// nothing of the worker.
+    /// Whether it says nothing of the worker: a want of file descriptors or ports is the router's own.
+    pub fn is_ours(&self) -> bool {
+        matches!(self, Self::Connect { .. }) && !self.is_unconnected()
+    }
+
+    /// Whether nobody was found at the address.
     pub fn is_unconnected(&self) -> bool {
         match self {
             Self::ConnectTimeout { .. } => true,
@@ -250,6 +256,12 @@ impl Answer {
         let frame = std::future::poll_fn(|cx| Pin::new(&mut *self).poll_frame(cx)).await;
         self.held = frame.transpose().map_err(|source| SendError::BrokenAnswer { source })?;
         Ok(())
+    }
+
+    /// The head of a body that [`Answer::begin`] has waited for, at most 400 bytes.
+    pub fn begun(&self) -> &[u8] {
+        let data = self.held.as_ref().and_then(Frame::data_ref).map_or(&[][..], |data| data);
+        &data[..data.len().min(BEGUN_BYTES_MAX)]
     }
 
     fn end(&mut self) {

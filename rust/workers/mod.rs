@@ -6,7 +6,9 @@
 //!
 //! Does not choose among workers (`routing`) and does not send requests for clients (`server`).
 
+pub mod breaker;
 mod discovery;
+mod gate;
 mod health;
 mod life;
 pub mod node_id;
@@ -27,6 +29,8 @@ use tokio::sync::{Notify, watch};
 
 use crate::routing::{Policy, Target, WorkerName};
 use crate::upstream::{self, Connections, Network};
+use gate::Limiting;
+pub use gate::{Gate, Pass};
 use health::Health;
 pub use health::State;
 use node_id::{NodeIdFrom, NodeIds, Unnamed};
@@ -50,6 +54,7 @@ pub struct Worker {
     pub served: AtomicU64,
     /// Requests that failed on it.
     pub failed: AtomicU64,
+    pub gate: Arc<Gate>,
     /// The name that came with it, if one did.
     given_name: Option<String>,
     name: OnceLock<Arc<WorkerName>>,
@@ -87,6 +92,16 @@ impl Worker {
         self.last_error.lock().clone()
     }
 
+    /// Why it may not be picked, in words that follow its name.
+    pub fn why_not(&self) -> String {
+        let state = self.state();
+        if state == State::Healthy {
+            return format!("has its circuit breaker {}", self.gate.state().name());
+        }
+        let why = self.last_error().map(|why| format!(" ({why})")).unwrap_or_default();
+        format!("is {}{why}", state.name())
+    }
+
     /// Where a path of the router's is on this worker.
     pub fn uri(&self, path: &PathAndQuery) -> Uri {
         if self.url.base_path().is_empty() {
@@ -109,6 +124,7 @@ impl Worker {
 
     /// Another process is behind its URL: what is known of the one before is void.
     fn restarted(&self) {
+        self.gate.reset();
         self.info.store(None);
     }
 }
@@ -184,6 +200,8 @@ pub struct Workers {
     has_first_round_ended: AtomicBool,
     /// Changes with every snapshot and at the end of the first round.
     news: watch::Sender<()>,
+    /// How many workers' breakers limit what may be picked.
+    limiting: Limiting,
     /// Told when what it believes of a worker is void.
     policy: Arc<dyn Policy>,
 }
@@ -224,6 +242,7 @@ impl Workers {
             roster: Mutex::new(Roster { next_index: 0, node_ids }),
             has_first_round_ended: AtomicBool::new(!is_round_needed),
             news: watch::Sender::new(()),
+            limiting: Limiting::default(),
             policy,
         });
         // The options hold no more than may join.
@@ -233,6 +252,11 @@ impl Workers {
 
     pub fn snapshot(&self) -> Arc<Snapshot> {
         self.snapshot.load_full()
+    }
+
+    /// Whether a worker's breaker keeps it, or may keep it, from being picked.
+    pub fn is_any_limited(&self) -> bool {
+        self.limiting.load(Ordering::Acquire) > 0
     }
 
     /// The names whose addresses are workers.
@@ -466,6 +490,7 @@ impl Workers {
         Worker {
             index,
             connections: Connections::new(&url.host_and_port(), timeout, self.network.clone()),
+            gate: Gate::new(url.as_str(), self.options.breaker, self.limiting.clone()),
             url,
             target: Arc::new(Target::new(index, weight)),
             served: AtomicU64::new(0),

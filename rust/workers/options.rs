@@ -60,6 +60,9 @@ pub struct Options {
     /// Take every worker for healthy, always
     #[arg(long, default_value_t = false, num_args = 0..=1, default_missing_value = "true", action = clap::ArgAction::Set, value_parser = clap::builder::BoolishValueParser::new())]
     pub disable_health_check: bool,
+
+    #[command(flatten)]
+    pub breaker: super::breaker::Options,
 }
 
 impl Options {
