@@ -19,7 +19,7 @@ pub enum NodeIdFrom {
     Index,
     /// The URL's host and port
     Host,
-    /// gpu_<base_gpu_id> as the worker's own /get_server_info says; worker_<worker index> where it does not say
+    /// gpu_<base_gpu_id> as the worker's own /server_info says; worker_<worker index> where it does not say
     Gpu,
 }
 

@@ -29,7 +29,7 @@ pub struct Options {
     #[arg(long, num_args = 0.., value_name = "URL=NUMBER", value_parser = parse_weight)]
     pub worker_weights: Vec<(WorkerUrl, f64)>,
 
-    /// Seconds after which a worker that has never been healthy is reported as an error in the log
+    /// Seconds after which a worker that has never been healthy is reported as an error in the log, and /add_worker waits no longer
     #[arg(long, default_value_t = 1800, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub worker_startup_timeout_secs: u64,
 

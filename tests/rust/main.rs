@@ -17,4 +17,5 @@ mod start_up;
 mod streams;
 mod support;
 mod traces;
+mod worker_life;
 mod worker_routes;
