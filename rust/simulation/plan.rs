@@ -107,7 +107,7 @@ impl Ask {
             id: format!("r{number}"),
             stream: rng.bool(),
             chunks: rng.u32(1..30),
-            body_bytes: rng.usize(0..20_000),
+            body_bytes: rng.usize(0..3_000),
             manner: match rng.u8(0..10) {
                 0 => Manner::Slow(millis(rng.u64(1..4_000))),
                 1 | 2 => Manner::Leaves(a_while(rng)),
@@ -130,7 +130,7 @@ fn flags(seed: u64, rng: &mut fastrand::Rng) -> Vec<String> {
         flag("queue-size", &["", "0", "2"]),
         flag("queue-timeout-secs", &["", "1", "5"]),
         flag("rate-limit-tokens-per-second", &["", "", "", "2"]),
-        flag("max-buffered-bytes", &["", "", "30000"]),
+        flag("max-buffered-bytes", &["", "", "5000"]),
         flag("request-timeout-secs", &["5", "30", "60"]),
         flag("stream-stall-timeout-secs", &["1", "3", "60"]),
         flag("retry-max-retries", &["1", "2", "5"]),
