@@ -254,13 +254,14 @@ mod tests {
     #[test]
     fn what_acts_is_read_and_what_does_not_is_named() {
         let body = br#"{"url":"http://a:1/","weight":2,"node_id":"left","worker_type":"regular",
-                        "priority":5,"labels":{"a":"b"},"model_id":null}"#;
+                        "api_key":"k","priority":5,"labels":{"a":"b"},"model_id":null}"#;
         let asked = Asked::parse(body).expect("good");
         assert_eq!(asked.joining.url.as_str(), "http://a:1");
         assert_eq!(
             (asked.joining.weight, asked.joining.node_id.as_deref()),
             (Some(2.0), Some("left"))
         );
+        assert_eq!(asked.joining.authorization.expect("a key"), "Bearer k");
         assert_eq!(asked.without_effect, ["labels", "priority"]);
     }
 
@@ -281,6 +282,8 @@ mod tests {
             (r#"{"url":"http://a:1","node_id":"a b"}"#, "node_id: "),
             (r#"{"url":"http://a:1","node_id":""}"#, "node_id: "),
             (r#"{"url":"http://a:1","node_id":7}"#, "node_id: "),
+            (r#"{"url":"http://a:1","api_key":""}"#, "api_key: a key is"),
+            (r#"{"url":"http://a:1","api_key":7}"#, "api_key: a key is"),
             (r#"{"url":"http://a:1","worker_type":"prefill"}"#, "prefill"),
             (r#"{"url":"http://a:1","worker_type":1}"#, "worker_type: "),
             (r#"{"urls":"http://a:1","x\ny":null}"#, "unknown fields: \"urls\", \"x\\ny\""),

@@ -209,6 +209,33 @@ async fn a_clients_own_key_goes_to_the_worker_and_that_of_administrators_does_no
     assert_eq!(client.answer().await.status(), 200);
 }
 
+#[tokio::test]
+async fn a_worker_may_have_a_key_of_its_own() {
+    let mut first = ScriptedWorker::start().await;
+    let mut second = ScriptedWorker::start().await;
+    let router = Router::start(&[&first.url], &[API]);
+    let key = [("authorization", "Bearer open-sesame")];
+    let joining = format!(r#"{{"url": "{}", "api_key": "its-own"}}"#, second.url);
+    let answer = router.ask(request("POST /workers", &key, joining)).await;
+    assert_eq!(answer.status(), 202);
+    assert!(!answer.text().contains("its-own"), "{}", answer.text());
+    router.until_healthy(2).await;
+    let mut clients = [router.connect().await, router.connect().await];
+    for client in &mut clients {
+        client.send(request("POST /generate", &key, "")).await;
+    }
+    for (worker, sent) in [(&mut first, "Bearer open-sesame"), (&mut second, "Bearer its-own")] {
+        let exchange = worker.request().await;
+        assert_eq!(exchange.request.header("authorization").as_deref(), Some(sent));
+        exchange.answer(ok("{}")).await;
+    }
+    for client in &mut clients {
+        assert_eq!(client.answer().await.status(), 200);
+    }
+    let workers = ask(&router, "GET /workers", &["Bearer open-sesame"]).await.text();
+    assert!(!workers.contains("its-own"), "{workers}");
+}
+
 /// The CORS headers of an answer, in order of their names.
 fn cors(answer: &Message) -> Vec<String> {
     let head = String::from_utf8_lossy(&answer.head).into_owned();

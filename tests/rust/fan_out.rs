@@ -85,6 +85,26 @@ async fn a_flush_that_failed_everywhere_is_no_success() {
 }
 
 #[tokio::test]
+async fn a_worker_that_leaves_is_not_asked() {
+    let mut leaving = ScriptedWorker::start().await;
+    let mut staying = ScriptedWorker::start().await;
+    let router = Router::ready(&[&leaving.url, &staying.url], &[]).await;
+    let mut held = router.connect().await;
+    held.send(request("POST /generate", &[("x-sglang-target-worker", &leaving.url)], "")).await;
+    let exchange = leaving.request().await;
+    assert_eq!(router.ask(request("DELETE /workers/0", &[], "")).await.status(), 202);
+
+    let mut client = router.connect().await;
+    client.send(request("POST /flush_cache", &[], "")).await;
+    staying.request().await.answer(ok("")).await;
+    let report = client.answer().await.json();
+    assert_eq!((&report["status"], &report["total_workers"]), (&"success".into(), &1.into()));
+    assert!(leaving.request_now().is_none());
+    exchange.answer(ok("{}")).await;
+    assert_eq!(held.answer().await.status(), 200);
+}
+
+#[tokio::test]
 async fn without_workers_there_is_nothing_to_flush() {
     let router = Router::start(&[], &[]);
     let answer = router.post("/flush_cache", "").await;
