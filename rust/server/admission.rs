@@ -61,6 +61,8 @@ pub(super) struct Admission {
     turn: Semaphore,
     waiting: AtomicUsize,
     queue_size: usize,
+    #[cfg(test)]
+    limit: Option<usize>,
 }
 
 /// A request's right to be in flight; dropping it lets the next one in.
@@ -78,6 +80,8 @@ impl Admission {
             turn: Semaphore::new(1),
             waiting: AtomicUsize::new(0),
             queue_size: options.queue_size as usize,
+            #[cfg(test)]
+            limit: options.limit(),
         }
     }
 
@@ -122,6 +126,14 @@ impl Admission {
             rate.take(Instant::now()).ok()?;
         }
         Some(Slot(slot))
+    }
+
+    #[cfg(test)]
+    pub(super) fn assert_idle(&self) {
+        assert_eq!(self.waiting(), 0, "requests in the queue");
+        assert_eq!(self.turn.available_permits(), 1, "the turn");
+        let free = self.slots.as_ref().map(|slots| slots.available_permits());
+        assert_eq!(free, self.limit, "free slots");
     }
 
     fn queue_up(&self) -> Result<Place<'_>, Error> {

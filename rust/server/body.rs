@@ -117,11 +117,11 @@ pub(super) async fn read(
     match bytes {
         Ok(bytes) => Ok(Bytes::from_owner(Held { bytes, _share: share })),
         Err(error) => {
-            // Who waits for a 100 has sent nothing yet.
-            let is_sending = matches!(error.kind, Kind::PayloadTooLarge | Kind::Overloaded)
-                && !(announced > max_bytes && headers.contains_key(header::EXPECT));
-            if is_sending {
-                drop(share);
+            drop(share);
+            // Who waits for a 100 has sent nothing yet, unless it was told to go on by then.
+            if announced > max_bytes {
+                refuse(headers, body).await;
+            } else if matches!(error.kind, Kind::PayloadTooLarge | Kind::Overloaded) {
                 drain(body).await;
             }
             Err(error)
@@ -198,6 +198,14 @@ fn broken(error: &axum::Error) -> Error {
     }
     let message = format!("the request body is broken: {}", with_causes(error));
     Error::new(Kind::IncompleteBody, message)
+}
+
+/// Does with a body what has to be done before its request is refused unread.
+pub(super) async fn refuse(headers: &HeaderMap, body: Body) {
+    // Who waits for a 100 has sent nothing yet.
+    if !headers.contains_key(header::EXPECT) {
+        drain(body).await;
+    }
 }
 
 async fn drain(mut body: Body) {

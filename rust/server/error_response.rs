@@ -5,7 +5,7 @@ use axum::extract::rejection::PathRejection;
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use hyper::StatusCode;
-use hyper::header::{HeaderValue, RETRY_AFTER};
+use hyper::header::{HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
 use serde_json::{Value, json};
 
 use super::headers::X_ROUTER_ERROR_CODE;
@@ -38,8 +38,15 @@ impl IntoResponse for Error {
         let header = [(X_ROUTER_ERROR_CODE, HeaderValue::from_static(self.kind.code()))];
         let body = Json(json!({"error": object(&self)}));
         let mut response = (self.kind.http_status(), header, body).into_response();
-        if matches!(self.kind, Kind::QueueFull | Kind::Overloaded) {
-            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+        let headers = response.headers_mut();
+        match self.kind {
+            Kind::QueueFull | Kind::Overloaded => {
+                headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
+            }
+            Kind::Unauthorized => {
+                headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+            }
+            _ => {}
         }
         response
     }

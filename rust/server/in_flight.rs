@@ -81,6 +81,11 @@ impl InFlight {
         (found.len(), workers)
     }
 
+    #[cfg(test)]
+    pub(super) fn is_empty(&self) -> bool {
+        self.shards.iter().all(|shard| shard.lock().is_empty())
+    }
+
     fn shard(&self, id: &str) -> &Shard {
         &self.shards[self.hasher.hash_one(id) as usize % SHARDS]
     }
@@ -120,7 +125,7 @@ mod tests {
         assert_eq!(aborts.each_ref().map(|abort| abort.is_said()), [true, true, false]);
         drop(listed);
         assert_eq!(list.abort("b").0, 0);
-        assert!(list.shards.iter().all(|shard| shard.lock().is_empty()));
+        assert!(list.is_empty());
     }
 
     #[tokio::test]

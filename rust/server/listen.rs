@@ -137,7 +137,7 @@ fn accept(
 }
 
 /// Serves one client until it leaves, or until its connection is idle after `graceful` was shut down.
-fn serve_connection<S>(
+pub(crate) fn serve_connection<S>(
     stream: S,
     router: Router,
     graceful: &GracefulShutdown,

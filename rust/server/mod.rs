@@ -2,15 +2,20 @@
 //! connections and ends in an orderly way.
 
 mod admission;
+mod ask;
 mod body;
 mod client_stream;
+mod cors;
+mod doors;
 mod endpoints;
 mod engine_metrics;
 mod error_response;
+mod fan_out;
 mod flight;
 mod headers;
 mod in_flight;
 mod listen;
+mod membership;
 mod options;
 mod pick;
 mod proxy;
@@ -19,6 +24,7 @@ mod request_id;
 mod retry;
 pub mod routes;
 mod scrape;
+mod secret;
 mod traces;
 
 use std::sync::Arc;
@@ -35,10 +41,15 @@ use crate::tracking::Tracker;
 use crate::workers::{Worker, Workers};
 use admission::Admission;
 use body::Budget;
+pub use doors::Door;
+use doors::Doors;
 use in_flight::InFlight;
+#[cfg(test)]
+pub(crate) use listen::serve_connection;
 pub(crate) use listen::{Order, listen, serve};
 pub use options::{Options, WorkerHeaders};
 use request_id::RequestIds;
+pub use secret::Secret;
 
 /// The moment by the clock of the runtime, which tests may pause.
 fn now() -> Instant {
@@ -64,6 +75,7 @@ pub(crate) struct App {
     admission: Admission,
     budget: Arc<Budget>,
     in_flight: Arc<InFlight>,
+    doors: Doors,
     is_draining: AtomicBool,
     is_stopped: AtomicBool,
 }
@@ -81,6 +93,7 @@ impl App {
             admission: Admission::new(&options.admission),
             budget: Budget::new(options.max_buffered_bytes),
             in_flight: Arc::default(),
+            doors: Doors::new(&options),
             metrics: Arc::new(Metrics::new(&options.metrics)),
             options,
             workers,
@@ -128,7 +141,8 @@ impl App {
     fn no_available_workers(&self) -> Error {
         let all = &self.workers.snapshot().all;
         let message = if all.is_empty() {
-            "the router has no workers; name them with worker_urls".to_owned()
+            "the router has no workers; name them with worker_urls, or join them with POST /workers"
+                .to_owned()
         } else {
             let states: Vec<String> = all
                 .iter()
@@ -154,5 +168,29 @@ impl App {
         {
             headers.insert(headers::X_NODE, node);
         }
+    }
+}
+
+#[cfg(test)]
+impl App {
+    /// Ends the requests in flight with this id, as `POST /abort_request` does.
+    pub(crate) fn abort(&self, id: &str) {
+        self.in_flight.abort(id);
+    }
+
+    /// Requests that have ended, by the metrics.
+    pub(crate) fn answered(&self) -> u64 {
+        let text = self.metrics.render(&crate::telemetry::metrics::Reading::default());
+        let lines = text.lines().filter(|line| line.starts_with("smg_http_responses_total{"));
+        let count =
+            |line: &str| line.rsplit(' ').next().and_then(|count| count.parse::<u64>().ok());
+        lines.filter_map(count).sum()
+    }
+
+    /// Nothing is held that belongs to a request.
+    pub(crate) fn assert_idle(&self) {
+        self.admission.assert_idle();
+        assert_eq!(self.budget.taken(), 0, "bytes of bodies");
+        assert!(self.in_flight.is_empty(), "listed requests");
     }
 }

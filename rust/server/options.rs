@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
-use hyper::header::HeaderName;
+use hyper::header::{HeaderName, HeaderValue};
 
 use super::relay::Patience;
-use super::{admission, retry, routes};
+use super::secret::Secret;
+use super::{admission, cors, retry, routes};
 use crate::telemetry::metrics;
 
 /// Which headers of an answer say who gave it.
@@ -29,6 +30,18 @@ pub struct Options {
     /// Port to listen on; 0 takes a free one
     #[arg(long, default_value_t = 30000)]
     pub port: u16,
+
+    /// Key that clients send as `authorization: Bearer KEY` and that the router sends to workers; not asked for on /health, /liveness, /readiness and /metrics
+    #[arg(long, value_name = "KEY")]
+    pub api_key: Option<Secret>,
+
+    /// Key for the routes that manage workers or read traces, in place of api_key; never sent to a worker
+    #[arg(long, value_name = "KEY")]
+    pub admin_api_key: Option<Secret>,
+
+    /// Origins whose pages may ask the router in a browser, for instance https://chat.example.org; * for all
+    #[arg(long, num_args = 0.., value_name = "ORIGIN", value_parser = cors::parse_origin)]
+    pub cors_allowed_origins: Vec<HeaderValue>,
 
     /// Largest request body in bytes
     #[arg(long, default_value_t = 512 << 20, value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
@@ -97,6 +110,11 @@ impl Options {
             }
         }
         self.metrics.check()
+    }
+
+    /// Whether whoever reaches the router may do everything.
+    pub fn is_open_to_all(&self) -> bool {
+        self.api_key.is_none() && self.admin_api_key.is_none()
     }
 
     pub fn request_timeout(&self) -> Duration {

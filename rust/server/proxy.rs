@@ -253,6 +253,7 @@ impl Outgoing {
         *request.uri_mut() = worker.uri(&self.path);
         *request.headers_mut() = self.headers.clone();
         request.headers_mut().insert(header::HOST, worker.url.authority().clone());
+        worker.authorize(request.headers_mut());
         // Left alone, hyper would say nothing of a body of length 0.
         request.headers_mut().insert(header::CONTENT_LENGTH, self.body.len().into());
         request

@@ -22,7 +22,7 @@ const BATCH_IDS_MAX: usize = 10_000;
 /// Room for that many ids of 256 characters, each escaped and quoted.
 const BATCH_BYTES_MAX: u64 = 16 << 20;
 /// Where the next page begins; absent on the last.
-const X_NEXT_CURSOR: HeaderName = HeaderName::from_static("x-next-cursor");
+pub(super) const X_NEXT_CURSOR: HeaderName = HeaderName::from_static("x-next-cursor");
 
 pub(super) async fn one(
     State(app): State<Arc<App>>,

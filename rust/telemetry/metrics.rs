@@ -243,6 +243,8 @@ metrics! {
         "From a routed request's arrival to the last byte of its answer";
     in_flight: Gauge = Gauge::default(), "smg_http_connections_active",
         "Routed requests that have arrived and not ended, waiting and streaming ones included";
+    unauthorized: Counter = Counter::default(), "sgl_router_unauthorized",
+        "Requests refused because they did not have the key that their route asks for";
     rate_limit: Counters<ResultLabels> = Family::default(), "smg_http_rate_limit",
         "Requests let in (`allowed`), and refused because the queue was full or took too long (`rejected`)";
 
