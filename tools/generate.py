@@ -129,8 +129,9 @@ def errors_md() -> str:
 def metrics_md() -> str:
     """The table of metrics."""
     lines = [
-        "`GET /metrics` answers in the OpenMetrics text format, which Prometheus reads. Metrics named `smg_…` mean what",
-        "`sglang-router` 0.3.2 means by them; `process_…` are of the whole process. How to use them: [monitoring.md](monitoring.md).",
+        "`GET /metrics` answers in the OpenMetrics text format, which Prometheus reads. Metrics named `smg_…` mean",
+        "what `sglang-router` 0.3.2 means by them; `process_…` are of the whole process. How to use them:",
+        "[monitoring.md](monitoring.md).",
         "",
         "| metric | type | labels | meaning |",
         "|---|---|---|---|",

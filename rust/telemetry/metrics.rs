@@ -312,7 +312,7 @@ metrics! {
     processed: Counters<WorkerLabels> = Family::default(), "sgl_router_processed_requests",
         "Requests a worker answered to the end with a 2xx status";
     failed: Counters<WorkerLabels> = Family::default(), "sgl_router_failed_attempts",
-        "Attempts that failed at a worker and by its fault";
+        "Attempts at a worker that failed, those aside that the client gave up or was at fault for";
     attempts: Counters<WorkerLabels> = Family::default(), "sgl_router_attempts",
         "Times a worker was picked, by a policy or by name";
     running: Gauges<WorkerLabels> = Family::default(), "sgl_router_running_requests",
