@@ -50,7 +50,6 @@ const NOT_YET: &[&str] = &[
     "cache_weight",
     "log_dir",
     "log_json",
-    "prometheus_duration_buckets",
     "trace_candidates",
     "trace_log",
     "trace_log_keep",

@@ -208,10 +208,13 @@ fn all_routes() -> Vec<Route> {
     routes::ROUTES.iter().map(row).collect()
 }
 
-/// Every metric: name, kind and meaning.
+/// Every metric: name, kind, labels and meaning.
 #[pyfunction(name = "metrics")]
-fn all_metrics() -> Vec<(&'static str, &'static str)> {
-    metrics::ALL.to_vec()
+fn all_metrics() -> Vec<(String, &'static str, Vec<&'static str>, &'static str)> {
+    let row = |metric: &metrics::Described| {
+        (metric.name(), metric.kind, metric.labels.to_vec(), metric.meaning)
+    };
+    metrics::described().map(row).collect()
 }
 
 #[pymodule]

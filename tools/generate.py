@@ -23,14 +23,14 @@ TYPES = {
     "int": "int",
     "float": "float",
     "str": "str",
-    "list": "Sequence[str]",
+    "list": "Sequence[{item}]",
     "map": "Mapping[str, {item}]",
 }
 
 
 def python_type(option: _core.Option) -> str:
     """The annotation of an option's keyword."""
-    item = "float" if option["name"].endswith("weights") else "str"
+    item = "float" if option["name"].endswith(("weights", "buckets")) else "str"
     return TYPES[option["shape"]].format(item=item) + " | None"
 
 
@@ -129,13 +129,15 @@ def errors_md() -> str:
 def metrics_md() -> str:
     """The table of metrics."""
     lines = [
-        "`GET /metrics` answers in the OpenMetrics text format, which Prometheus reads; counters end in `_total`.",
-        "Metrics named `smg_…` mean what `sglang-router` 0.3.2 means by them.",
+        "`GET /metrics` answers in the OpenMetrics text format, which Prometheus reads. Metrics named `smg_…` mean",
+        "what `sglang-router` 0.3.2 means by them; `process_…` are of the whole process. How to use them:",
+        "[monitoring.md](monitoring.md).",
         "",
-        "| metric | meaning |",
-        "|---|---|",
+        "| metric | type | labels | meaning |",
+        "|---|---|---|---|",
     ]
-    lines += [f"| `{name}` | {meaning} |" for name, meaning in _core.metrics()]
+    for name, kind, labels, meaning in _core.metrics():
+        lines.append(f"| `{name}` | {kind} | {', '.join(f'`{label}`' for label in labels)} | {meaning} |")
     return page("Metrics", lines)
 
 

@@ -39,15 +39,26 @@ class RouterOptions(TypedDict, total=False):
     max_payload_size: int | None
     request_timeout_secs: int | None
     shutdown_grace_period_secs: int | None
+    shutdown_delay_secs: int | None
     request_id_headers: Sequence[str] | None
+    stream_stall_timeout_secs: int | None
+    max_buffered_bytes: int | None
+    max_concurrent_requests: int | None
+    queue_size: int | None
     queue_timeout_secs: int | None
+    rate_limit_tokens_per_second: int | None
     retry_max_retries: int | None
+    retry_initial_backoff_ms: int | None
+    retry_max_backoff_ms: int | None
+    retry_backoff_multiplier: float | None
+    retry_jitter_factor: float | None
     disable_retries: bool | None
     extra_routes: Sequence[str] | None
     worker_headers: str | None
     worker_threads: int | None
     prometheus_port: int | None
     prometheus_host: str | None
+    prometheus_duration_buckets: Sequence[float] | None
     enable_request_tracking: bool | None
     max_trace_entries: int | None
     trace_ttl_seconds: int | None

@@ -15,9 +15,9 @@ use serde_json::{Value, json};
 
 use super::ask::{Question, ask, ask_each};
 use super::engine_metrics::Merge;
-use super::{App, headers};
+use super::{App, headers, scrape};
 use crate::error::{Error, Kind, shown};
-use crate::telemetry::metrics::{CONTENT_TYPE, Metrics, WorkerLabels};
+use crate::telemetry::metrics::CONTENT_TYPE;
 use crate::workers::{State as Health, Worker};
 
 pub(super) async fn alive() -> &'static str {
@@ -43,26 +43,8 @@ pub(super) async fn readiness(State(app): State<Arc<App>>) -> Response {
 }
 
 pub(super) async fn metrics(State(app): State<Arc<App>>) -> Response {
-    let text = app.metrics.render(|metrics| set_gauges(&app, metrics));
+    let text = app.metrics.render(&scrape::read(&app).await);
     ([(header::CONTENT_TYPE, CONTENT_TYPE)], text).into_response()
-}
-
-/// The gauges as they are now. A worker that is gone has none; one that drains and one that joined at the same URL
-/// are told together.
-fn set_gauges(app: &App, metrics: &Metrics) {
-    for gauges in [&metrics.active, &metrics.running, &metrics.health] {
-        gauges.clear();
-    }
-    for worker in &app.workers.snapshot().all {
-        let labels = WorkerLabels { worker: worker.url.to_string() };
-        let in_flight = i64::from(worker.target.in_flight());
-        metrics.active.get_or_create(&labels).inc_by(in_flight);
-        metrics.running.get_or_create(&labels).inc_by(in_flight);
-        metrics.health.get_or_create(&labels).inc_by(i64::from(worker.is_routable()));
-    }
-    if let Some(tracker) = &app.tracker {
-        metrics.traces_held.set(tracker.stats().active_traces as i64);
-    }
 }
 
 pub(super) async fn workers(State(app): State<Arc<App>>) -> Json<Value> {

@@ -14,20 +14,27 @@ use smallvec::SmallVec;
 
 use super::admission::Slot;
 use super::in_flight::{Abort, Listed};
-use super::pick::Picked;
+use super::pick::{PINNED, Picked};
 use super::{App, now, request_id, retry};
 use crate::error::{Error, Kind, Origin};
 use crate::request::Scan;
 use crate::routing::InFlight;
-use crate::telemetry::metrics::{RouteLabels, SelectionLabels, StatusLabels, WorkerLabels};
+use crate::telemetry::metrics::labels::{
+    BackoffLabels, CauseLabels, Http, ReasonLabels, Regular, ResultLabels, UpstreamLabels,
+    WorkerErrorLabels,
+};
+use crate::telemetry::metrics::{Route, Series};
 use crate::tracking::{AnswerFacts, Arrived, OpenTrace, RequestFacts};
+use crate::upstream::SendError;
 use crate::upstream::answer::Facts;
 use crate::workers::breaker::Outcome;
 use crate::workers::{Pass, Worker};
 
 pub(super) struct Flight {
     app: Arc<App>,
-    route: Arc<str>,
+    route: Arc<Route>,
+    /// What is counted of its model; None until the body was read.
+    series: Option<Arc<Series>>,
     arrived: Arrived,
     /// None until the headers or the body gave one.
     id: Option<String>,
@@ -47,6 +54,9 @@ pub(super) struct Flight {
     status: Option<StatusCode>,
     /// Those headers went on to the client.
     is_relayed: bool,
+    first_content_at: Option<Instant>,
+    /// As the worker told.
+    completion_tokens: Option<u32>,
     has_ended: bool,
 }
 
@@ -61,12 +71,13 @@ struct Attempt {
 
 impl Flight {
     /// A request has arrived. `header_id` is the id its headers gave it, if any.
-    pub(super) fn begin(app: Arc<App>, route: Arc<str>, header_id: Option<String>) -> Self {
-        app.metrics.requests.get_or_create(&labels(&route)).inc();
+    pub(super) fn begin(app: Arc<App>, route: Arc<Route>, header_id: Option<String>) -> Self {
+        route.arrived();
         let arrived = Arrived { at: now(), ..Arrived::now() };
         let mut flight = Self {
             app,
             route,
+            series: None,
             arrived,
             id: None,
             trace: None,
@@ -78,6 +89,8 @@ impl Flight {
             untold: None,
             status: None,
             is_relayed: false,
+            first_content_at: None,
+            completion_tokens: None,
             has_ended: false,
         };
         if let Some(id) = header_id {
@@ -87,15 +100,11 @@ impl Flight {
     }
 
     pub(super) fn route(&self) -> &str {
-        &self.route
+        &self.route.path
     }
 
     pub(super) fn arrived_at(&self) -> Instant {
         self.arrived.at
-    }
-
-    pub(super) fn is_traced(&self) -> bool {
-        self.app.tracker.is_some()
     }
 
     /// The request's id. A request that nobody named gets a fresh one.
@@ -116,6 +125,9 @@ impl Flight {
         if let Some(rid) = rid.filter(|rid| self.id.as_deref() != Some(*rid)) {
             self.listed.push(self.app.in_flight.list(rid, &self.abort));
         }
+        let series = self.route.series(scan.model.as_deref());
+        series.asked(scan.stream == Some(true));
+        self.series = Some(series);
         if let Some(trace) = &mut self.trace {
             trace.request(RequestFacts {
                 model: scan.model.as_deref(),
@@ -131,12 +143,24 @@ impl Flight {
         self.worker.as_ref()
     }
 
-    /// The request may be routed now.
-    pub(super) fn admitted(&mut self, slot: Slot) {
+    /// The request may be routed now, having waited since `since`.
+    pub(super) fn admitted(&mut self, slot: Slot, since: Instant) {
         self.slot = Some(slot);
+        let now = now();
+        self.limited("allowed");
+        self.app.metrics.queue_wait.observe((now - since).as_secs_f64());
         if let Some(trace) = &mut self.trace {
-            trace.admitted(now());
+            trace.admitted(now);
         }
+    }
+
+    /// There was no room for the request, or not in time.
+    pub(super) fn rejected(&self) {
+        self.limited("rejected");
+    }
+
+    fn limited(&self, result: &'static str) {
+        self.app.metrics.rate_limit.get_or_create(&ResultLabels { result }).inc();
     }
 
     /// A worker was picked, after the body was scanned for as long.
@@ -152,8 +176,7 @@ impl Flight {
                 request_id = self.id, worker = %failed.url, next = %worker.url, "attempt failed: {error}"
             );
         }
-        let selection = SelectionLabels { policy: self.app.policy_name, reason };
-        self.app.metrics.selections.get_or_create(&selection).inc();
+        self.count_pick(&worker, reason, decision);
         tracing::debug!(
             request_id = self.id, worker = %worker.url, reason, matched_tokens,
             decision_us = decision.as_nanos() as f64 / 1e3, "picked"
@@ -164,15 +187,34 @@ impl Flight {
         self.worker = Some(worker);
     }
 
+    fn count_pick(&self, worker: &Worker, reason: &'static str, decision: Duration) {
+        worker.picked.fetch_add(1, Ordering::Relaxed);
+        let metrics = &self.app.metrics;
+        let policy = self.app.policy_name;
+        metrics.selections.get_or_create(&ReasonLabels { policy, reason }).inc();
+        metrics.decision.observe(decision.as_secs_f64());
+        if let Some(series) = &self.series {
+            if reason == PINNED { series.pinned() } else { series.picked(policy) }
+        }
+        if self.worker.is_some() {
+            self.route.retried();
+        }
+    }
+
     /// The picked worker gave no answer; `says` is what that means for its breaker.
-    pub(super) fn unanswered(&mut self, error: &str, says: Outcome) {
-        self.attempt_failed(now(), None, error, says);
+    pub(super) fn unanswered(&mut self, error: &SendError, says: Outcome) {
+        if !error.is_ours() {
+            let is_unconnected = error.is_unconnected();
+            self.worker_erred(if is_unconnected { "connection" } else { "no_answer" });
+        }
+        self.attempt_failed(now(), None, &error.to_string(), says);
     }
 
     /// The answer the picked worker gave is not taken, because another attempt is to follow.
     pub(super) fn passed_over(&mut self, error: &str) {
         let answered_at = self.attempt.as_ref().and_then(|attempt| attempt.answered_at);
         let status = self.status.map(|status| status.as_u16());
+        self.worker_erred("status");
         // Its breaker has heard of the status already.
         self.attempt_failed(answered_at.unwrap_or_else(now), status, error, Outcome::Neutral);
     }
@@ -192,9 +234,27 @@ impl Flight {
         }
     }
 
+    fn worker_erred(&self, error_type: &'static str) {
+        let labels = WorkerErrorLabels { worker_type: Regular, connection_mode: Http, error_type };
+        self.app.metrics.worker_errors.get_or_create(&labels).inc();
+    }
+
+    /// So long a pause is made before this attempt.
+    pub(super) fn pausing(&self, pause: Duration, attempt: u32) {
+        let pauses = self.app.metrics.backoff.get_or_create(&BackoffLabels { attempt });
+        pauses.observe(pause.as_secs_f64());
+    }
+
+    /// No further attempt is allowed, and the last one has failed.
+    pub(super) fn exhausted(&self) {
+        self.route.exhausted();
+    }
+
     /// The head of the worker's answer came.
     pub(super) fn answered(&mut self, status: StatusCode) {
         self.status = Some(status);
+        let labels = UpstreamLabels { router_type: Http, status_code: status.as_u16() };
+        self.app.metrics.upstream_responses.get_or_create(&labels).inc();
         if let Some(trace) = &mut self.trace {
             trace.headers(status.as_u16());
         }
@@ -239,6 +299,10 @@ impl Flight {
 
     /// The first frame with content came.
     pub(super) fn first_content(&mut self, at: Instant) {
+        self.first_content_at = Some(at);
+        if let Some(series) = &self.series {
+            series.first_content(at - self.arrived.at);
+        }
         if let Some(trace) = &mut self.trace {
             trace.ttft(at);
         }
@@ -246,6 +310,13 @@ impl Flight {
 
     /// What the answer said of itself, as far as it came.
     pub(super) fn said(&mut self, facts: &Facts) {
+        self.completion_tokens = facts.completion_tokens;
+        if let Some(series) = &self.series {
+            series.tokens(facts.prompt_tokens, facts.completion_tokens);
+        }
+        if let Some(worker) = &self.worker {
+            worker.cache.told(facts.prompt_tokens, facts.cached_tokens);
+        }
         if let Some(trace) = &mut self.trace {
             trace.answer(AnswerFacts {
                 prompt_tokens: facts.prompt_tokens,
@@ -261,20 +332,32 @@ impl Flight {
     pub(super) fn relayed(&mut self, excerpt: &str) {
         let status = self.status.unwrap_or_default();
         if status.is_success() {
+            self.count_stream();
             self.end(Ending { status: Some(status), counted_as: status.as_u16(), error: None });
         } else {
             let colon = if excerpt.is_empty() { "" } else { ": " };
             let message = format!("worker answered {status}{colon}{excerpt}");
             let origin = if status.is_client_error() { Origin::Client } else { Origin::Worker };
-            self.fail(Some(status), status.as_u16(), origin, &message, "");
+            self.fail(Some(status), status.as_u16(), origin, &message, None);
+        }
+    }
+
+    fn count_stream(&self) {
+        if let (Some(series), Some(first_content_at)) = (&self.series, self.first_content_at) {
+            let now = now();
+            let (took, generated_for) = (now - self.arrived.at, now - first_content_at);
+            series.streamed(took, generated_for, self.completion_tokens);
         }
     }
 
     /// The answer ended before it was whole.
     pub(super) fn broke(&mut self, error: &Error) {
         let Error { kind, message } = error;
+        if *kind == Kind::Aborted {
+            self.count_abort("abort_request");
+        }
         let counted_as = self.status.map_or(kind.status(), |status| status.as_u16());
-        self.fail(self.status, counted_as, kind.origin(), message, kind.code());
+        self.fail(self.status, counted_as, kind.origin(), message, Some(*kind));
     }
 
     /// The router answers with an error of its own.
@@ -283,8 +366,11 @@ impl Flight {
         let kind = error.kind;
         // Who has left is answered nothing.
         let is_answered = kind != Kind::Aborted || self.abort.is_said();
+        if kind == Kind::Aborted {
+            self.count_abort(if is_answered { "abort_request" } else { "client" });
+        }
         let status = is_answered.then(|| kind.http_status());
-        self.fail(status, kind.status(), kind.origin(), &error.message, kind.code());
+        self.fail(status, kind.status(), kind.origin(), &error.message, Some(kind));
     }
 
     fn fail(
@@ -293,15 +379,19 @@ impl Flight {
         counted_as: u16,
         origin: Origin,
         message: &str,
-        code: &'static str,
+        kind: Option<Kind>,
     ) {
-        let error = Some(Failure { origin, message, code });
+        let error = Some(Failure { origin, message, kind });
         self.end(Ending { status, counted_as, error });
+    }
+
+    fn count_abort(&self, cause: &'static str) {
+        self.app.metrics.aborted.get_or_create(&CauseLabels { cause }).inc();
     }
 
     fn open(&mut self, id: String) {
         if let Some(tracker) = &self.app.tracker {
-            self.trace = Some(tracker.open(self.arrived, &id, &self.route));
+            self.trace = Some(tracker.open(self.arrived, &id, &self.route.path));
         }
         self.listed.push(self.app.in_flight.list(&id, &self.abort));
         self.id = Some(id);
@@ -317,11 +407,12 @@ impl Flight {
         // After a failed attempt the request is with no worker any more.
         let attempt = self.attempt.take();
         let worker = attempt.as_ref().and(self.worker.as_ref());
-        let Ending { status, counted_as: status_code, error } = ending;
-        let error_code = error.as_ref().map_or("", |error| error.code);
-        self.app.metrics.responses.get_or_create(&StatusLabels { status_code, error_code }).inc();
-        let seconds = (now - self.arrived.at).as_secs_f64();
-        self.app.metrics.request_duration.get_or_create(&labels(&self.route)).observe(seconds);
+        let Ending { status, counted_as, error } = ending;
+        let took = now - self.arrived.at;
+        self.route.ended(counted_as, error.as_ref().map_or("", Failure::code), took);
+        if let Some(series) = &self.series {
+            series.ended(error.as_ref().map(|error| error.error_type(counted_as)), took);
+        }
         let status = status.map(|status| status.as_u16());
         if let Some(Attempt { mut pass, .. }) = attempt {
             pass.ended(outcome(error.as_ref().map(|failure| failure.origin)), now);
@@ -330,16 +421,19 @@ impl Flight {
             None => {
                 if let Some(worker) = worker {
                     worker.served.fetch_add(1, Ordering::Relaxed);
-                    let labels = WorkerLabels { worker: worker.url.to_string() };
-                    self.app.metrics.processed.get_or_create(&labels).inc();
                 }
                 if let Some(trace) = self.trace.take() {
                     trace.complete(now);
                 }
             }
-            Some(Failure { origin, message, .. }) => {
+            Some(Failure { origin, message, kind }) => {
                 if let (Some(worker), Origin::Worker) = (worker, origin) {
                     worker.failed.fetch_add(1, Ordering::Relaxed);
+                    self.worker_erred(match kind {
+                        None => "status",
+                        Some(Kind::Timeout) => "timeout",
+                        Some(_) => "broken_answer",
+                    });
                 }
                 log_failure(self.id.as_deref(), self.worker.as_deref(), origin, message);
                 if let Some(trace) = self.trace.take() {
@@ -372,8 +466,27 @@ fn outcome(failure: Option<Origin>) -> Outcome {
 struct Failure<'a> {
     origin: Origin,
     message: &'a str,
+    /// None for a worker's own error and a client that left.
+    kind: Option<Kind>,
+}
+
+impl Failure<'_> {
     /// The router's own error code, or empty.
-    code: &'static str,
+    fn code(&self) -> &'static str {
+        self.kind.map_or("", Kind::code)
+    }
+
+    /// The same as `sglang-router` tells failures apart in its metrics.
+    fn error_type(&self, status: u16) -> &'static str {
+        match (self.kind, status) {
+            (Some(Kind::NoAvailableWorkers), _) => "no_workers",
+            (Some(Kind::QueueFull | Kind::Overloaded), _) => "rejected",
+            (Some(Kind::Timeout), _) | (_, 408 | 504) => "timeout",
+            (Some(Kind::Aborted), _) | (None, 499) => "aborted",
+            (_, 400..=498) => "validation_error",
+            _ => "backend_error",
+        }
+    }
 }
 
 impl Drop for Flight {
@@ -383,7 +496,9 @@ impl Drop for Flight {
         }
         self.id();
         let timeout = self.app.options.request_timeout();
-        let (origin, message) = if self.app.is_stopped.load(Ordering::Relaxed) {
+        let is_stopped = self.app.is_stopped.load(Ordering::Relaxed);
+        self.count_abort(if is_stopped { "stopped" } else { "client" });
+        let (origin, message) = if is_stopped {
             (Origin::Router, "the router was stopped before the answer had ended".to_owned())
         } else if now().saturating_duration_since(self.arrived.at) >= timeout {
             let message =
@@ -393,12 +508,8 @@ impl Drop for Flight {
             (Origin::Client, "client disconnected".to_owned())
         };
         let status = self.status.filter(|_| self.is_relayed);
-        self.fail(status, Kind::Aborted.status(), origin, &message, "");
+        self.fail(status, Kind::Aborted.status(), origin, &message, None);
     }
-}
-
-fn labels(route: &str) -> RouteLabels {
-    RouteLabels { method: "POST", path: route.to_owned() }
 }
 
 fn log_failure(id: Option<&str>, worker: Option<&Worker>, origin: Origin, message: &str) {

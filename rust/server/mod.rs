@@ -23,6 +23,7 @@ mod relay;
 mod request_id;
 mod retry;
 pub mod routes;
+mod scrape;
 mod secret;
 mod traces;
 
@@ -69,7 +70,7 @@ pub(crate) struct App {
     draws: Draws,
     /// None when request tracking is off.
     tracker: Option<Arc<Tracker>>,
-    metrics: Metrics,
+    metrics: Arc<Metrics>,
     request_ids: RequestIds,
     admission: Admission,
     budget: Arc<Budget>,
@@ -93,13 +94,13 @@ impl App {
             budget: Budget::new(options.max_buffered_bytes),
             in_flight: Arc::default(),
             doors: Doors::new(&options),
+            metrics: Arc::new(Metrics::new(&options.metrics)),
             options,
             workers,
             policy,
             policy_name: routing.policy.name(),
             draws: Draws::new(routing.seed),
             tracker,
-            metrics: Metrics::default(),
             is_draining: AtomicBool::new(false),
             is_stopped: AtomicBool::new(false),
         }
@@ -179,7 +180,7 @@ impl App {
 
     /// Requests that have ended, by the metrics.
     pub(crate) fn answered(&self) -> u64 {
-        let text = self.metrics.render(|_| {});
+        let text = self.metrics.render(&crate::telemetry::metrics::Reading::default());
         let lines = text.lines().filter(|line| line.starts_with("smg_http_responses_total{"));
         let count =
             |line: &str| line.rsplit(' ').next().and_then(|count| count.parse::<u64>().ok());

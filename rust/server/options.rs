@@ -7,6 +7,7 @@ use hyper::header::{HeaderName, HeaderValue};
 use super::relay::Patience;
 use super::secret::Secret;
 use super::{admission, cors, retry, routes};
+use crate::telemetry::metrics;
 
 /// Which headers of an answer say who gave it.
 #[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,6 +96,9 @@ pub struct Options {
     /// Address of that second listener
     #[arg(long, default_value = "127.0.0.1")]
     pub prometheus_host: String,
+
+    #[command(flatten)]
+    pub metrics: metrics::Options,
 }
 
 impl Options {
@@ -105,7 +109,7 @@ impl Options {
                 return Err(("extra_routes", format!("{path} is named twice")));
             }
         }
-        Ok(())
+        self.metrics.check()
     }
 
     /// Whether whoever reaches the router may do everything.

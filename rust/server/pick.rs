@@ -16,7 +16,7 @@ use crate::workers::breaker::Fitness;
 use crate::workers::{Pass, Snapshot, Worker};
 
 /// The `reason` of a request that named its worker itself.
-const PINNED: &str = "pinned";
+pub(super) const PINNED: &str = "pinned";
 
 /// A worker picked for a request, which is in flight there from the pick on.
 pub(super) struct Picked {

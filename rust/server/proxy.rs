@@ -25,6 +25,7 @@ use super::{App, aborted, body, headers, now, retry};
 use crate::error::{Error, Kind};
 use crate::request;
 use crate::routing;
+use crate::telemetry::metrics::Route;
 use crate::upstream::{Answer, SendError};
 use crate::workers::breaker::Outcome;
 use crate::workers::{Snapshot, Worker};
@@ -33,7 +34,7 @@ use crate::workers::{Snapshot, Worker};
 const LARGE_BODY_BYTES: usize = 256 << 10;
 
 /// Serves one request on a routed route.
-pub(super) async fn proxy(app: Arc<App>, route: Arc<str>, request: Request) -> Response {
+pub(super) async fn proxy(app: Arc<App>, route: Arc<Route>, request: Request) -> Response {
     let (head, body) = request.into_parts();
     let header_id = app.request_ids.in_headers(&head.headers);
     let mut flight = Flight::begin(app.clone(), route, header_id);
@@ -116,6 +117,7 @@ async fn admit(app: &App, flight: &mut Flight, pin: Option<&HeaderValue>) -> Res
         None => !snapshot.routable.is_empty(),
         Some(pin) => pick::pinned(snapshot, pin).is_ok(),
     };
+    let since = now();
     let entering = async {
         let slot = app.admission.enter().await?;
         app.workers.first_round_or(is_served).await;
@@ -130,7 +132,13 @@ async fn admit(app: &App, flight: &mut Flight, pin: Option<&HeaderValue>) -> Res
         );
         Err(Error::new(Kind::QueueTimeout, message))
     });
-    flight.admitted(entered?);
+    match entered {
+        Ok(slot) => flight.admitted(slot, since),
+        Err(error) => {
+            flight.rejected();
+            return Err(error);
+        }
+    }
     Ok(())
 }
 
@@ -162,18 +170,19 @@ async fn attempt(
         let answered = send(flight, &worker, outgoing.towards(&worker)).await;
         wish.failed_on.push(worker.index);
         last = match answered {
-            Ok(answer) if attempts_left == 0 || !retry::is_retryable(answer.status()) => {
-                return Ok(answer);
-            }
+            Ok(answer) if !retry::is_retryable(answer.status()) => return Ok(answer),
             Ok(answer) => Ok(answer),
             Err(error) => Err(Some(unanswered(app, flight, &worker, &error))),
         };
-        if attempts_left > 0 && (last.is_ok() || !wish.has_untried(app)) {
+        if attempts_left == 0 {
+            flight.exhausted();
+        } else if last.is_ok() || !wish.has_untried(app) {
             let pause = retry.backoff(pauses, &mut wish.draw);
             pauses += 1;
             if now() + pause >= flight.arrived_at() + app.options.request_timeout() {
                 break;
             }
+            flight.pausing(pause, retry.attempts_max() - attempts_left + 1);
             tokio::time::sleep(pause).await;
         }
     }
@@ -207,13 +216,12 @@ fn excerpt(answer: &hyper::Response<Answer>) -> String {
 
 /// Notes an attempt without an answer.
 fn unanswered(app: &App, flight: &mut Flight, worker: &Worker, error: &SendError) -> Error {
-    let message = error.to_string();
     let says = if error.is_ours() { Outcome::Neutral } else { Outcome::Failure };
-    flight.unanswered(&message, says);
+    flight.unanswered(error, says);
     if error.is_unconnected() {
         app.workers.unreachable(worker);
     }
-    Error::new(Kind::WorkerUnreachable, message)
+    Error::new(Kind::WorkerUnreachable, error.to_string())
 }
 
 fn timed_out(app: &App) -> Error {

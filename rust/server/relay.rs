@@ -38,7 +38,7 @@ pub(super) struct Relay {
     /// None once it was given up.
     answer: Option<Answer>,
     flight: Flight,
-    /// None when nobody will ask for what the answer says.
+    /// None once it has told.
     reader: Option<Reader>,
     /// The head of an answer that is an error.
     excerpt: Option<Vec<u8>>,
@@ -79,7 +79,7 @@ impl Relay {
         let deadline = Instant::from_std(flight.arrived_at() + patience.whole);
         let status = flight.relaying();
         let headers = answer.headers();
-        let reader = flight.is_traced().then(|| reader(headers));
+        let reader = Some(reader(headers));
         let is_readable = !headers.contains_key(header::CONTENT_ENCODING);
         let excerpt = (!status.is_success() && is_readable).then(Vec::new);
         let is_open = is_readable && !headers.contains_key(header::CONTENT_LENGTH);

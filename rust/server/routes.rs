@@ -11,6 +11,7 @@ use hyper::Method;
 use super::doors::{self, Door};
 use super::{App, cors, endpoints, fan_out, membership, proxy, traces};
 use crate::error::{Error, Kind, shown};
+use crate::telemetry::metrics::Route;
 
 /// What answers a route.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,10 +140,10 @@ pub const ROUTES: &[(Method, &str, Purpose)] = &[
 pub(crate) fn router(app: &Arc<App>) -> Router {
     let mut router = Router::new();
     for (method, path, purpose) in ROUTES {
-        router = router.route(path, handler(method, path, *purpose));
+        router = router.route(path, handler(app, method, path, *purpose));
     }
     for path in &app.options.extra_routes {
-        router = router.route(path, handler(&Method::POST, path, Purpose::Routed));
+        router = router.route(path, handler(app, &Method::POST, path, Purpose::Routed));
     }
     router = router.fallback(not_found).method_not_allowed_fallback(not_allowed);
     if app.doors.have_locks() {
@@ -169,11 +170,11 @@ pub(crate) fn metrics_only(app: &Arc<App>) -> Router {
         .with_state(app.clone())
 }
 
-fn handler(method: &Method, path: &str, purpose: Purpose) -> MethodRouter<Arc<App>> {
+fn handler(app: &App, method: &Method, path: &str, purpose: Purpose) -> MethodRouter<Arc<App>> {
     let method = MethodFilter::try_from(method.clone()).expect("axum knows GET, POST and DELETE");
     match purpose {
         Purpose::Routed => {
-            let route: Arc<str> = path.into();
+            let route = Route::new(&app.metrics, path);
             on(method, move |State(app): State<Arc<App>>, request: Request| {
                 proxy::proxy(app, route.clone(), request)
             })

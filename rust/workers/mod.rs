@@ -7,6 +7,7 @@
 //! Does not choose among workers (`routing`) and does not send requests for clients (`server`).
 
 pub mod breaker;
+mod cache_use;
 mod discovery;
 mod gate;
 mod health;
@@ -30,6 +31,7 @@ use tokio::sync::{Notify, watch};
 
 use crate::routing::{Policy, Target, WorkerName};
 use crate::upstream::{self, Connections, Network};
+pub use cache_use::CacheUse;
 use gate::Limiting;
 pub use gate::{Gate, Pass};
 use health::Health;
@@ -55,6 +57,9 @@ pub struct Worker {
     pub served: AtomicU64,
     /// Requests that failed on it.
     pub failed: AtomicU64,
+    /// Times it was picked.
+    pub picked: AtomicU64,
+    pub cache: CacheUse,
     pub gate: Arc<Gate>,
     /// The name that came with it, if one did.
     given_name: Option<String>,
@@ -216,6 +221,8 @@ pub struct Workers {
     news: watch::Sender<()>,
     /// How many workers' breakers limit what may be picked.
     limiting: Limiting,
+    /// Checks that ended well, and that did not.
+    checks: [AtomicU64; 2],
     /// Told when what it believes of a worker is void.
     policy: Arc<dyn Policy>,
 }
@@ -260,6 +267,7 @@ impl Workers {
             has_first_round_ended: AtomicBool::new(!is_round_needed),
             news: watch::Sender::new(()),
             limiting: Limiting::default(),
+            checks: Default::default(),
             policy,
         });
         // The options hold no more than may join.
@@ -274,6 +282,11 @@ impl Workers {
     /// Whether a worker's breaker keeps it, or may keep it, from being picked.
     pub fn is_any_limited(&self) -> bool {
         self.limiting.load(Ordering::Acquire) > 0
+    }
+
+    /// Checks so far that ended well, and that did not.
+    pub fn checks(&self) -> [u64; 2] {
+        self.checks.each_ref().map(|count| count.load(Ordering::Relaxed))
     }
 
     /// The names whose addresses are workers.
@@ -361,6 +374,7 @@ impl Workers {
 
     /// The outcome of one check.
     fn checked(&self, worker: &Worker, outcome: Result<(), String>) {
+        self.checks[usize::from(outcome.is_err())].fetch_add(1, Ordering::Relaxed);
         let earlier_error = {
             let error = outcome.as_ref().err().cloned();
             std::mem::replace(&mut *worker.last_error.lock(), error)
@@ -512,6 +526,8 @@ impl Workers {
             target: Arc::new(Target::new(index, weight)),
             served: AtomicU64::new(0),
             failed: AtomicU64::new(0),
+            picked: AtomicU64::new(0),
+            cache: CacheUse::default(),
             given_name: node_id,
             authorization: authorization.or_else(|| self.authorization.clone()),
             name: OnceLock::new(),

@@ -39,6 +39,7 @@ LINKED = [
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
+    "docs/monitoring.md",
     *(f"docs/decisions/{page.name}" for page in sorted((ROOT / "docs/decisions").iterdir())),
 ]
 BLOCK = re.compile(r"^```(\w+)(?: (\w+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)

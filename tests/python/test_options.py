@@ -265,6 +265,7 @@ def test_an_unknown_option_is_named_wherever_it_stands(tmp_path: Path) -> None:
         ),
         ({"node_ids": {"a": "b"}}, ValueError, "node_ids: "),
         ({"extra_routes": ["a"]}, ValueError, "extra_routes: "),
+        ({"prometheus_duration_buckets": [2, 1]}, ValueError, "prometheus_duration_buckets: 1 does not ascend from 2"),
         ({"request_id_headers": ["no header"]}, ValueError, "request_id_headers: "),
     ],
 )

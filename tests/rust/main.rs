@@ -12,6 +12,8 @@ mod doors;
 mod fan_out;
 mod listing;
 mod load;
+mod log_lines;
+mod metrics;
 mod pins;
 mod start_up;
 mod streams;
