@@ -56,8 +56,6 @@ const NOT_YET: &[&str] = &[
     "cb_window_duration_secs",
     "cors_allowed_origins",
     "disable_circuit_breaker",
-    "log_dir",
-    "log_json",
     "max_buffered_bytes",
     "max_concurrent_requests",
     "prometheus_duration_buckets",
@@ -70,9 +68,6 @@ const NOT_YET: &[&str] = &[
     "shutdown_delay_secs",
     "stream_stall_timeout_secs",
     "trace_candidates",
-    "trace_log",
-    "trace_log_keep",
-    "trace_log_max_mb",
     "worker_kv_tokens",
 ];
 
@@ -174,6 +169,7 @@ impl Options {
     /// These options, if they go together: what no single one shows, nor one source alone.
     fn checked(self) -> Result<Self, OptionError> {
         let check = self.workers.check().and_then(|()| self.server.check());
+        let check = check.and_then(|()| self.tracking.check());
         check.map(|()| self).map_err(|(name, message)| OptionError::Invalid {
             origin: Source::Keyword,
             name: name.to_owned(),
