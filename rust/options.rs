@@ -506,6 +506,8 @@ mod tests {
         assert!(error("trace_ttl_seconds", &["x"]).contains("in 1.."));
         assert!(error("seed", &["-1"]).contains("in 0..=2^64-1"));
         assert!(error("disable_retries", &["maybe"]).contains("disable_retries"));
+        assert!(error("trace_log", &["x"]).contains("enable_request_tracking, which is off"));
+        assert!(error("trace_log_keep", &["1000"]).contains("0..=999"));
     }
 
     #[test]

@@ -10,8 +10,8 @@ pub(super) fn options(max_trace_entries: u32) -> Options {
         trace_ttl_seconds: 3600,
         trace_cleanup_interval_secs: 60,
         trace_log: None,
-        trace_log_max_mb: 1,
-        trace_log_keep: 1,
+        trace_log_max_mb: 100,
+        trace_log_keep: 10,
     }
 }
 

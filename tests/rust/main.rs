@@ -14,5 +14,6 @@ mod pins;
 mod start_up;
 mod streams;
 mod support;
+mod trace_log;
 mod traces;
 mod worker_routes;

@@ -112,3 +112,13 @@ fn rename_if_there(from: &Path, to: &Path) -> io::Result<()> {
         _ => Ok(()),
     }
 }
+
+#[cfg(test)]
+impl LogFile {
+    /// Leaves part of a line behind, as a disk that gets full does.
+    pub(super) fn break_off(&mut self, part: &[u8]) {
+        let whole_bytes = self.file.metadata().expect("a file").len();
+        self.file.write_all(part).expect("written");
+        self.whole_bytes = Some(whole_bytes);
+    }
+}
