@@ -172,7 +172,7 @@ class RouterTraceClient:
 
     @classmethod
     def from_log(cls, path: str | os.PathLike[str]) -> RouterTraceClient:
-        """A client that answers from the ``trace_log`` at ``path`` and its older files as they are now, without a router.
+        """A client that answers from the ``trace_log`` at ``path`` and its older files as they are now, with no router.
 
         Statistics are of what the log holds, ``None`` where only a running router knows. Lines that break off, as a
         crash leaves them, are left out with a warning.

@@ -101,10 +101,9 @@ impl Log {
         // Its end is the thread's, once the buffer is empty.
         self.waiting.write().take();
         let mut writing = self.writing.lock();
-        if let Some(thread) = writing.take()
-            && thread.join().is_err()
-        {
-            tracing::error!("the thread that writes the trace log has panicked");
+        if let Some(thread) = writing.take() {
+            // A panic has told about itself.
+            let _ = thread.join();
         }
     }
 }
@@ -157,7 +156,10 @@ impl Writer {
         }
         self.warned = Some((Instant::now(), lost));
         let why = error.map_or_else(
-            || "not written in time, evicted while open, or failed to be written".to_owned(),
+            || {
+                "the file could not be written, or not as fast, or max_trace_entries is too small"
+                    .to_owned()
+            },
             |error| error.to_string(),
         );
         tracing::warn!(
