@@ -53,7 +53,11 @@ def values(option: _core.Option) -> st.SearchStrategy[Any]:
 def keywords(draw: st.DrawFn) -> dict[str, Any]:
     """A few options with values; a file would be read."""
     names = draw(st.lists(st.sampled_from([name for name in OPTIONS if name != "config"]), unique=True, max_size=4))
-    return {name: draw(values(OPTIONS[name])) for name in names}
+    given_options = {name: draw(values(OPTIONS[name])) for name in names}
+    if "trace_log" in given_options:
+        # What is wrong with several options together is said of no one source.
+        given_options["enable_request_tracking"] = True
+    return given_options
 
 
 def texts(given_options: dict[str, Any]) -> list[tuple[str, list[str]]]:
