@@ -46,30 +46,8 @@ pub struct Options {
 
 /// Options that the router will have and has not yet: named in their own error, so that nobody takes
 /// silence for support.
-const NOT_YET: &[&str] = &[
-    "admin_api_key",
-    "api_key",
-    "cache_weight",
-    "cb_failure_threshold",
-    "cb_success_threshold",
-    "cb_timeout_duration_secs",
-    "cb_window_duration_secs",
-    "cors_allowed_origins",
-    "disable_circuit_breaker",
-    "max_buffered_bytes",
-    "max_concurrent_requests",
-    "prometheus_duration_buckets",
-    "queue_size",
-    "rate_limit_tokens_per_second",
-    "retry_backoff_multiplier",
-    "retry_initial_backoff_ms",
-    "retry_jitter_factor",
-    "retry_max_backoff_ms",
-    "shutdown_delay_secs",
-    "stream_stall_timeout_secs",
-    "trace_candidates",
-    "worker_kv_tokens",
-];
+const NOT_YET: &[&str] =
+    &["cache_weight", "prometheus_duration_buckets", "trace_candidates", "worker_kv_tokens"];
 
 /// One option as someone set it: its name and its values as text. A boolean or number has one value,
 /// a list or map (`KEY=VALUE`) any number.
@@ -316,7 +294,7 @@ fn read_file(path: &Path) -> Result<Vec<Setting>, OptionError> {
     let text = std::fs::read_to_string(path).map_err(|error| failed(&error))?;
     let is_toml = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("toml"));
     let keys: BTreeMap<String, Value> = if is_toml {
-        toml::from_str(&text).map_err(|error| failed(&error))?
+        toml::from_str(&text).map_err(|error| failed(&without_excerpt(&error)))?
     } else {
         serde_json::from_str(&text).map_err(|error| failed(&error))?
     };
@@ -336,6 +314,12 @@ fn read_file(path: &Path) -> Result<Vec<Setting>, OptionError> {
     }
     parse(&settings, &origin)?;
     Ok(settings)
+}
+
+/// Where a TOML text is wrong and why, without the line itself: there may be a key in it.
+fn without_excerpt(error: &toml::de::Error) -> String {
+    let place = error.to_string().lines().next().unwrap_or_default().to_owned();
+    format!("{place}: {}", error.message())
 }
 
 fn values(value: &Value) -> Option<Vec<String>> {
@@ -416,6 +400,7 @@ fn shape(arg: &Arg) -> Shape {
         TypeId::of::<u16>(),
         TypeId::of::<u32>(),
         TypeId::of::<u64>(),
+        TypeId::of::<i64>(),
         TypeId::of::<usize>(),
     ]) {
         Shape::Integer
@@ -494,7 +479,7 @@ mod tests {
         );
         assert!(error("policy", &["best"]).contains("not one of random, round_robin"));
         assert!(error("prot", &["1"]).contains("did you mean port?"));
-        assert!(error("api_key", &["x"]).contains("does not support this option yet"));
+        assert!(error("worker_kv_tokens", &["x"]).contains("does not support this option yet"));
         assert!(error("worker_urls", &["localhost:1"]).contains("no scheme"));
         assert!(error("worker_urls", &["http://a:1", "http://a:1/"]).starts_with("worker_urls: "));
         assert!(error("cache_threshold", &["nan"]).contains("0 to 1"));
@@ -508,6 +493,36 @@ mod tests {
         assert!(error("disable_retries", &["maybe"]).contains("disable_retries"));
         assert!(error("trace_log", &["x"]).contains("enable_request_tracking, which is off"));
         assert!(error("trace_log_keep", &["1000"]).contains("0..=999"));
+        let origin = error("cors_allowed_origins", &["https://a.test/"]);
+        assert!(
+            origin.starts_with("cors_allowed_origins: bad value \"https://a.test/\""),
+            "{origin}"
+        );
+        assert!(origin.contains("such as https://chat.example.org"), "{origin}");
+    }
+
+    #[test]
+    fn a_key_is_shown_nowhere() {
+        let keys = [setting("api_key", &["sesame"]), setting("admin_api_key", &["sesame-2"])];
+        let shown = format!("{:?}", keywords(&keys).expect("keys"));
+        assert!(shown.contains("api_key: Some((hidden))") && !shown.contains("sesame"), "{shown}");
+        let toml = File::new("keys.toml", "port = 1\napi_key = sesame");
+        let json = File::new("keys.json", r#"{"admin_api_key": "sesame "}"#);
+        for (error, place) in [
+            (keywords(&[setting("api_key", &["sesame sesame"])]), "api_key: bad value"),
+            (command_line(&["--api-key", "sesame\t"], &[]), "--api-key"),
+            (
+                command_line(&[], &[("SGLANG_ROUTER__API_KEY", " sesame")]),
+                "SGLANG_ROUTER__API_KEY: ",
+            ),
+            (command_line(&[&toml.flag()], &[]), "line 2, column 11"),
+            (command_line(&[&json.flag()], &[]), "admin_api_key in "),
+            (keywords(&[setting("api_key", &[""])]), "a key is 1 to 512 visible ASCII characters"),
+            (command_line(&["--admin-api-key="], &[]), "a key is 1 to 512 visible ASCII"),
+        ] {
+            let error = error.expect_err(place);
+            assert!(error.contains(place) && !error.contains("sesame"), "{error}");
+        }
     }
 
     #[test]
@@ -535,7 +550,7 @@ mod tests {
         let options = command_line(&["--port", "3", &file.flag()], &environment).expect("options");
         assert_eq!((options.server.port, options.server.host.as_str()), (3, "e"));
         assert_eq!(options.routing.seed, Some(7));
-        let urls: Vec<_> = options.workers.worker_urls.iter().map(|url| url.as_str()).collect();
+        let urls: Vec<_> = options.workers.worker_urls.iter().map(ToString::to_string).collect();
         assert_eq!(urls, ["http://e:1", "http://e:2"]);
     }
 

@@ -20,6 +20,11 @@ class RouterOptions(TypedDict, total=False):
     health_check_interval_secs: int | None
     health_check_endpoint: str | None
     disable_health_check: bool | None
+    cb_failure_threshold: int | None
+    cb_success_threshold: int | None
+    cb_timeout_duration_secs: int | None
+    cb_window_duration_secs: int | None
+    disable_circuit_breaker: bool | None
     cache_threshold: float | None
     balance_abs_threshold: int | None
     balance_rel_threshold: float | None
@@ -28,12 +33,25 @@ class RouterOptions(TypedDict, total=False):
     seed: int | None
     host: str | None
     port: int | None
+    api_key: str | None
+    admin_api_key: str | None
+    cors_allowed_origins: Sequence[str] | None
     max_payload_size: int | None
     request_timeout_secs: int | None
     shutdown_grace_period_secs: int | None
+    shutdown_delay_secs: int | None
     request_id_headers: Sequence[str] | None
+    stream_stall_timeout_secs: int | None
+    max_buffered_bytes: int | None
+    max_concurrent_requests: int | None
+    queue_size: int | None
     queue_timeout_secs: int | None
+    rate_limit_tokens_per_second: int | None
     retry_max_retries: int | None
+    retry_initial_backoff_ms: int | None
+    retry_max_backoff_ms: int | None
+    retry_backoff_multiplier: float | None
+    retry_jitter_factor: float | None
     disable_retries: bool | None
     extra_routes: Sequence[str] | None
     worker_headers: str | None
