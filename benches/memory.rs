@@ -60,9 +60,12 @@ fn traces() {
         max_trace_entries: TRACES,
         trace_ttl_seconds: 3600,
         trace_cleanup_interval_secs: 60,
+        trace_log: None,
+        trace_log_max_mb: 100,
+        trace_log_keep: 10,
     };
     let before = allocated();
-    let tracker = Tracker::new(options, "cache_aware");
+    let tracker = Tracker::new(options, "cache_aware").expect("no log to open");
     let name =
         WorkerName { index: 0, url: "http://localhost:30005".into(), node_id: "gpu_4".into() };
     let worker = Arc::new(name);

@@ -46,16 +46,7 @@ pub struct Options {
 
 /// Options that the router will have and has not yet: named in their own error, so that nobody takes
 /// silence for support.
-const NOT_YET: &[&str] = &[
-    "cache_weight",
-    "log_dir",
-    "log_json",
-    "trace_candidates",
-    "trace_log",
-    "trace_log_keep",
-    "trace_log_max_mb",
-    "worker_kv_tokens",
-];
+const NOT_YET: &[&str] = &["cache_weight", "trace_candidates", "worker_kv_tokens"];
 
 /// One option as someone set it: its name and its values as text. A boolean or number has one value,
 /// a list or map (`KEY=VALUE`) any number.
@@ -155,6 +146,7 @@ impl Options {
     /// These options, if they go together: what no single one shows, nor one source alone.
     fn checked(self) -> Result<Self, OptionError> {
         let check = self.workers.check().and_then(|()| self.server.check());
+        let check = check.and_then(|()| self.tracking.check());
         check.map(|()| self).map_err(|(name, message)| OptionError::Invalid {
             origin: Source::Keyword,
             name: name.to_owned(),
@@ -498,6 +490,8 @@ mod tests {
         assert!(error("trace_ttl_seconds", &["x"]).contains("in 1.."));
         assert!(error("seed", &["-1"]).contains("in 0..=2^64-1"));
         assert!(error("disable_retries", &["maybe"]).contains("disable_retries"));
+        assert!(error("trace_log", &["x"]).contains("enable_request_tracking, which is off"));
+        assert!(error("trace_log_keep", &["1000"]).contains("0..=999"));
         let origin = error("cors_allowed_origins", &["https://a.test/"]);
         assert!(
             origin.starts_with("cors_allowed_origins: bad value \"https://a.test/\""),

@@ -8,6 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,7 +24,8 @@ use crate::routing::PolicyKind;
 use crate::running::Running;
 use crate::server::routes;
 use crate::telemetry::metrics;
-use crate::tracking::{Query, Tracker};
+use crate::tracking;
+use crate::tracking::{LogError, Page, Query, Trace, Tracker};
 
 /// A year: longer waits are mistakes.
 const LONGEST: Duration = Duration::from_secs(365 * 86_400);
@@ -54,7 +56,8 @@ impl Server {
         parse(keywords).map(|options| format!("{options:?}"))
     }
 
-    /// Binds the port and serves on threads of its own. Raises OSError when the port is taken.
+    /// Binds the port and serves on threads of its own. Raises OSError when the port is taken or a log cannot be
+    /// written.
     #[new]
     fn start(py: Python<'_>, keywords: Vec<(String, Vec<String>)>) -> PyResult<Self> {
         let options = parse(keywords)?;
@@ -102,7 +105,7 @@ impl Server {
     /// JSON of one trace, or None.
     fn trace(&self, py: Python<'_>, request_id: &str) -> PyResult<Option<String>> {
         let tracker = self.tracker()?;
-        Ok(py.detach(|| tracker.get(request_id).map(|trace| json_text(&trace))))
+        Ok(trace_text(py, || tracker.get(request_id)))
     }
 
     /// JSON of the traces that match (name, text) pairs, as GET /v1/traces takes them, and the next cursor.
@@ -112,12 +115,7 @@ impl Server {
         filters: Vec<(String, String)>,
     ) -> PyResult<(String, Option<String>)> {
         let tracker = self.tracker()?;
-        let query =
-            Query::parse(filters).map_err(|error| PyValueError::new_err(error.to_string()))?;
-        Ok(py.detach(|| {
-            let page = tracker.list(&query);
-            (json_text(&page.traces), page.next_cursor.map(|cursor| cursor.to_string()))
-        }))
+        page_text(py, filters, |query| tracker.list(query))
     }
 
     /// JSON of the statistics.
@@ -132,6 +130,68 @@ impl Server {
         let tracker = self.running.tracker().map(AsRef::as_ref);
         tracker.ok_or_else(|| PyRuntimeError::new_err("request tracking is off"))
     }
+}
+
+/// The traces of a trace log and its older files, read whole.
+#[pyclass(frozen)]
+struct TraceLog {
+    log: tracking::TraceLog,
+}
+
+#[pymethods]
+impl TraceLog {
+    /// Raises OSError for a file that cannot be read, ValueError for a malformed line; both name it.
+    #[new]
+    fn read(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
+        let log = py.detach(|| tracking::TraceLog::read(&path)).map_err(|error| match &error {
+            LogError::Unreadable { error: cause, .. } => {
+                os_error(py, &io::Error::new(cause.kind(), error.to_string()))
+            }
+            LogError::Malformed { .. } => PyValueError::new_err(error.to_string()),
+        })?;
+        Ok(Self { log })
+    }
+
+    /// Lines left out because they break off.
+    #[getter]
+    fn torn_lines(&self) -> u64 {
+        self.log.torn_lines()
+    }
+
+    /// As Server.trace.
+    fn trace(&self, py: Python<'_>, request_id: &str) -> Option<String> {
+        trace_text(py, || self.log.get(request_id))
+    }
+
+    /// As Server.traces.
+    fn traces(
+        &self,
+        py: Python<'_>,
+        filters: Vec<(String, String)>,
+    ) -> PyResult<(String, Option<String>)> {
+        page_text(py, filters, |query| self.log.list(query))
+    }
+
+    /// As Server.trace_stats, of what the log holds.
+    fn trace_stats(&self, py: Python<'_>) -> String {
+        py.detach(|| json_text(&self.log.stats()))
+    }
+}
+
+fn trace_text(py: Python<'_>, get: impl FnOnce() -> Option<Trace> + Send) -> Option<String> {
+    py.detach(|| get().map(|trace| json_text(&trace)))
+}
+
+fn page_text(
+    py: Python<'_>,
+    filters: Vec<(String, String)>,
+    list: impl FnOnce(&Query) -> Page + Send,
+) -> PyResult<(String, Option<String>)> {
+    let query = Query::parse(filters).map_err(|error| PyValueError::new_err(error.to_string()))?;
+    Ok(py.detach(|| {
+        let page = list(&query);
+        (json_text(&page.traces), page.next_cursor.map(|cursor| cursor.to_string()))
+    }))
 }
 
 /// Runs a command line (without the program's name) until it ends; its exit status. `defaults` replace those of
@@ -221,6 +281,7 @@ fn all_metrics() -> Vec<(String, &'static str, Vec<&'static str>, &'static str)>
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<Server>()?;
+    module.add_class::<TraceLog>()?;
     module.add_function(wrap_pyfunction!(run, module)?)?;
     module.add_function(wrap_pyfunction!(check_flags, module)?)?;
     module.add_function(wrap_pyfunction!(all_options, module)?)?;
@@ -273,6 +334,10 @@ fn os_error(py: Python<'_>, error: &io::Error) -> PyErr {
         io::ErrorKind::AddrInUse => "EADDRINUSE",
         io::ErrorKind::AddrNotAvailable => "EADDRNOTAVAIL",
         io::ErrorKind::PermissionDenied => "EACCES",
+        io::ErrorKind::NotFound => "ENOENT",
+        io::ErrorKind::AlreadyExists => "EEXIST",
+        io::ErrorKind::IsADirectory => "EISDIR",
+        io::ErrorKind::NotADirectory => "ENOTDIR",
         _ => return PyOSError::new_err(error.to_string()),
     };
     let number = py.import("errno").and_then(|errno| errno.getattr(name)?.extract::<i32>());

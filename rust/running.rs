@@ -13,7 +13,7 @@ use tracing::Dispatch;
 use crate::options::Options;
 use crate::routing::{self, Policy};
 use crate::server::{self, App, Order, Secret, routes};
-use crate::telemetry::logging;
+use crate::telemetry::logging::{self, LogFiles};
 use crate::tracking::Tracker;
 use crate::upstream::{self, Network};
 use crate::workers::Workers;
@@ -26,8 +26,8 @@ pub struct Running {
     app: Arc<App>,
     orders: watch::Sender<Order>,
     ended: Arc<Ended>,
-    /// None once the router has ended.
-    runtime: Mutex<Option<Runtime>>,
+    /// Its threads and its files of log lines; None once the router has ended.
+    threads: Mutex<Option<(Runtime, Option<LogFiles>)>>,
 }
 
 #[derive(Default)]
@@ -40,9 +40,10 @@ impl Running {
     /// Binds the port and starts to serve.
     ///
     /// # Errors
-    /// The port is taken or the address is not one of this machine; the message names both.
+    /// The port is taken, the address is not one of this machine, or a file or directory of logs cannot be made; the
+    /// message names it.
     pub fn start(options: Options) -> io::Result<Self> {
-        let log = logging::subscriber(&options.logging);
+        let (log, log_files) = logging::subscriber(&options.logging)?;
         let runtime = runtime(&options, &log)?;
         let in_runtime = runtime.enter();
         let _logged = tracing::dispatcher::set_default(&log);
@@ -56,7 +57,7 @@ impl Running {
         let request_timeout = options.server.request_timeout();
         raise_descriptor_limit();
         let policy = routing::build(&options.routing);
-        let app = Arc::new(app(options, policy, Arc::new(upstream::Tcp)));
+        let app = Arc::new(app(options, policy, Arc::new(upstream::Tcp))?);
         announce(&app, address);
         app.workers().start_checks();
         if let Some(tracker) = app.tracker() {
@@ -73,7 +74,8 @@ impl Running {
         let serving = server::serve(listener, router, orders.subscribe(), request_timeout);
         tokio::spawn(ring_when_ended(serving, app.clone(), ended.clone()));
         drop(in_runtime);
-        Ok(Self { address, app, orders, ended, runtime: Mutex::new(Some(runtime)) })
+        let threads = Mutex::new(Some((runtime, log_files)));
+        Ok(Self { address, app, orders, ended, threads })
     }
 
     /// The address it listens on, with the port it got.
@@ -135,9 +137,14 @@ impl Running {
 
     fn end(&self) {
         self.app.stop();
-        if let Some(runtime) = self.runtime.lock().take() {
+        if let Some((runtime, log_files)) = self.threads.lock().take() {
             // A name look-up that hangs in a blocking thread is not waited for.
             runtime.shutdown_timeout(Duration::from_secs(1));
+            // Now that every request has ended, and so that what goes wrong can be logged.
+            if let Some(tracker) = self.app.tracker() {
+                tracker.close_log();
+            }
+            drop(log_files);
         }
     }
 }
@@ -186,15 +193,20 @@ async fn ring_when_ended(
     ended.rung.notify_all();
 }
 
-pub(crate) fn app(options: Options, policy: Arc<dyn Policy>, network: Arc<dyn Network>) -> App {
+pub(crate) fn app(
+    options: Options,
+    policy: Arc<dyn Policy>,
+    network: Arc<dyn Network>,
+) -> io::Result<App> {
     let tracking = options.tracking;
     let tracker = tracking
         .enable_request_tracking
-        .then(|| Tracker::new(tracking, options.routing.policy.name()));
+        .then(|| Tracker::new(tracking, options.routing.policy.name()))
+        .transpose()?;
     let authorization = options.server.api_key.as_ref().map(Secret::authorization);
     let workers =
         Workers::new(options.workers, &options.upstream, policy.clone(), network, authorization);
-    App::new(options.server, workers, policy, &options.routing, tracker)
+    Ok(App::new(options.server, workers, policy, &options.routing, tracker))
 }
 
 /// What an operator wants to read first.

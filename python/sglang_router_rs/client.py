@@ -1,15 +1,20 @@
-"""Clients of a router's request traces, blocking and asynchronous."""
+"""Clients of a router's request traces: blocking, asynchronous, and of a log of them."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlencode, urlsplit
+
+from . import _core
 
 if TYPE_CHECKING:
     import aiohttp
@@ -121,6 +126,16 @@ def pages(ask: Callable[[_Pairs], _Page], limit: int | None, filters: dict[str, 
         return
 
 
+def listed(core: _core.Server | _core.TraceLog, limit: int | None, filters: dict[str, Any]) -> list[Trace]:
+    """All pages of a listing that needs no HTTP."""
+
+    def page(pairs: _Pairs) -> _Page:
+        text, cursor = core.traces(pairs)
+        return json.loads(text), cursor
+
+    return [trace for traces in pages(page, limit, filters) for trace in traces]
+
+
 def _base(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.netloc or parts.path.strip("/") or parts.query:
@@ -154,6 +169,19 @@ class RouterTraceClient:
         self._headers = dict(headers or {})
         # A router is asked directly, as by the asynchronous client, whatever proxies the environment names.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    @classmethod
+    def from_log(cls, path: str | os.PathLike[str]) -> RouterTraceClient:
+        """A client that answers from the ``trace_log`` at ``path`` and its older files as they are now, with no router.
+
+        Statistics are of what the log holds, ``None`` where only a running router knows. Lines that break off, as a
+        crash leaves them, are left out with a warning.
+
+        Raises:
+            OSError: a file cannot be read, ``FileNotFoundError`` if there is none.
+            ValueError: a line is not the trace of an ended request; names file and line.
+        """
+        return _LogClient(path)
 
     def get_request_trace(self, request_id: str) -> Trace | None:
         """The newest trace with this id; ``None`` if there is none."""
@@ -195,6 +223,31 @@ class RouterTraceClient:
             if isinstance(error.reason, TimeoutError):
                 raise error.reason from None
             raise _unreachable(self.url, error.reason) from None
+
+
+class _LogClient(RouterTraceClient):
+    """Reads the traces of a log."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.url = Path(path).absolute().as_uri()
+        self._log = _core.TraceLog(path)
+        if self._log.torn_lines:
+            warnings.warn(f"{os.fspath(path)}: {self._log.torn_lines} lines break off and are left out", stacklevel=3)
+
+    def get_request_trace(self, request_id: str) -> Trace | None:
+        text = self._log.trace(request_id)
+        return None if text is None else json.loads(text)
+
+    def batch_get_traces(self, ids: Sequence[str]) -> list[Trace]:
+        found = (self.get_request_trace(request_id) for batch in _batches(ids) for request_id in batch)
+        return [trace for trace in found if trace is not None]
+
+    def list_recent_traces(self, limit: int | None = 100, **filters: Any) -> list[Trace]:
+        return listed(self._log, limit, filters)
+
+    def get_trace_stats(self) -> dict[str, Any]:
+        stats: dict[str, Any] = json.loads(self._log.trace_stats())
+        return stats
 
 
 class AsyncRouterTraceClient:

@@ -15,7 +15,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from . import _core
-from .client import Trace, TracingDisabled, pages
+from .client import Trace, TracingDisabled, listed
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -130,13 +130,7 @@ class Router:
 
     def traces(self, limit: int | None = 100, **filters: Any) -> list[Trace]:
         """Traces, newest first: at most ``limit`` (``None``: all), filtered as ``GET /v1/traces`` does."""
-        server = self._tracking()
-
-        def page(pairs: list[tuple[str, str]]) -> tuple[list[Trace], str | None]:
-            text, cursor = server.traces(pairs)
-            return json.loads(text), cursor
-
-        return [trace for traces in pages(page, limit, filters) for trace in traces]
+        return listed(self._tracking(), limit, filters)
 
     def trace_stats(self) -> dict[str, Any]:
         """The statistics of ``GET /v1/traces/stats``."""

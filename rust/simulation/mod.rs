@@ -113,7 +113,8 @@ impl Simulation {
             breaker_timeout: Duration::from_secs(timeout_secs),
             not_open_at: Mutex::default(),
         });
-        let app = Arc::new(running::app(options, watched.clone(), cluster.clone()));
+        let app = running::app(options, watched.clone(), cluster.clone());
+        let app = Arc::new(app.expect("no trace log to open"));
         watched.workers.set(app.workers().clone()).ok().expect("only here");
         app.workers().start_checks();
         let router = routes::router(&app);

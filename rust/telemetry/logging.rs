@@ -1,12 +1,24 @@
-//! Log lines on standard error.
+//! Log lines on standard error, and in files if a directory is named.
 //!
 //! Each router has its own subscriber, set on the threads of its own runtime, so that several routers in one
-//! process log each at its own level and an embedding program's logging is left alone.
+//! process log each at its own level and an embedding program's logging is left alone. A thread of the files' own
+//! writes them, so that a slow disk holds up no request.
 
-use std::io::IsTerminal;
+use std::error::Error as _;
+use std::io::{self, IsTerminal};
+use std::path::{Path, PathBuf};
 
-use tracing::Dispatch;
 use tracing::level_filters::LevelFilter;
+use tracing::{Dispatch, Subscriber};
+use tracing_appender::non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard};
+use tracing_appender::rolling::{InitError, RollingFileAppender, Rotation};
+use tracing_subscriber::Layer;
+use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::registry::{LookupSpan, Registry};
+
+/// Lines waiting to be written to a file; more are left out there.
+const WAITING_LINES_MAX: usize = 65_536;
 
 #[derive(clap::Args, Clone, Debug)]
 #[group(skip)]
@@ -14,6 +26,14 @@ pub struct Options {
     /// Least severe lines to log: trace, debug, info, warn (or warning), error or off, in any case
     #[arg(long, default_value = "info", value_name = "LEVEL", value_parser = parse_level)]
     pub log_level: LevelFilter,
+
+    /// Directory where log lines go too, into a file for each day (UTC); made if it is not there
+    #[arg(long, value_name = "DIR")]
+    pub log_dir: Option<PathBuf>,
+
+    /// Write log lines as JSON objects
+    #[arg(long, default_value_t = false, num_args = 0..=1, default_missing_value = "true", action = clap::ArgAction::Set, value_parser = clap::builder::BoolishValueParser::new())]
+    pub log_json: bool,
 }
 
 fn parse_level(text: &str) -> Result<LevelFilter, String> {
@@ -26,15 +46,57 @@ fn parse_level(text: &str) -> Result<LevelFilter, String> {
     }
 }
 
-/// The subscriber of one router.
-pub fn subscriber(options: &Options) -> Dispatch {
-    let subscriber = tracing_subscriber::fmt()
-        .with_max_level(options.log_level)
-        .with_writer(std::io::stderr)
+/// The files of one router. Dropped, it writes what is waiting; lines that come later are left out of the files.
+#[must_use]
+#[derive(Debug)]
+pub struct LogFiles(#[allow(dead_code, reason = "its drop is its use")] WorkerGuard);
+
+/// The subscriber of one router, and the files it writes.
+///
+/// # Errors
+/// The directory or the first file in it cannot be made; the message names the directory.
+pub fn subscriber(options: &Options) -> io::Result<(Dispatch, Option<LogFiles>)> {
+    let (file, files) = match &options.log_dir {
+        None => (None, None),
+        Some(directory) => {
+            let (writer, files) = open_files(directory)?;
+            (Some(lines(options, writer, false)), Some(files))
+        }
+    };
+    let terminal = lines(options, io::stderr, io::stderr().is_terminal());
+    let subscriber = Registry::default().with(options.log_level).with(file).with(terminal);
+    Ok((Dispatch::new(subscriber), files))
+}
+
+fn lines<S, W>(options: &Options, writer: W, has_colours: bool) -> Box<dyn Layer<S> + Send + Sync>
+where
+    S: Subscriber + for<'span> LookupSpan<'span>,
+    W: for<'writer> MakeWriter<'writer> + Send + Sync + 'static,
+{
+    let layer = tracing_subscriber::fmt::layer()
+        .with_writer(writer)
         // A log that nobody reads any more must not end a request.
         .log_internal_errors(false)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false)
-        .finish();
-    Dispatch::new(subscriber)
+        .with_ansi(has_colours && !options.log_json)
+        .with_target(false);
+    if options.log_json { layer.json().flatten_event(true).boxed() } else { layer.boxed() }
+}
+
+fn open_files(directory: &Path) -> io::Result<(NonBlocking, LogFiles)> {
+    let appender = RollingFileAppender::builder()
+        .rotation(Rotation::DAILY)
+        .filename_prefix("sglang-router")
+        .filename_suffix("log")
+        .build(directory)
+        .map_err(|error| unusable(directory, &error))?;
+    let builder = NonBlockingBuilder::default().buffered_lines_limit(WAITING_LINES_MAX);
+    let (writer, guard) = builder.thread_name("router-log").finish(appender);
+    Ok((writer, LogFiles(guard)))
+}
+
+fn unusable(directory: &Path, error: &InitError) -> io::Error {
+    let source = error.source().and_then(|source| source.downcast_ref::<io::Error>());
+    let kind = source.map_or(io::ErrorKind::Other, io::Error::kind);
+    let why = source.map_or_else(|| error.to_string(), ToString::to_string);
+    io::Error::new(kind, format!("cannot write to log_dir {}: {why}", directory.display()))
 }

@@ -6,12 +6,13 @@
 //!
 //! In reading order: [`OpenTrace`] (what a request tells), `record` (how little is kept of it),
 //! [`Trace`] (how it is read), `shard` and `store` (where records are, and which one makes room),
-//! [`Stats`], [`Query`].
+//! [`Stats`], [`Query`], `log` (records in files, and read back from there).
 //!
 //! Invariants: a request writes its own record only; each record ends exactly once; a record that
 //! has expired is never read; all counts are exact; at most `max_trace_entries` records are held.
 //! No HTTP, no async and no timers here: the server calls [`Tracker::remove_expired`] now and then.
 
+mod log;
 mod open;
 mod query;
 mod record;
@@ -22,11 +23,14 @@ mod store;
 mod text;
 mod trace;
 
+use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
+pub use log::{LogError, TraceLog};
 pub use open::{AnswerFacts, OpenTrace, RequestFacts};
 pub use query::{Cursor, DEFAULT_LIMIT, Format, MAX_LIMIT, Query, QueryError};
 pub use record::Status;
@@ -35,7 +39,11 @@ pub use store::Page;
 pub use trace::{AttemptView, Timestamp, Trace, csv_header, csv_rows};
 
 use crate::routing::WorkerName;
+use log::Log;
 use store::Store;
+
+/// Most older files of a trace log, and the highest number one has.
+const MAX_KEPT_LOGS: u32 = 999;
 
 /// Options of request tracking.
 #[derive(clap::Args, Clone, Debug, PartialEq, Eq, Serialize)]
@@ -56,6 +64,29 @@ pub struct Options {
     /// Seconds between removals of traces whose time is over; they are never shown, removed or not
     #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
     pub trace_cleanup_interval_secs: u64,
+
+    /// File to append each ended trace to, as one line of JSON; needs enable_request_tracking
+    #[arg(long, value_name = "FILE")]
+    pub trace_log: Option<PathBuf>,
+
+    /// MiB that trace_log grows to before it becomes FILE.1, and FILE.1 becomes FILE.2
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    pub trace_log_max_mb: u32,
+
+    /// Older files of trace_log to keep
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(0..=i64::from(MAX_KEPT_LOGS)))]
+    pub trace_log_keep: u32,
+}
+
+impl Options {
+    /// What no single option shows: the name of the wrong one, and why.
+    pub fn check(&self) -> Result<(), (&'static str, String)> {
+        if self.trace_log.is_some() && !self.enable_request_tracking {
+            let why = "it takes the traces of enable_request_tracking, which is off";
+            return Err(("trace_log", why.to_owned()));
+        }
+        Ok(())
+    }
 }
 
 /// When a request arrived, by both clocks.
@@ -82,15 +113,22 @@ pub struct Tracker {
     options: Options,
     started_at: Instant,
     store: Store,
+    log: Option<Log>,
 }
 
 impl Tracker {
     /// An empty tracker. All its traces bear the router's one policy.
-    pub fn new(options: Options, routing_policy: &str) -> Arc<Tracker> {
+    ///
+    /// # Errors
+    /// The trace log cannot be opened to write; the message names it.
+    pub fn new(options: Options, routing_policy: &str) -> io::Result<Arc<Tracker>> {
         let capacity = options.max_trace_entries.max(1) as usize;
         let ttl_us = options.trace_ttl_seconds.saturating_mul(1_000_000);
         let store = Store::new(capacity, ttl_us, routing_policy);
-        Arc::new(Tracker { options, started_at: Instant::now(), store })
+        let max_log_bytes = u64::from(options.trace_log_max_mb) << 20;
+        let open_log = |path: &PathBuf| Log::open(path, max_log_bytes, options.trace_log_keep);
+        let log = options.trace_log.as_ref().map(open_log).transpose()?;
+        Ok(Arc::new(Tracker { options, started_at: Instant::now(), store, log }))
     }
 
     /// The options in force.
@@ -132,7 +170,7 @@ impl Tracker {
     /// Counts since the start and of what is held now, in time that does not depend on how much that
     /// is.
     pub fn stats(&self) -> Stats {
-        let mut stats = Stats::new(self.options.clone());
+        let mut stats = Stats::new(Some(self.options.clone()));
         self.store.add_to(&mut stats, self.now_us());
         stats
     }
@@ -140,6 +178,24 @@ impl Tracker {
     /// Gives back the memory of traces whose time is over at `now`; says how many.
     pub fn remove_expired(&self, now: Instant) -> usize {
         self.store.remove_expired(self.micros_at(now))
+    }
+
+    /// Ended requests whose trace is in the trace log.
+    pub fn log_written(&self) -> u64 {
+        self.log.as_ref().map_or(0, Log::written)
+    }
+
+    /// Ended requests whose trace did not get into the trace log: the buffer before it was full, it
+    /// could not be written, or the record was evicted while the request ran.
+    pub fn log_lost(&self) -> u64 {
+        self.log.as_ref().map_or(0, Log::lost)
+    }
+
+    /// Waits until the traces of all requests that have ended are in the trace log, and closes it.
+    pub fn close_log(&self) {
+        if let Some(log) = &self.log {
+            log.close();
+        }
     }
 
     fn now_us(&self) -> u64 {

@@ -227,6 +227,11 @@ impl OpenTrace {
             record.error_message = error.map(error_text);
         });
         shard.end(place, from, to, self.worker.is_some(), now_us);
+        if let Some(log) = &self.tracker.log {
+            let record = shard.record(place).cloned();
+            drop(shard);
+            log.hand_over(record);
+        }
     }
 
     /// Ends the attempt that is under way: its latency, which is none if it was never sent.

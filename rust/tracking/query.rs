@@ -100,7 +100,7 @@ pub struct Query {
     pub cursor: Option<Cursor>,
     /// How the answer is written.
     pub format: Format,
-    pub(super) policy: Option<String>,
+    policy: Option<String>,
     request_id: Option<String>,
     worker_request_id: Option<CompactId>,
     node_id: Option<String>,
@@ -190,7 +190,7 @@ impl Query {
         self.limit.unwrap_or(DEFAULT_LIMIT).clamp(1, MAX_LIMIT)
     }
 
-    /// Whether a record passes all filters but `policy`, which is the same for all records.
+    /// Whether a record passes all filters.
     pub(super) fn matches(&self, record: &Record) -> bool {
         let same = |wanted: &Option<String>, found: Option<&str>| match wanted {
             Some(wanted) => found == Some(wanted.as_str()),
@@ -200,6 +200,7 @@ impl Query {
         self.status.is_none_or(|status| record.status == status)
             && self.since_unix_us.is_none_or(|since| record.arrived_unix_us >= since)
             && self.until_unix_us.is_none_or(|until| record.arrived_unix_us < until)
+            && same(&self.policy, Some(record.routing_policy.as_str()))
             && same(&self.request_id, Some(&record.request_id))
             && same(&self.node_id, worker.map(|worker| &*worker.node_id))
             && same(&self.worker_url, worker.map(|worker| &*worker.url))

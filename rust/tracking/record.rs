@@ -2,17 +2,18 @@
 //!
 //! 100,000 of these lie in memory, so options are coded by a value that never occurs, names are
 //! shared, and a single attempt sits inside the record. [`Record::view`] spreads a record out into
-//! the [`Trace`] that people read; nothing else turns one into the other.
+//! the [`Trace`] that people read, [`Record::of`] is its inverse; nothing else turns one into the
+//! other.
 
 use std::mem::size_of;
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 
 use super::WorkerName;
-use super::text::{CompactId, Text, hex};
+use super::text::{CompactId, Names, Text, hex, parse_hex};
 use super::trace::{AttemptView, Timestamp, Trace};
 
 /// Attempts kept of one request; beyond it the oldest go.
@@ -20,7 +21,7 @@ const MAX_ATTEMPTS: usize = 32;
 
 /// How far a request has come. It only ever moves down this list, except that a retry on another
 /// worker goes back to [`Status::Routed`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Status {
     /// Arrived; no worker picked yet.
@@ -109,6 +110,11 @@ impl OptionalU64 {
     fn thousandths(self) -> Option<f64> {
         self.get().map(|value| value as f64 / 1_000.0)
     }
+
+    /// The number whose thousandth this is.
+    fn of_thousandths(thousandths: Option<f64>) -> OptionalU64 {
+        thousandths.map(|thousandths| (thousandths * 1_000.0).round() as u64).into()
+    }
 }
 
 /// One attempt to get an answer from a worker.
@@ -121,12 +127,13 @@ pub(super) struct Attempt {
 }
 
 /// What is kept of one request.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Record {
     pub(super) request_id: Box<str>,
     pub(super) arrived_unix_us: i64,
     /// Since the store's start; 0 while open.
     pub(super) ended_us: u64,
+    pub(super) routing_policy: Text,
     pub(super) route: Text,
     pub(super) model: Option<Text>,
     pub(super) finish_reason: Option<Text>,
@@ -153,11 +160,17 @@ pub(super) struct Record {
 
 impl Record {
     /// A record of a request that has just arrived.
-    pub(super) fn new(request_id: &str, route: Text, arrived_unix_us: i64) -> Record {
+    pub(super) fn new(
+        request_id: &str,
+        route: Text,
+        routing_policy: Text,
+        arrived_unix_us: i64,
+    ) -> Record {
         Record {
             request_id: request_id.into(),
             arrived_unix_us,
             ended_us: 0,
+            routing_policy,
             route,
             model: None,
             finish_reason: None,
@@ -216,7 +229,7 @@ impl Record {
     }
 
     /// The record as people read it.
-    pub(super) fn view(&self, routing_policy: &str) -> Trace {
+    pub(super) fn view(&self) -> Trace {
         let worker = self.worker();
         let text = |text: &Option<Text>| text.as_ref().map(|text| text.as_str().to_owned());
         Trace {
@@ -224,7 +237,7 @@ impl Record {
             worker_url: worker.map(|worker| worker.url.to_string()),
             node_id: worker.map(|worker| worker.node_id.to_string()),
             timestamp: Timestamp::from_unix_us(self.arrived_unix_us),
-            routing_policy: routing_policy.to_owned(),
+            routing_policy: self.routing_policy.as_str().to_owned(),
             status: self.status,
             route: self.route.as_str().to_owned(),
             cache_hit: self.cached_tokens.get().map(|tokens| tokens > 0),
@@ -250,6 +263,53 @@ impl Record {
             attempts: self.attempts.iter().map(Attempt::view).collect(),
             candidates: (),
             same_id: None,
+        }
+    }
+
+    /// The record whose view is `trace`. What a view derives is not read, so a trace that is not a
+    /// record's view gives a record with another one. `worker` names the worker of a URL and a
+    /// node.
+    pub(super) fn of(
+        trace: &Trace,
+        names: &mut Names,
+        mut worker: impl FnMut(&str, &str) -> Arc<WorkerName>,
+    ) -> Record {
+        let mut shared = |text: &Option<String>| text.as_ref().map(|text| names.share(text));
+        let own = |text: &Option<String>| text.as_deref().map(Text::new);
+        let (model, finish_reason) = (shared(&trace.model), shared(&trace.finish_reason));
+        let reason = shared(&trace.reason);
+        let mut attempt = |attempt: &AttemptView| Attempt {
+            worker: worker(&attempt.worker_url, &attempt.node_id),
+            error: own(&attempt.error),
+            latency_us: OptionalU64::of_thousandths(attempt.latency_ms),
+            http_status: attempt.http_status,
+        };
+        Record {
+            request_id: trace.request_id.as_str().into(),
+            arrived_unix_us: trace.timestamp.unix_us(),
+            ended_us: 0,
+            routing_policy: names.share(&trace.routing_policy),
+            route: names.share(&trace.route),
+            model,
+            finish_reason,
+            error_message: own(&trace.error_message),
+            reason,
+            worker_request_id: trace.worker_request_id.as_deref().map(CompactId::new),
+            trace_id: trace.trace_id.as_deref().and_then(parse_hex),
+            attempts: trace.attempts.iter().map(&mut attempt).collect(),
+            queue_us: OptionalU64::of_thousandths(trace.queue_ms),
+            decision_ns: OptionalU64::of_thousandths(trace.decision_us),
+            first_byte_us: OptionalU64::of_thousandths(trace.first_byte_ms),
+            ttft_us: OptionalU64::of_thousandths(trace.ttft_ms),
+            latency_us: OptionalU64::of_thousandths(trace.latency_ms),
+            input_tokens: trace.input_tokens.into(),
+            matched_tokens: trace.matched_tokens.into(),
+            prompt_tokens: trace.prompt_tokens.into(),
+            cached_tokens: trace.cached_tokens.into(),
+            completion_tokens: trace.completion_tokens.into(),
+            http_status: trace.http_status,
+            stream: trace.stream,
+            status: trace.status,
         }
     }
 
@@ -286,7 +346,7 @@ mod tests {
 
     #[test]
     fn the_oldest_attempts_go_beyond_the_bound() {
-        let mut record = Record::new("id", Text::new("/generate"), 0);
+        let mut record = Record::new("id", Text::new("/generate"), Text::new("random"), 0);
         assert!(record.worker().is_none());
         for index in 0..MAX_ATTEMPTS as u32 + 3 {
             let node_id = format!("gpu_{index}").into();

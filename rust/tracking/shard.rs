@@ -20,7 +20,7 @@ use super::query::Query;
 use super::record::{Record, Status};
 use super::slab::{List, Slab};
 use super::stats::Counts;
-use super::text::Names;
+use super::text::{Names, Text};
 use super::trace::{Timestamp, Trace};
 
 /// Most records one call of [`Shard::newest_before`] looks at, so that a listing never holds the
@@ -66,6 +66,8 @@ pub(super) struct Found {
 #[derive(Debug)]
 pub(super) struct Shard {
     hasher: RandomState,
+    /// Of the records inserted.
+    routing_policy: Text,
     slab: Slab<Entry>,
     /// One list for each id, oldest record first.
     by_id: HashTable<List<SAME_ID>>,
@@ -84,16 +86,18 @@ pub(super) struct Shard {
 
 impl Shard {
     /// An empty shard, which hashes ids as the store does.
-    pub(super) fn new(hasher: RandomState) -> Shard {
+    pub(super) fn new(hasher: RandomState, routing_policy: &str) -> Shard {
+        let mut names = Names::default();
         Shard {
             hasher,
+            routing_policy: names.share(routing_policy),
             slab: Slab::new(),
             by_id: HashTable::new(),
             by_arrival: BTreeMap::new(),
             open: List::new(),
             used: List::new(),
             ended: List::new(),
-            names: Names::default(),
+            names,
             counts: Counts::default(),
             heap_bytes: 0,
         }
@@ -105,7 +109,8 @@ impl Shard {
 
     /// Adds an open record, the newest of its id.
     pub(super) fn insert(&mut self, seq: u64, id: &str, route: &str, unix_us: i64) -> Place {
-        let record = Record::new(id, self.names.share(route), unix_us);
+        let policy = self.routing_policy.clone();
+        let record = Record::new(id, self.names.share(route), policy, unix_us);
         self.counts.arrives(&record.route);
         self.heap_bytes += record.heap_bytes();
         let slot = self.slab.insert(Entry { seq, record });
@@ -169,13 +174,31 @@ impl Shard {
         self.ended.push(&mut self.slab, place.slot);
     }
 
+    /// Adds the record of a request that has ended elsewhere, the newest of its id.
+    pub(super) fn restore(&mut self, seq: u64, record: Record) {
+        let (status, had_worker) = (record.status, record.worker().is_some());
+        let unix_us = record.arrived_unix_us;
+        let place = self.insert(seq, &record.request_id, record.route.as_str(), unix_us);
+        if let Some(worker) = record.worker() {
+            self.counts.changes_worker(None, worker, true);
+        }
+        self.edit(place, |held, _| *held = record);
+        self.end(place, Status::Queued, status, had_worker, 0);
+    }
+
+    /// A record, unless it has left.
+    pub(super) fn record(&self, place: Place) -> Option<&Record> {
+        let entry = self.slab.get(place.slot).filter(|entry| entry.seq == place.seq);
+        entry.map(|entry| &entry.record)
+    }
+
     /// The newest record with this id; looking at it is a use.
-    pub(super) fn get(&mut self, id: &str, routing_policy: &str) -> Option<Trace> {
+    pub(super) fn get(&mut self, id: &str) -> Option<Trace> {
         let hash = self.hasher.hash_one(id);
         let list = self.by_id.find(hash, |list| list_id(&self.slab, list) == id)?;
         let (slot, same_id) = (list.last()?, list.len());
         let record = &self.slab.at(slot).record;
-        let mut trace = record.view(routing_policy);
+        let mut trace = record.view();
         trace.same_id = (same_id > 1).then_some(same_id);
         if record.status.is_ended() {
             self.used.remove(&mut self.slab, slot);
@@ -186,13 +209,7 @@ impl Shard {
 
     /// Matching records that arrived before the one numbered `before`, newest first: up to
     /// `max_found` of them, out of a bounded number looked at.
-    pub(super) fn newest_before(
-        &self,
-        before: u64,
-        query: &Query,
-        max_found: usize,
-        routing_policy: &str,
-    ) -> Found {
+    pub(super) fn newest_before(&self, before: u64, query: &Query, max_found: usize) -> Found {
         let mut found = Found { traces: Vec::new(), before, is_exhausted: false };
         let mut older = self.by_arrival.range(..before).rev();
         for _ in 0..MAX_SCANNED {
@@ -203,7 +220,7 @@ impl Shard {
             found.before = seq;
             let record = &self.slab.at(slot).record;
             if query.matches(record) {
-                found.traces.push((seq, record.view(routing_policy)));
+                found.traces.push((seq, record.view()));
                 if found.traces.len() == max_found {
                     break;
                 }
@@ -266,7 +283,7 @@ impl Shard {
     }
 
     fn holds(&self, place: Place) -> bool {
-        self.slab.get(place.slot).is_some_and(|entry| entry.seq == place.seq)
+        self.record(place).is_some()
     }
 
     fn join_id(&mut self, id: &str, slot: u32) {

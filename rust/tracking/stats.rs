@@ -142,15 +142,15 @@ pub struct Stats {
     pub oldest_trace: Option<Timestamp>,
     /// Arrival of the newest record held.
     pub newest_trace: Option<Timestamp>,
-    /// The options in force.
-    pub config: Options,
+    /// The options in force; `None` for a log.
+    pub config: Option<Options>,
     /// The router's version.
     pub version: &'static str,
 }
 
 impl Stats {
     /// Nothing counted yet. Every status is there from the start.
-    pub(super) fn new(config: Options) -> Stats {
+    pub(super) fn new(config: Option<Options>) -> Stats {
         let no_status: BTreeMap<_, _> =
             Status::ALL.into_iter().map(|status| (status.name(), 0)).collect();
         Stats {
@@ -213,7 +213,6 @@ fn add_named(counts: &mut BTreeMap<String, u64>, name: &str, count: u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tracking::tests::options;
 
     fn worker(index: u32) -> Arc<WorkerName> {
         let (url, node_id) = (format!("http://a:{index}"), format!("gpu_{index}"));
@@ -226,7 +225,7 @@ mod tests {
         for index in [0, MAX_NODES - 1, MAX_NODES, MAX_NODES + 1, u32::MAX] {
             counts.changes_worker(None, &worker(index), true);
         }
-        let mut stats = Stats::new(options(1));
+        let mut stats = Stats::new(None);
         stats.add(&counts);
         let names: Vec<_> = stats.requests_per_node.into_iter().collect();
         let expected = [("(others)", 3), ("gpu_0", 1), ("gpu_65535", 1)];
@@ -238,7 +237,7 @@ mod tests {
         let mut counts = Counts::default();
         counts.changes_worker(None, &worker(0), true);
         counts.changes_worker(Some(&worker(0)), &worker(1), true);
-        let mut stats = Stats::new(options(1));
+        let mut stats = Stats::new(None);
         stats.add(&counts);
         assert_eq!(stats.requests_per_node, BTreeMap::from([("gpu_1".to_owned(), 1)]));
         assert_eq!(stats.node_distribution, stats.requests_per_node);

@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use parking_lot::{RwLock, RwLockWriteGuard};
 
 use super::query::{Cursor, Query};
+use super::record::Record;
 use super::shard::{Place, Shard};
 use super::stats::Stats;
 use super::trace::Trace;
@@ -49,7 +50,6 @@ pub(super) struct Key {
 pub(super) struct Store {
     shards: Box<[RwLock<Shard>]>,
     hasher: RandomState,
-    routing_policy: Box<str>,
     capacity: usize,
     ttl_us: u64,
     /// Records held, and rooms taken for records about to be inserted: never above `capacity`.
@@ -68,11 +68,10 @@ impl Store {
     /// `shards` is at most `capacity`, so that each has a share.
     fn with_shards(shards: usize, capacity: usize, ttl_us: u64, routing_policy: &str) -> Store {
         let hasher = RandomState::new();
-        let shard = |_| RwLock::new(Shard::new(hasher.clone()));
+        let shard = |_| RwLock::new(Shard::new(hasher.clone(), routing_policy));
         Store {
             shards: (0..shards).map(shard).collect(),
             hasher,
-            routing_policy: routing_policy.into(),
             capacity,
             ttl_us,
             taken: AtomicUsize::new(0),
@@ -102,6 +101,18 @@ impl Store {
         }
     }
 
+    /// A store of these records of ended requests, in the order of their arrival. They never expire.
+    pub(super) fn of(records: Vec<Record>) -> Store {
+        let store = Store::new(records.len().max(1), u64::MAX, "");
+        store.taken.store(records.len(), Ordering::Relaxed);
+        for (seq, record) in (0..).zip(records) {
+            let index = store.shard_of(&record.request_id);
+            store.shards[index].write().restore(seq, record);
+            store.next_seq.store(seq + 1, Ordering::Relaxed);
+        }
+        store
+    }
+
     /// The shard of a record, for its request to change it.
     pub(super) fn shard(&self, key: Key) -> RwLockWriteGuard<'_, Shard> {
         self.shards[key.shard].write()
@@ -111,15 +122,12 @@ impl Store {
     pub(super) fn get(&self, id: &str, now_us: u64) -> Option<Trace> {
         let mut shard = self.shards[self.shard_of(id)].write();
         self.expire(&mut shard, now_us);
-        shard.get(id, &self.routing_policy)
+        shard.get(id)
     }
 
     /// A page of what the query asks for. Records that arrive meanwhile are not on it.
     pub(super) fn list(&self, query: &Query, now_us: u64) -> Page {
         let mut page = Page { traces: Vec::new(), next_cursor: None };
-        if query.policy.as_ref().is_some_and(|policy| **policy != *self.routing_policy) {
-            return page;
-        }
         self.remove_expired(now_us);
         let newest = self.next_seq.load(Ordering::Relaxed);
         let before = query.cursor.map_or(newest, |cursor| cursor.seq.min(newest));
@@ -141,7 +149,7 @@ impl Store {
                 }
                 None => {
                     let shard = self.shards[index].read();
-                    walks[index].go_on(&shard, query, max_found, &self.routing_policy);
+                    walks[index].go_on(&shard, query, max_found);
                 }
             }
         }
@@ -243,8 +251,8 @@ impl Walk {
         Walk { before, found: VecDeque::new(), is_exhausted: false }
     }
 
-    fn go_on(&mut self, shard: &Shard, query: &Query, max_found: usize, routing_policy: &str) {
-        let found = shard.newest_before(self.before, query, max_found, routing_policy);
+    fn go_on(&mut self, shard: &Shard, query: &Query, max_found: usize) {
+        let found = shard.newest_before(self.before, query, max_found);
         self.before = found.before;
         self.found = found.traces.into();
         self.is_exhausted = found.is_exhausted;

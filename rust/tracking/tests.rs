@@ -9,11 +9,18 @@ pub(super) fn options(max_trace_entries: u32) -> Options {
         max_trace_entries,
         trace_ttl_seconds: 3600,
         trace_cleanup_interval_secs: 60,
+        trace_log: None,
+        trace_log_max_mb: 100,
+        trace_log_keep: 10,
     }
 }
 
+fn new_tracker(max_trace_entries: u32) -> Arc<Tracker> {
+    Tracker::new(options(max_trace_entries), "cache_aware").expect("no log to open")
+}
+
 fn tracker() -> Arc<Tracker> {
-    Tracker::new(options(100), "cache_aware")
+    new_tracker(100)
 }
 
 fn worker(index: u32) -> Arc<WorkerName> {
@@ -158,7 +165,7 @@ fn a_dropped_request_is_ended_all_the_same() {
 
 #[test]
 fn a_request_whose_record_left_still_counts_and_touches_no_other() {
-    let tracker = Tracker::new(options(1), "random");
+    let tracker = new_tracker(1);
     let mut first = tracker.open(arrived(), "first", "/generate");
     let second = tracker.open(arrived(), "second", "/generate");
     first.routed(&worker(0), "random", None, ms(0));
@@ -236,7 +243,7 @@ fn filters_see_the_facts() {
 
 #[test]
 fn exports_page_through_everything_or_up_to_a_limit() {
-    let tracker = Tracker::new(options(3_000), "random");
+    let tracker = new_tracker(3_000);
     let ids: Vec<String> = (0..2_500).map(|number| format!("req_{number}")).collect();
     for id in &ids {
         tracker.open(arrived(), id, "/generate").complete(Instant::now());
@@ -248,7 +255,7 @@ fn exports_page_through_everything_or_up_to_a_limit() {
     assert!(newest_first.eq(ids.iter().rev().cloned()));
     query.limit = Some(7);
     assert_eq!(tracker.pages(&query).flatten().count(), 7);
-    assert_eq!(Tracker::new(options(1), "random").pages(&query).count(), 0);
+    assert_eq!(new_tracker(1).pages(&query).count(), 0);
 }
 
 #[test]
@@ -292,7 +299,7 @@ fn an_open_trace_may_cross_threads() {
 #[test]
 fn a_record_at_rest_takes_at_most_400_bytes() {
     const RECORDS: usize = 100_000;
-    let tracker = Tracker::new(options(RECORDS as u32), "cache_aware");
+    let tracker = new_tracker(RECORDS as u32);
     let (arrived, worker) = (arrived(), worker(0));
     for number in 0..RECORDS {
         let mut open = tracker.open(arrived, &format!("req_{number:036}"), "/generate");

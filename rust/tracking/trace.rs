@@ -4,8 +4,9 @@
 
 use std::fmt::{self, Display, Formatter};
 
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 
 use super::record::Status;
 
@@ -47,8 +48,18 @@ impl Serialize for Timestamp {
     }
 }
 
+impl<'de> Deserialize<'de> for Timestamp {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Timestamp, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let moment = OffsetDateTime::parse(&text, &Rfc3339).map_err(serde::de::Error::custom)?;
+        let unix_us = moment.unix_timestamp_nanos().div_euclid(1_000);
+        Ok(Timestamp::from_unix_us(i64::try_from(unix_us).unwrap_or(i64::MAX)))
+    }
+}
+
 /// One attempt, as read.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct AttemptView {
     /// The worker it went to.
     pub worker_url: String,
@@ -66,11 +77,12 @@ pub struct AttemptView {
 macro_rules! trace {
     ($($(#[$doc:meta])* $field:ident: $kind:ty,)*) => {
         /// What is known of one request. What is not known is `None`, never guessed.
-        #[derive(Debug, Clone, PartialEq, Serialize)]
+        #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+        #[serde(deny_unknown_fields)]
         pub struct Trace {
             $($(#[$doc])* pub $field: $kind,)*
             /// Records held with this id, on a look-up by id and only when there are several.
-            #[serde(skip_serializing_if = "Option::is_none")]
+            #[serde(skip_serializing_if = "Option::is_none", skip_deserializing)]
             pub same_id: Option<u32>,
         }
 
@@ -192,8 +204,12 @@ mod tests {
 
     const ARRIVED_UNIX_US: i64 = 1_767_225_600_000_000;
 
+    fn new_record(id: &str) -> Record {
+        Record::new(id, Text::new("/generate"), Text::new("random"), ARRIVED_UNIX_US)
+    }
+
     fn full_record() -> Record {
-        let mut record = Record::new("a \"b\", c", Text::new("/generate"), ARRIVED_UNIX_US);
+        let mut record = new_record("a \"b\", c");
         let worker =
             WorkerName { index: 0, url: "http://127.0.0.1:30005".into(), node_id: "gpu_4".into() };
         record.attempt(&Arc::new(worker));
@@ -223,7 +239,7 @@ mod tests {
 
     #[test]
     fn json_has_every_field_in_order_and_nulls_for_the_unknown() {
-        let mut trace = Record::new("id", Text::new("/generate"), ARRIVED_UNIX_US).view("random");
+        let mut trace = new_record("id").view();
         let json = serde_json::to_string(&trace).expect("a trace is plain data");
         assert_eq!(
             json,
@@ -246,7 +262,7 @@ mod tests {
 
     #[test]
     fn json_values_are_derived_from_the_record() {
-        let json = serde_json::to_value(full_record().view("cache_aware")).expect("plain data");
+        let json = serde_json::to_value(full_record().view()).expect("plain data");
         assert_eq!(json["worker_url"], "http://127.0.0.1:30005");
         assert_eq!(json["cache_hit"], true);
         assert_eq!(json["decision_us"], 3.1);
@@ -258,7 +274,7 @@ mod tests {
 
     #[test]
     fn csv_comes_back_as_it_went_in() {
-        let trace = full_record().view("cache_aware");
+        let trace = full_record().view();
         let mut text = csv_header();
         text.extend(csv_rows(std::slice::from_ref(&trace)));
         let mut reader = csv::Reader::from_reader(text.as_slice());

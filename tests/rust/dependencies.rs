@@ -18,6 +18,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("server", &["error", "request", "routing", "telemetry", "tracking", "upstream", "workers"]),
     ("options", &["routing", "server", "telemetry", "tracking", "upstream", "workers"]),
     ("running", &["options", "routing", "server", "telemetry", "tracking", "upstream", "workers"]),
+    ("simulation", &["options", "routing", "running", "server", "upstream", "workers"]),
     ("cli", &["options", "running", "sim"]),
     (
         "python",

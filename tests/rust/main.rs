@@ -18,6 +18,7 @@ mod pins;
 mod start_up;
 mod streams;
 mod support;
+mod trace_log;
 mod traces;
 mod worker_life;
 mod worker_routes;

@@ -7,7 +7,6 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::tracking::record::Status;
-use crate::tracking::tests::options;
 use crate::tracking::{Timestamp, WorkerName};
 
 const TTL_US: u64 = 100;
@@ -23,7 +22,7 @@ fn query(pairs: &[(&str, String)]) -> Query {
 }
 
 fn stats(store: &Store, now_us: u64) -> Stats {
-    let mut stats = Stats::new(options(1));
+    let mut stats = Stats::new(None);
     store.add_to(&mut stats, now_us);
     stats
 }
