@@ -3,19 +3,24 @@
 //!
 //! Invariants: no test waits by sleeping, asserts a time, or shares a port or a router with another one.
 
+mod admission;
 mod bad_input;
+mod breaker;
 mod bytes;
 mod connections;
 mod dependencies;
 mod disconnects;
 mod doors;
+mod endings;
 mod fan_out;
 mod listing;
 mod load;
 mod pins;
+mod retries;
 mod start_up;
 mod streams;
 mod support;
 mod traces;
+mod wire_attacks;
 mod worker_life;
 mod worker_routes;
