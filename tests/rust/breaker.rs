@@ -3,7 +3,8 @@
 use serde_json::json;
 
 use crate::support::{
-    Exchange, Message, Router, STREAM_HEAD, ScriptedWorker, Wire, answer, chunked, ok, request, soon,
+    Exchange, Message, Router, STREAM_HEAD, ScriptedWorker, Wire, answer, chunked, ok, request,
+    soon,
 };
 
 const PIN: &str = "x-sglang-target-worker";
@@ -19,7 +20,11 @@ async fn send(router: &Router, pin: Option<&str>) -> Wire {
 }
 
 /// One request to this worker, answered so.
-async fn answered(router: &Router, worker: &mut ScriptedWorker, bytes: impl AsRef<[u8]>) -> Message {
+async fn answered(
+    router: &Router,
+    worker: &mut ScriptedWorker,
+    bytes: impl AsRef<[u8]>,
+) -> Message {
     let url = worker.url.clone();
     let mut client = send(router, Some(&url)).await;
     worker.request().await.answer(bytes).await;
@@ -121,7 +126,8 @@ async fn what_clients_do_wrong_never_opens_it() {
     let flags = ["--cb-failure-threshold=1", "--disable-retries"];
     let router = Router::ready(&[&worker.url], &flags).await;
     for status in [400, 401, 403, 404, 408, 413, 422, 501, 302] {
-        let refusal = answered(&router, &mut worker, answer(&format!("{status} No"), &[], "")).await;
+        let refusal =
+            answered(&router, &mut worker, answer(&format!("{status} No"), &[], "")).await;
         assert_eq!(refusal.status(), status);
         assert_eq!(breaker(&router, &worker).await, "closed", "{status}");
     }
@@ -180,7 +186,8 @@ async fn the_only_worker_is_used_however_full_it_is() {
     let router = Router::ready(&[&worker.url], &flags).await;
     for status in ["429 Too Many Requests", "503 Service Unavailable"] {
         for _ in 0..3 {
-            let refusal = answered(&router, &mut worker, answer(status, &[("retry-after", "10")], "")).await;
+            let refusal =
+                answered(&router, &mut worker, answer(status, &[("retry-after", "10")], "")).await;
             assert!(status.starts_with(&refusal.status().to_string()));
             assert_eq!(refusal.header("x-router-error-code"), None, "the worker's own");
         }

@@ -11,8 +11,7 @@ use crate::support::{
 };
 
 const AT_ONCE: &str = "--retry-initial-backoff-ms=1";
-const NEVER: [&str; 2] =
-    ["--retry-initial-backoff-ms=1000000", "--retry-max-backoff-ms=1000000"];
+const NEVER: [&str; 2] = ["--retry-initial-backoff-ms=1000000", "--retry-max-backoff-ms=1000000"];
 
 async fn post(router: &Router, id: &str, body: impl AsRef<[u8]>) -> Wire {
     let mut client = router.connect().await;
@@ -74,7 +73,10 @@ async fn a_status_that_another_worker_may_not_give_is_passed_over() {
         assert_eq!(attempts[0]["http_status"], status);
         let error = attempts[0]["error"].as_str().expect("an error");
         assert!(error.contains(&status.to_string()) && error.contains(&refusal), "{error}");
-        assert_eq!((&attempts[1]["http_status"], &attempts[1]["error"]), (&200.into(), &Value::Null));
+        assert_eq!(
+            (&attempts[1]["http_status"], &attempts[1]["error"]),
+            (&200.into(), &Value::Null)
+        );
     }
     let counted = router.until_idle().await;
     assert_eq!(counted.iter().map(|(_, served, _)| served).sum::<u64>(), 6);
@@ -238,7 +240,8 @@ async fn a_worker_is_asked_again_only_when_all_were_and_never_twice_running() {
     let trace = ended(&router, "x", "failed").await;
     let urls: Vec<Value> =
         attempts(&trace).iter().map(|attempt| attempt["worker_url"].clone()).collect();
-    let expected: Vec<Value> = asked.iter().map(|which| workers[*which].url.clone().into()).collect();
+    let expected: Vec<Value> =
+        asked.iter().map(|which| workers[*which].url.clone().into()).collect();
     assert_eq!(urls, expected);
 }
 
@@ -298,7 +301,8 @@ async fn a_pinned_request_is_tried_again_at_its_worker_only() {
 async fn each_attempt_sends_the_same_bytes() {
     let mut workers = ScriptedWorker::several::<3>().await;
     let router = Router::before(&workers, &[AT_ONCE]).await;
-    let body: Vec<u8> = (0..3_u32 << 20).map(|byte| (byte.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let body: Vec<u8> =
+        (0..3_u32 << 20).map(|byte| (byte.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
     let mut client = post(&router, "x", &body).await;
     let same = |request: &Message| {
         assert!(request.is_whole && request.body == body, "{} bytes", request.body.len());
