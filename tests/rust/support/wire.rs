@@ -57,11 +57,11 @@ impl Wire {
         socket.set_linger(Some(Duration::ZERO)).expect("an open socket");
     }
 
-    /// Sends until the other side takes no more, or this many bytes; how many it took.
-    pub async fn send_while_taken(&mut self, bytes: &[u8], most: usize) -> usize {
+    /// Sends these bytes until the other side takes no more; how many it took.
+    pub async fn send_while_taken(&mut self, bytes: &[u8]) -> usize {
         let mut taken = 0;
-        while taken < most {
-            let writing = tokio::time::timeout(STUCK_AFTER, self.stream.write(bytes));
+        while taken < bytes.len() {
+            let writing = tokio::time::timeout(STUCK_AFTER, self.stream.write(&bytes[taken..]));
             match writing.await {
                 Ok(Ok(count)) => taken += count,
                 Ok(Err(_)) | Err(_) => break,
