@@ -25,6 +25,7 @@ use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Instant;
 
+use super::has_known_coding;
 use super::network::{Network, Stream};
 use crate::error::with_causes;
 
@@ -58,6 +59,8 @@ pub enum SendError {
     NoAnswer { address: Box<str>, source: hyper::Error },
     #[error("{address} switched to another protocol, which nobody had asked for")]
     Upgrade { address: Box<str> },
+    #[error("{address} answered in a transfer-encoding other than chunked alone")]
+    UnknownCoding { address: Box<str> },
     /// The head of an answer came, and nothing of its body.
     #[error("the answer broke off before its first byte: {}", with_causes(source))]
     BrokenAnswer { source: hyper::Error },
@@ -77,7 +80,10 @@ impl SendError {
             Self::Connect { source, .. } => {
                 source.raw_os_error().is_none() || OF_THE_PEER.contains(&source.kind())
             }
-            Self::NoAnswer { .. } | Self::Upgrade { .. } | Self::BrokenAnswer { .. } => false,
+            Self::NoAnswer { .. }
+            | Self::Upgrade { .. }
+            | Self::UnknownCoding { .. }
+            | Self::BrokenAnswer { .. } => false,
         }
     }
 }
@@ -139,6 +145,9 @@ impl Connections {
         match answered {
             Ok(answer) if answer.status() == StatusCode::SWITCHING_PROTOCOLS => {
                 Err(SendError::Upgrade { address: self.address.clone() })
+            }
+            Ok(answer) if !has_known_coding(answer.headers()) => {
+                Err(SendError::UnknownCoding { address: self.address.clone() })
             }
             Ok(answer) => Ok(answer),
             Err(source) => Err(self.no_answer(source)),

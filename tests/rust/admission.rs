@@ -1,5 +1,7 @@
 //! How many requests are let in, what becomes of the others, and that every ending gives its place back.
 
+use std::time::Instant;
+
 use serde_json::{Value, json};
 
 use crate::support::{
@@ -139,6 +141,27 @@ async fn who_waits_too_long_is_told_so() {
     exchange.answer(ok("{}")).await;
     assert_eq!(inside.answer().await.status(), 200);
     assert!(worker.request_now().is_none());
+}
+
+#[tokio::test]
+async fn the_time_a_body_takes_is_no_waiting() {
+    let mut worker = ScriptedWorker::start().await;
+    let flags = ["--max-concurrent-requests=1", "--queue-timeout-secs=1"];
+    let router = Router::ready(&[&worker.url], &flags).await;
+    let mut slow = router.connect().await;
+    slow.send("POST /generate HTTP/1.1\r\nhost: x\r\nx-request-id: slow\r\n").await;
+    slow.send("content-length: 2\r\n\r\n{").await;
+    router.trace_when("slow", "queued").await;
+    let began = Instant::now();
+    until("a queue's time", async || (began.elapsed().as_millis() > 1100).then_some(())).await;
+    let mut inside = send(&router, "inside").await;
+    let exchange = worker.request().await;
+    slow.send("}").await;
+    assert_eq!(router.trace_now("slow").await["status"], "queued");
+    exchange.answer(ok("{}")).await;
+    assert_eq!(inside.answer().await.status(), 200);
+    worker.request().await.answer(ok("{}")).await;
+    assert_eq!(slow.answer().await.status(), 200);
 }
 
 /// Ends the only request there is room for in this way, and sees that the next one is let in.

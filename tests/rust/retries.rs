@@ -84,6 +84,20 @@ async fn a_status_that_another_worker_may_not_give_is_passed_over() {
 }
 
 #[tokio::test]
+async fn an_answer_that_is_passed_over_is_closed_before_another_worker_is_asked() {
+    let mut workers = ScriptedWorker::several::<2>().await;
+    let router = Router::before(&workers, &[AT_ONCE]).await;
+    let mut client = post(&router, "x", "{}").await;
+    let (mut endless, _) = ScriptedWorker::request_at_any(&mut workers).await;
+    endless.send("HTTP/1.1 503 Busy\r\ntransfer-encoding: chunked\r\n\r\n").await;
+    endless.send(chunked("and more to come")).await;
+    let (exchange, _) = ScriptedWorker::request_at_any(&mut workers).await;
+    endless.closed().await;
+    exchange.answer(ok("{}")).await;
+    assert_eq!(client.answer().await.status(), 200);
+}
+
+#[tokio::test]
 async fn any_other_status_is_the_answer() {
     let mut workers = ScriptedWorker::several::<2>().await;
     let router = Router::before(&workers, &[AT_ONCE]).await;
