@@ -549,6 +549,21 @@ async fn an_answer_before_the_body_was_read_is_the_answer() {
 }
 
 #[tokio::test]
+async fn a_worker_that_answers_and_closes_on_a_body_has_answered() {
+    for _ in 0..10 {
+        let (mut worker, router) = pair(&[]).await;
+        let (mut client, mut exchange) = unread(&router, &mut worker).await;
+        exchange.send(answer("413 Too Large", &[], "no more than 1 MB")).await;
+        drop(exchange);
+        let refusal = client.answer().await;
+        assert_eq!((refusal.status(), refusal.text().as_str()), (413, "no more than 1 MB"));
+        let trace = router.trace_when("x", "failed").await;
+        assert_eq!(trace["attempts"][0]["http_status"], 413);
+        assert_eq!(router.worker(&worker.url).await["failed"], 0);
+    }
+}
+
+#[tokio::test]
 async fn a_worker_that_answers_nothing_and_closes_on_a_body_has_failed() {
     let (mut worker, router) = pair(&[]).await;
     let (mut client, exchange) = unread(&router, &mut worker).await;
