@@ -181,6 +181,7 @@ impl Flight {
         if let Some(mut attempt) = self.attempt.take() {
             attempt.pass.ended(says, at);
         }
+        self.abort.is_at(None);
         self.status = None;
         if let Some(worker) = &self.worker {
             worker.failed.fetch_add(1, Ordering::Relaxed);

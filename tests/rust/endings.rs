@@ -49,7 +49,7 @@ async fn leave(way: &str, mut client: Wire) {
             client.rest().await;
         }
         "pipelines" => {
-            client.send(request("POST /generate", &[("x-request-id", "after")], "{}")).await
+            client.send(request("POST /generate", &[("x-request-id", "after")], "{}")).await;
         }
         _ => client.send("\r\n").await,
     }

@@ -3,6 +3,7 @@
 //!
 //! Invariants: no test waits by sleeping, asserts a time, or shares a port or a router with another one.
 
+mod aborts;
 mod admission;
 mod bad_input;
 mod breaker;
