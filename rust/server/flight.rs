@@ -222,6 +222,11 @@ impl Flight {
         self.abort.poll(cx)
     }
 
+    /// Whether the router is being stopped, which ends connections in any order and blames nobody.
+    pub(super) fn is_cut(&self) -> bool {
+        self.app.is_stopped.load(Ordering::Relaxed)
+    }
+
     /// The answer goes on to the client from here.
     pub(super) fn relaying(&mut self) -> StatusCode {
         self.is_relayed = true;
@@ -384,7 +389,7 @@ impl Drop for Flight {
         }
         self.id();
         let timeout = self.app.options.request_timeout();
-        let (origin, message) = if self.app.is_stopped.load(Ordering::Relaxed) {
+        let (origin, message) = if self.is_cut() {
             (Origin::Router, "the router was stopped before the answer had ended".to_owned())
         } else if now().saturating_duration_since(self.arrived.at) >= timeout {
             let message =
