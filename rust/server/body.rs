@@ -17,6 +17,7 @@ use hyper::body::Body as _;
 use hyper::header;
 
 use crate::error::{Error, Kind, with_causes};
+use crate::upstream;
 
 /// How much of a body that is too large is read and thrown away, and for how long, so that a client that is still
 /// sending it gets to read the refusal.
@@ -129,10 +130,8 @@ pub(super) async fn read(
     }
 }
 
-/// A coding that the router would not undo must not be passed on as if it had been (RFC 9112, section 6.1).
 fn check_coding(headers: &HeaderMap) -> Result<(), Error> {
-    let mut codings = headers.get_all(header::TRANSFER_ENCODING).iter();
-    if codings.all(|coding| coding.as_bytes().trim_ascii().eq_ignore_ascii_case(b"chunked")) {
+    if upstream::has_known_coding(headers) {
         return Ok(());
     }
     let message =

@@ -85,6 +85,7 @@ fn describe(worker: &Worker) -> Value {
         "load": worker.target.in_flight(),
         "node_id": worker.node_id(),
         "state": state.name(),
+        "breaker": worker.gate.state().name(),
         "last_error": worker.last_error(),
         "served": worker.served.load(Ordering::Relaxed),
         "failed": worker.failed.load(Ordering::Relaxed),

@@ -223,6 +223,7 @@ impl Flight {
         if let Some(mut attempt) = self.attempt.take() {
             attempt.pass.ended(says, at);
         }
+        self.abort.is_at(None);
         self.status = None;
         if let Some(worker) = &self.worker {
             worker.failed.fetch_add(1, Ordering::Relaxed);
@@ -279,6 +280,11 @@ impl Flight {
     /// Ready when the request is ended from outside.
     pub(super) fn poll_aborted(&self, cx: &Context<'_>) -> Poll<()> {
         self.abort.poll(cx)
+    }
+
+    /// Whether the router is being stopped, which ends connections in any order and blames nobody.
+    pub(super) fn is_cut(&self) -> bool {
+        self.app.is_stopped.load(Ordering::Relaxed)
     }
 
     /// The answer goes on to the client from here.
@@ -496,7 +502,7 @@ impl Drop for Flight {
         }
         self.id();
         let timeout = self.app.options.request_timeout();
-        let is_stopped = self.app.is_stopped.load(Ordering::Relaxed);
+        let is_stopped = self.is_cut();
         self.count_abort(if is_stopped { "stopped" } else { "client" });
         let (origin, message) = if is_stopped {
             (Origin::Router, "the router was stopped before the answer had ended".to_owned())

@@ -171,3 +171,37 @@ async fn refused(error: &io::Error) {
     tracing::warn!("cannot accept a connection: {error}");
     tokio::time::sleep(ACCEPT_PAUSE).await;
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+
+    const STEP: Duration = Duration::from_secs(10);
+
+    #[tokio::test(start_paused = true)]
+    async fn a_head_that_takes_too_long_ends_its_connection() {
+        let whole: &[u8] = b"GET /x HTTP/1.1\r\nhost: x\r\n\r\n";
+        // From the first byte on, and behind a request that was answered.
+        for before in [&b""[..], whole] {
+            let (mut client, server) = duplex(1 << 16);
+            let graceful = GracefulShutdown::new();
+            let timeout = Duration::from_secs(1800);
+            tokio::spawn(serve_connection(server, Router::new(), &graceful, timeout));
+            client.write_all(before).await.expect("open");
+            let began = Instant::now();
+            let head = b"GET /x HTTP/1.1\r\nx-slow: ".iter().chain(std::iter::repeat(&b'x'));
+            for byte in head {
+                if client.write_all(&[*byte]).await.is_err() {
+                    break;
+                }
+                tokio::time::sleep(STEP).await;
+            }
+            let took = began.elapsed();
+            assert!((HEAD_WITHIN..HEAD_WITHIN + 3 * STEP).contains(&took), "{took:?}");
+            let mut answers = Vec::new();
+            client.read_to_end(&mut answers).await.expect("an end");
+            assert_eq!(answers.starts_with(b"HTTP/1.1 404"), !before.is_empty());
+        }
+    }
+}

@@ -123,8 +123,8 @@ async fn admit(app: &App, flight: &mut Flight, pin: Option<&HeaderValue>) -> Res
         app.workers.first_round_or(is_served).await;
         Ok(slot)
     };
-    let until = flight.arrived_at() + app.options.admission.queue_timeout();
-    let entered = tokio::time::timeout_at(until.into(), entering).await.unwrap_or_else(|_| {
+    let at_most = app.options.admission.queue_timeout();
+    let entered = tokio::time::timeout(at_most, entering).await.unwrap_or_else(|_| {
         let message = format!(
             "no worker could be picked within {} s (queue_timeout_secs): the router is full, or its workers are \
              still being checked",
@@ -162,8 +162,8 @@ async fn attempt(
             Err(_) if !wish.failed_on.is_empty() => break,
             Err(error) => return Err(error),
         };
-        if let Ok(answer) = &last {
-            flight.passed_over(&excerpt(answer));
+        if let Ok(answer) = std::mem::replace(&mut last, Err(None)) {
+            flight.passed_over(&excerpt(&answer));
         }
         let worker = picked.worker.clone();
         flight.picked(picked, scan_took);

@@ -227,6 +227,10 @@ impl Body for Relay {
                     Err(error) => error,
                 }
             }
+            Poll::Ready(Some(Err(_))) if this.flight.is_cut() => {
+                this.answer = None;
+                return Poll::Ready(Some(Err("the router was stopped".into())));
+            }
             Poll::Ready(Some(Err(error))) => {
                 let causes = with_causes(&error);
                 let message = format!("the worker's answer broke off: {causes}");

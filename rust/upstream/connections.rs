@@ -25,6 +25,7 @@ use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Instant;
 
+use super::has_known_coding;
 use super::network::{Network, Stream};
 use crate::error::with_causes;
 
@@ -45,6 +46,10 @@ const OF_THE_PEER: [io::ErrorKind; 6] = [
     io::ErrorKind::TimedOut,
 ];
 
+/// How a write fails once the other side has closed.
+const GONE: [io::ErrorKind; 3] =
+    [io::ErrorKind::BrokenPipe, io::ErrorKind::ConnectionReset, io::ErrorKind::ConnectionAborted];
+
 /// Why a request got no answer from this worker.
 #[derive(Debug, thiserror::Error)]
 pub enum SendError {
@@ -58,6 +63,8 @@ pub enum SendError {
     NoAnswer { address: Box<str>, source: hyper::Error },
     #[error("{address} switched to another protocol, which nobody had asked for")]
     Upgrade { address: Box<str> },
+    #[error("{address} answered in a transfer-encoding other than chunked alone")]
+    UnknownCoding { address: Box<str> },
     /// The head of an answer came, and nothing of its body.
     #[error("the answer broke off before its first byte: {}", with_causes(source))]
     BrokenAnswer { source: hyper::Error },
@@ -77,7 +84,10 @@ impl SendError {
             Self::Connect { source, .. } => {
                 source.raw_os_error().is_none() || OF_THE_PEER.contains(&source.kind())
             }
-            Self::NoAnswer { .. } | Self::Upgrade { .. } | Self::BrokenAnswer { .. } => false,
+            Self::NoAnswer { .. }
+            | Self::Upgrade { .. }
+            | Self::UnknownCoding { .. }
+            | Self::BrokenAnswer { .. } => false,
         }
     }
 }
@@ -139,6 +149,9 @@ impl Connections {
         match answered {
             Ok(answer) if answer.status() == StatusCode::SWITCHING_PROTOCOLS => {
                 Err(SendError::Upgrade { address: self.address.clone() })
+            }
+            Ok(answer) if !has_known_coding(answer.headers()) => {
+                Err(SendError::UnknownCoding { address: self.address.clone() })
             }
             Ok(answer) => Ok(answer),
             Err(source) => Err(self.no_answer(source)),
@@ -214,7 +227,7 @@ impl Connections {
             })?
             .map_err(|source| SendError::Connect { address: self.address.clone(), source })?;
         let received = Arc::new(AtomicU64::new(0));
-        let io = TokioIo::new(Counted { stream, received: received.clone() });
+        let io = TokioIo::new(Wire { stream, received: received.clone(), is_gone: false });
         let (sender, connection) =
             http1::handshake(io).await.map_err(|source| self.no_answer(source))?;
         // Ends when the worker closes the connection or when the sender is dropped. Its error reaches
@@ -317,15 +330,20 @@ impl Drop for Answer {
 }
 
 pin_project_lite::pin_project! {
-    /// A stream that counts what it has received.
-    struct Counted {
+    /// A stream that counts what it has received, and is read to its end also when it cannot be written to.
+    ///
+    /// A worker may refuse a request by its head and close, with the body unread. Its answer is there to be read; an
+    /// error in writing would end the connection before.
+    struct Wire {
         #[pin]
         stream: Stream,
         received: Arc<AtomicU64>,
+        // The worker takes nothing more: what is written is thrown away, and reading tells what that means.
+        is_gone: bool,
     }
 }
 
-impl AsyncRead for Counted {
+impl AsyncRead for Wire {
     fn poll_read(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -339,13 +357,31 @@ impl AsyncRead for Counted {
     }
 }
 
-impl AsyncWrite for Counted {
+impl Wire {
+    fn write(
+        self: Pin<&mut Self>,
+        bytes: usize,
+        write: impl FnOnce(Pin<&mut Stream>) -> Poll<io::Result<usize>>,
+    ) -> Poll<io::Result<usize>> {
+        let this = self.project();
+        if !*this.is_gone {
+            let written = ready!(write(this.stream));
+            *this.is_gone = written.as_ref().is_err_and(|error| GONE.contains(&error.kind()));
+            if !*this.is_gone {
+                return Poll::Ready(written);
+            }
+        }
+        Poll::Ready(Ok(bytes))
+    }
+}
+
+impl AsyncWrite for Wire {
     fn poll_write(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.project().stream.poll_write(cx, bytes)
+        self.write(bytes.len(), |stream| stream.poll_write(cx, bytes))
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -365,6 +401,7 @@ impl AsyncWrite for Counted {
         cx: &mut Context<'_>,
         buffers: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.project().stream.poll_write_vectored(cx, buffers)
+        let bytes = buffers.iter().map(|buffer| buffer.len()).sum();
+        self.write(bytes, |stream| stream.poll_write_vectored(cx, buffers))
     }
 }

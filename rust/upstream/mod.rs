@@ -10,6 +10,9 @@ mod sse;
 
 use std::time::Duration;
 
+use hyper::HeaderMap;
+use hyper::header::TRANSFER_ENCODING;
+
 pub use connections::{Answer, Connections, SendError};
 pub use network::{Network, Stream, Tcp};
 
@@ -26,4 +29,12 @@ impl Options {
     pub fn connect_timeout(&self) -> Duration {
         Duration::from_secs(self.connect_timeout_secs)
     }
+}
+
+/// Whether the body behind these headers is in chunks or in no coding, the two the router knows. It would pass on
+/// the inside of any other coding as if it were the body (RFC 9112, section 6.1).
+pub fn has_known_coding(headers: &HeaderMap) -> bool {
+    let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
+    let is_chunked = |coding: &[u8]| coding.trim_ascii().eq_ignore_ascii_case(b"chunked");
+    codings.next().is_none_or(|coding| is_chunked(coding.as_bytes())) && codings.next().is_none()
 }

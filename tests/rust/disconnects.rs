@@ -2,10 +2,7 @@
 
 use serde_json::Value;
 
-use crate::support::{Message, Router, ScriptedWorker, Wire, chunked, request};
-
-const STREAM_HEAD: &str =
-    "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
+use crate::support::{Message, Router, STREAM_HEAD, ScriptedWorker, Wire, chunked, request};
 
 async fn pair(flags: &[&str]) -> (ScriptedWorker, Router) {
     let worker = ScriptedWorker::start().await;

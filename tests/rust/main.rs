@@ -3,22 +3,28 @@
 //!
 //! Invariants: no test waits by sleeping, asserts a time, or shares a port or a router with another one.
 
+mod aborts;
+mod admission;
 mod bad_input;
+mod breaker;
 mod bytes;
 mod connections;
 mod dependencies;
 mod disconnects;
 mod doors;
+mod endings;
 mod fan_out;
 mod listing;
 mod load;
 mod log_lines;
 mod metrics;
 mod pins;
+mod retries;
 mod start_up;
 mod streams;
 mod support;
 mod trace_log;
 mod traces;
+mod wire_attacks;
 mod worker_life;
 mod worker_routes;

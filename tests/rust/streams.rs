@@ -2,10 +2,7 @@
 
 use serde_json::Value;
 
-use crate::support::{Router, ScriptedWorker, chunked, request};
-
-const STREAM_HEAD: &str =
-    "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
+use crate::support::{Router, STREAM_HEAD, ScriptedWorker, chunked, request};
 
 #[tokio::test]
 async fn each_chunk_arrives_before_the_next_is_sent() {

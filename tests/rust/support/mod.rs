@@ -8,7 +8,7 @@ mod wire;
 
 use std::time::Duration;
 
-pub use message::{Message, chunked, ok, request};
+pub use message::{Message, STREAM_HEAD, answer, chunked, ok, request};
 pub use router::{Router, encoded};
 pub use scripted_worker::{Exchange, Health, ScriptedWorker};
 pub use simulated::Simulated;

@@ -8,7 +8,7 @@ use serde_json::Value;
 use sglang_router_rs::options::{self, Options};
 use sglang_router_rs::running::Running;
 
-use super::{Message, Wire, request, until};
+use super::{Message, ScriptedWorker, Wire, request, until};
 
 pub struct Router {
     /// None only while it is being dropped.
@@ -44,6 +44,12 @@ impl Router {
         // So that no connection is in use but for what a test asks for.
         router.until_told().await;
         router
+    }
+
+    /// The same, in front of scripted workers.
+    pub async fn before(workers: &[ScriptedWorker], flags: &[&str]) -> Router {
+        let urls: Vec<&str> = workers.iter().map(|worker| worker.url.as_str()).collect();
+        Router::ready(&urls, flags).await
     }
 
     /// Waits until every healthy worker has told about itself.
@@ -112,6 +118,13 @@ impl Router {
     /// The one worker with this URL, as `GET /workers` shows it.
     pub async fn worker(&self, url: &str) -> Value {
         self.json(&format!("/workers/{}", encoded(url))).await
+    }
+
+    /// Requests in flight at each worker, in order of joining.
+    pub async fn loads(&self) -> Vec<u64> {
+        let workers = self.json("/workers").await;
+        let workers = workers["workers"].as_array().expect("workers").clone();
+        workers.iter().map(|worker| worker["load"].as_u64().expect("a count")).collect()
     }
 
     /// Waits until nothing is in flight at any worker, and says how many each has served and failed.

@@ -4,8 +4,9 @@
 //! break or withhold it; dropping the exchange closes its connection.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use futures_util::future::select_all;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{AbortHandle, JoinSet};
@@ -42,6 +43,8 @@ struct State {
     /// Those of them that are open.
     open: AtomicUsize,
     checks: AtomicUsize,
+    /// Whether requests reach the test without their bodies, which stay unread.
+    is_hasty: AtomicBool,
     to_test: mpsc::UnboundedSender<Exchange>,
 }
 
@@ -84,6 +87,7 @@ impl ScriptedWorker {
             connections: AtomicUsize::new(0),
             open: AtomicUsize::new(0),
             checks: AtomicUsize::new(0),
+            is_hasty: AtomicBool::new(false),
             to_test,
         };
         let url = format!("http://127.0.0.1:{port}");
@@ -110,6 +114,27 @@ impl ScriptedWorker {
 
     pub fn set_health(&self, health: Health) {
         self.state.health.send_replace(health);
+    }
+
+    /// So many healthy workers.
+    pub async fn several<const COUNT: usize>() -> [ScriptedWorker; COUNT] {
+        let mut workers = Vec::new();
+        for _ in 0..COUNT {
+            workers.push(ScriptedWorker::start().await);
+        }
+        workers.try_into().unwrap_or_else(|_| unreachable!("as many as asked for"))
+    }
+
+    /// The next request at any of these workers, and at which of them.
+    pub async fn request_at_any(workers: &mut [ScriptedWorker]) -> (Exchange, usize) {
+        let requests = workers.iter_mut().map(|worker| Box::pin(worker.request()));
+        let (exchange, which, _) = select_all(requests).await;
+        (exchange, which)
+    }
+
+    /// From now on requests reach the test as soon as their heads are there, with their bodies unread.
+    pub fn stop_reading_bodies(&self) {
+        self.state.is_hasty.store(true, Ordering::SeqCst);
     }
 
     /// The next request that is no check.
@@ -167,7 +192,8 @@ impl Exchange {
         assert!(rest.is_empty(), "the router sent more: {rest:?}");
     }
 
-    fn wire(&mut self) -> &mut Wire {
+    /// The connection itself.
+    pub fn wire(&mut self) -> &mut Wire {
         &mut self.open.as_mut().expect("open until it is answered").wire
     }
 }
@@ -188,7 +214,8 @@ impl Open {
         let Some(head) = self.wire.next_head().await else {
             return;
         };
-        let request = self.wire.body_of(head).await;
+        let is_hasty = self.state.is_hasty.load(Ordering::SeqCst);
+        let request = if is_hasty { head } else { self.wire.body_of(head).await };
         if is_check(&request) {
             return self.answer_check().await;
         }

@@ -2,11 +2,16 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::time::Duration;
 
+use socket2::SockRef;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use super::{Message, soon};
+
+/// Who takes nothing for so long is not reading.
+const STUCK_AFTER: Duration = Duration::from_millis(300);
 
 /// How the body after a head is framed.
 enum Framing {
@@ -44,6 +49,25 @@ impl Wire {
     /// Says that nothing more is sent.
     pub async fn finish_sending(&mut self) {
         self.stream.shutdown().await.expect("an open socket");
+    }
+
+    /// When this is dropped, the other side gets a reset instead of an end.
+    pub fn reset_at_end(&mut self) {
+        let socket = SockRef::from(&self.stream);
+        socket.set_linger(Some(Duration::ZERO)).expect("an open socket");
+    }
+
+    /// Sends these bytes until the other side takes no more; how many it took.
+    pub async fn send_while_taken(&mut self, bytes: &[u8]) -> usize {
+        let mut taken = 0;
+        while taken < bytes.len() {
+            let writing = tokio::time::timeout(STUCK_AFTER, self.stream.write(&bytes[taken..]));
+            match writing.await {
+                Ok(Ok(count)) => taken += count,
+                Ok(Err(_)) | Err(_) => break,
+            }
+        }
+        taken
     }
 
     /// The next answer, read to its end.
