@@ -42,11 +42,8 @@ pub struct Counts {
 
 impl Gate {
     pub(super) fn new(worker: &str, options: Options, limiting: Limiting) -> Arc<Self> {
-        let inner = Inner {
-            breaker: Breaker::new(options),
-            is_counted: false,
-            counts: Counts::default(),
-        };
+        let inner =
+            Inner { breaker: Breaker::new(options), is_counted: false, counts: Counts::default() };
         Arc::new(Self { worker: worker.into(), inner: Mutex::new(inner), limiting })
     }
 
