@@ -12,7 +12,7 @@ FUZZ_TARGETS := scan stream_usage tree trace_queries
 # Built and installed into .venv when a source is newer.
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help build install wheel demo test test-rust test-python check format generate bench-memory fuzz clean
+.PHONY: help build install wheel demo test test-rust test-python check format generate bench-memory chaos fuzz clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -55,6 +55,9 @@ generate: $(INSTALLED) ## write the files that are derived from the Rust sources
 
 bench-memory: ## memory of 100,000 traces and of a million prompts
 	cargo bench --locked --bench memory
+
+chaos: $(INSTALLED) ## five minutes of load while workers are killed, hang and refuse; CHAOS="--seconds 60 …" for options
+	$(BIN)/python tools/chaos.py $(CHAOS)
 
 fuzz: ## each fuzz target for FUZZ_SECS=600 seconds; FUZZ_TARGETS=… for some of them
 	@command -v cargo-fuzz > /dev/null || cargo install cargo-fuzz --locked
