@@ -63,17 +63,22 @@ macro_rules! kinds {
 
 kinds! {
     InvalidQuery "invalid_query" 400 Client "A parameter of a trace query is unknown or has a bad value.";
+    InvalidRequest "invalid_request" 400 Client "The body or the query of a management request is malformed or has a bad value.";
+    TooManyWorkers "too_many_workers" 409 Router "No further worker can join.";
     UnknownTargetWorker "unknown_target_worker" 400 Client "`x-sglang-target-worker` names no worker of this router.";
+    Unauthorized "unauthorized" 401 Client "The route asks for a key that the request does not have: see [keys.md](keys.md).";
     NotFound "not_found" 404 Client "No such route, trace or worker.";
     MethodNotAllowed "method_not_allowed" 405 Client "The route exists, but not for this method.";
     PayloadTooLarge "payload_too_large" 413 Client "The request body is larger than `max_payload_size`, or a batch names too many ids.";
     IncompleteBody "incomplete_body" 400 Client "The request body is not framed as HTTP asks.";
-    Aborted "aborted" 499 Client "The client left before its answer began.";
+    Aborted "aborted" 499 Client "The request was ended by `POST /abort_request`, or its client left.";
     TrackingDisabled "tracking_disabled" 501 Router "Traces were asked for, but request tracking is off.";
+    QueueFull "queue_full" 429 Router "`max_concurrent_requests` are in flight, or the rate is used up, and `queue_size` wait already.";
     QueueTimeout "queue_timeout" 408 Router "The request waited longer than `queue_timeout_secs` to be routed.";
-    NoAvailableWorkers "no_available_workers" 503 Router "No worker is healthy, or the one asked for is not.";
-    WorkerUnreachable "worker_unreachable" 502 Worker "Every worker tried refused the connection or ended it without an answer.";
-    Timeout "timeout" 504 Worker "No answer within `request_timeout_secs`.";
+    Overloaded "overloaded" 503 Router "The bodies of all requests together would take more than `max_buffered_bytes`.";
+    NoAvailableWorkers "no_available_workers" 503 Router "No worker may be picked, or not the one asked for: unhealthy, leaving, or its circuit breaker is open.";
+    WorkerUnreachable "worker_unreachable" 502 Worker "The last worker tried refused the connection, or ended it without an answer or in the middle of one.";
+    Timeout "timeout" 504 Worker "The answer had not ended within `request_timeout_secs`, or nothing more of it came for `stream_stall_timeout_secs`.";
 }
 
 /// One error: which, and what happened in words that say what would be right.

@@ -26,6 +26,8 @@ pub mod routing;
 pub mod running;
 pub mod server;
 pub mod sim;
+#[cfg(test)]
+mod simulation;
 pub mod telemetry;
 pub mod tracking;
 pub mod upstream;

@@ -47,10 +47,7 @@ pub struct Options {
 /// Options that the router will have and has not yet: named in their own error, so that nobody takes
 /// silence for support.
 const NOT_YET: &[&str] = &[
-    "admin_api_key",
-    "api_key",
     "cache_weight",
-    "cors_allowed_origins",
     "log_dir",
     "log_json",
     "prometheus_duration_buckets",
@@ -305,7 +302,7 @@ fn read_file(path: &Path) -> Result<Vec<Setting>, OptionError> {
     let text = std::fs::read_to_string(path).map_err(|error| failed(&error))?;
     let is_toml = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("toml"));
     let keys: BTreeMap<String, Value> = if is_toml {
-        toml::from_str(&text).map_err(|error| failed(&error))?
+        toml::from_str(&text).map_err(|error| failed(&without_excerpt(&error)))?
     } else {
         serde_json::from_str(&text).map_err(|error| failed(&error))?
     };
@@ -325,6 +322,12 @@ fn read_file(path: &Path) -> Result<Vec<Setting>, OptionError> {
     }
     parse(&settings, &origin)?;
     Ok(settings)
+}
+
+/// Where a TOML text is wrong and why, without the line itself: there may be a key in it.
+fn without_excerpt(error: &toml::de::Error) -> String {
+    let place = error.to_string().lines().next().unwrap_or_default().to_owned();
+    format!("{place}: {}", error.message())
 }
 
 fn values(value: &Value) -> Option<Vec<String>> {
@@ -405,6 +408,7 @@ fn shape(arg: &Arg) -> Shape {
         TypeId::of::<u16>(),
         TypeId::of::<u32>(),
         TypeId::of::<u64>(),
+        TypeId::of::<i64>(),
         TypeId::of::<usize>(),
     ]) {
         Shape::Integer
@@ -483,7 +487,7 @@ mod tests {
         );
         assert!(error("policy", &["best"]).contains("not one of random, round_robin"));
         assert!(error("prot", &["1"]).contains("did you mean port?"));
-        assert!(error("api_key", &["x"]).contains("does not support this option yet"));
+        assert!(error("worker_kv_tokens", &["x"]).contains("does not support this option yet"));
         assert!(error("worker_urls", &["localhost:1"]).contains("no scheme"));
         assert!(error("worker_urls", &["http://a:1", "http://a:1/"]).starts_with("worker_urls: "));
         assert!(error("cache_threshold", &["nan"]).contains("0 to 1"));
@@ -495,6 +499,36 @@ mod tests {
         assert!(error("trace_ttl_seconds", &["x"]).contains("in 1.."));
         assert!(error("seed", &["-1"]).contains("in 0..=2^64-1"));
         assert!(error("disable_retries", &["maybe"]).contains("disable_retries"));
+        let origin = error("cors_allowed_origins", &["https://a.test/"]);
+        assert!(
+            origin.starts_with("cors_allowed_origins: bad value \"https://a.test/\""),
+            "{origin}"
+        );
+        assert!(origin.contains("such as https://chat.example.org"), "{origin}");
+    }
+
+    #[test]
+    fn a_key_is_shown_nowhere() {
+        let keys = [setting("api_key", &["sesame"]), setting("admin_api_key", &["sesame-2"])];
+        let shown = format!("{:?}", keywords(&keys).expect("keys"));
+        assert!(shown.contains("api_key: Some((hidden))") && !shown.contains("sesame"), "{shown}");
+        let toml = File::new("keys.toml", "port = 1\napi_key = sesame");
+        let json = File::new("keys.json", r#"{"admin_api_key": "sesame "}"#);
+        for (error, place) in [
+            (keywords(&[setting("api_key", &["sesame sesame"])]), "api_key: bad value"),
+            (command_line(&["--api-key", "sesame\t"], &[]), "--api-key"),
+            (
+                command_line(&[], &[("SGLANG_ROUTER__API_KEY", " sesame")]),
+                "SGLANG_ROUTER__API_KEY: ",
+            ),
+            (command_line(&[&toml.flag()], &[]), "line 2, column 11"),
+            (command_line(&[&json.flag()], &[]), "admin_api_key in "),
+            (keywords(&[setting("api_key", &[""])]), "a key is 1 to 512 visible ASCII characters"),
+            (command_line(&["--admin-api-key="], &[]), "a key is 1 to 512 visible ASCII"),
+        ] {
+            let error = error.expect_err(place);
+            assert!(error.contains(place) && !error.contains("sesame"), "{error}");
+        }
     }
 
     #[test]
@@ -522,7 +556,7 @@ mod tests {
         let options = command_line(&["--port", "3", &file.flag()], &environment).expect("options");
         assert_eq!((options.server.port, options.server.host.as_str()), (3, "e"));
         assert_eq!(options.routing.seed, Some(7));
-        let urls: Vec<_> = options.workers.worker_urls.iter().map(|url| url.as_str()).collect();
+        let urls: Vec<_> = options.workers.worker_urls.iter().map(ToString::to_string).collect();
         assert_eq!(urls, ["http://e:1", "http://e:2"]);
     }
 

@@ -196,11 +196,14 @@ fn all_errors() -> Vec<(&'static str, u16, &'static str, &'static str)> {
     Kind::ALL.iter().map(row).collect()
 }
 
-/// Every route: method, path, what answers it.
+/// Method, path, the option with the key it asks for, and meaning.
+type Route = (&'static str, &'static str, Option<&'static str>, &'static str);
+
+/// Every route.
 #[pyfunction(name = "routes")]
-fn all_routes() -> Vec<(&'static str, &'static str, &'static str)> {
+fn all_routes() -> Vec<Route> {
     let row = |(method, path, purpose): &'static (hyper::Method, &'static str, routes::Purpose)| {
-        (method.as_str(), *path, purpose.meaning())
+        (method.as_str(), *path, purpose.door().option(), purpose.meaning())
     };
     routes::ROUTES.iter().map(row).collect()
 }

@@ -11,10 +11,11 @@ use tokio::sync::watch;
 use tracing::Dispatch;
 
 use crate::options::Options;
-use crate::routing;
-use crate::server::{self, App, Order, routes};
+use crate::routing::{self, Policy};
+use crate::server::{self, App, Order, Secret, routes};
 use crate::telemetry::logging;
 use crate::tracking::Tracker;
+use crate::upstream::{self, Network};
 use crate::workers::Workers;
 
 const DESCRIPTORS_WANTED: u64 = 4096;
@@ -54,7 +55,8 @@ impl Running {
         let address = listener.local_addr()?;
         let request_timeout = options.server.request_timeout();
         raise_descriptor_limit();
-        let app = Arc::new(app(options));
+        let policy = routing::build(&options.routing);
+        let app = Arc::new(app(options, policy, Arc::new(upstream::Tcp)));
         announce(&app, address);
         app.workers().start_checks();
         if let Some(tracker) = app.tracker() {
@@ -89,20 +91,22 @@ impl Running {
         self.app.is_ready()
     }
 
-    /// Takes no new connections; what is in flight has `grace` to end, or less if that was said before. Returns at
-    /// once.
+    /// Is not ready any more, takes no new connections after `shutdown_delay_secs`, and from then on what is in flight
+    /// has `grace` to end, or less if that was said before. Returns at once.
     pub fn drain(&self, grace: Option<Duration>) {
         self.app.drain();
-        let grace = grace.unwrap_or_else(|| self.app.options().grace_period());
-        let until = tokio::time::Instant::now() + grace;
+        let options = self.app.options();
+        let grace = grace.unwrap_or_else(|| options.grace_period());
         self.orders.send_if_modified(|order| {
-            let is_sooner = match *order {
-                Order::Serve => true,
-                Order::Drain(earlier) => until < earlier,
-                Order::Stop => false,
+            let (from, earlier) = match *order {
+                Order::Serve => (tokio::time::Instant::now() + options.shutdown_delay(), None),
+                Order::Drain { from, until } => (from, Some(until)),
+                Order::Stop => return false,
             };
+            let until = from.max(tokio::time::Instant::now()) + grace;
+            let is_sooner = earlier.is_none_or(|earlier| until < earlier);
             if is_sooner {
-                *order = Order::Drain(until);
+                *order = Order::Drain { from, until };
             }
             is_sooner
         });
@@ -182,13 +186,14 @@ async fn ring_when_ended(
     ended.rung.notify_all();
 }
 
-fn app(options: Options) -> App {
+pub(crate) fn app(options: Options, policy: Arc<dyn Policy>, network: Arc<dyn Network>) -> App {
     let tracking = options.tracking;
     let tracker = tracking
         .enable_request_tracking
         .then(|| Tracker::new(tracking, options.routing.policy.name()));
-    let policy = routing::build(&options.routing);
-    let workers = Workers::new(options.workers, &options.upstream, policy.clone());
+    let authorization = options.server.api_key.as_ref().map(Secret::authorization);
+    let workers =
+        Workers::new(options.workers, &options.upstream, policy.clone(), network, authorization);
     App::new(options.server, workers, policy, &options.routing, tracker)
 }
 
@@ -200,9 +205,21 @@ fn announce(app: &App, address: SocketAddr) {
         env!("CARGO_PKG_VERSION"),
         app.policy_name()
     );
+    if app.options().is_open_to_all() && !address.ip().to_canonical().is_loopback() {
+        tracing::warn!(
+            "no key is set and {address} is not of this machine alone: whoever reaches it may use the workers and \
+             manage them; set api_key and admin_api_key, or let host be 127.0.0.1"
+        );
+    }
     let workers = &app.workers().snapshot().all;
-    if workers.is_empty() {
-        tracing::warn!("no workers: every request will be refused; name them with worker_urls");
+    let mut names = app.workers().dns_names().peekable();
+    if workers.is_empty() && names.peek().is_none() {
+        tracing::warn!(
+            "no workers: requests are refused until some join (worker_urls, or POST /workers)"
+        );
+    }
+    for name in names {
+        tracing::info!("workers join and leave with the addresses of {name}");
     }
     for worker in workers {
         let name = worker.node_id().unwrap_or("named once it has said its GPU");

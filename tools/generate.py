@@ -141,9 +141,14 @@ def metrics_md() -> str:
 
 def routes_md() -> str:
     """The table of routes."""
-    lines = ["| method | path | what |", "|---|---|---|"]
-    lines += [f"| {method} | `{path}` | {meaning} |" for method, path, meaning in _core.routes()]
-    lines += ["", "`extra_routes` adds POST routes that are routed and traced."]
+    lines = ["| method | path | key | what |", "|---|---|---|---|"]
+    for method, path, key, meaning in _core.routes():
+        lines.append(f"| {method} | `{path}` | {f'`{key}`' if key else 'none'} | {meaning} |")
+    lines += [
+        "",
+        "`extra_routes` adds POST routes that are routed and traced; they ask for the `api_key`. A key that is not set",
+        "is not asked for: see [keys.md](keys.md).",
+    ]
     return page("Routes", lines)
 
 

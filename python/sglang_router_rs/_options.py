@@ -20,6 +20,11 @@ class RouterOptions(TypedDict, total=False):
     health_check_interval_secs: int | None
     health_check_endpoint: str | None
     disable_health_check: bool | None
+    cb_failure_threshold: int | None
+    cb_success_threshold: int | None
+    cb_timeout_duration_secs: int | None
+    cb_window_duration_secs: int | None
+    disable_circuit_breaker: bool | None
     cache_threshold: float | None
     balance_abs_threshold: int | None
     balance_rel_threshold: float | None
@@ -28,6 +33,9 @@ class RouterOptions(TypedDict, total=False):
     seed: int | None
     host: str | None
     port: int | None
+    api_key: str | None
+    admin_api_key: str | None
+    cors_allowed_origins: Sequence[str] | None
     max_payload_size: int | None
     request_timeout_secs: int | None
     shutdown_grace_period_secs: int | None

@@ -42,7 +42,6 @@ _PASSED_ON: _Flags = {
 _SAME_AS_WITHOUT: dict[str, list[str]] = {
     "max-concurrent-requests": ["-1"],
     "queue-size": ["100"],
-    "cors-allowed-origins": [],
     "disable-circuit-breaker": [],
 }
 

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use axum::Json;
 use axum::body::Body;
@@ -11,22 +10,15 @@ use axum::extract::{Path, Request, State};
 use axum::http::header;
 use axum::http::uri::PathAndQuery;
 use axum::response::{IntoResponse, Response};
-use bytes::Bytes;
-use futures_util::future::join_all;
-use http_body_util::{BodyExt, Full, Limited};
 use hyper::{HeaderMap, StatusCode};
 use serde_json::{Value, json};
 
+use super::ask::{Question, ask, ask_each};
 use super::engine_metrics::Merge;
 use super::{App, headers};
 use crate::error::{Error, Kind, shown};
-use crate::telemetry::metrics::{CONTENT_TYPE, WorkerLabels};
+use crate::telemetry::metrics::{CONTENT_TYPE, Metrics, WorkerLabels};
 use crate::workers::{State as Health, Worker};
-
-/// The largest answer taken from a worker that is asked about itself.
-const ANSWER_BYTES_MAX: usize = 16 << 20;
-/// And how long it may take; `/health_generate` generates a token.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 pub(super) async fn alive() -> &'static str {
     "OK"
@@ -51,17 +43,26 @@ pub(super) async fn readiness(State(app): State<Arc<App>>) -> Response {
 }
 
 pub(super) async fn metrics(State(app): State<Arc<App>>) -> Response {
+    let text = app.metrics.render(|metrics| set_gauges(&app, metrics));
+    ([(header::CONTENT_TYPE, CONTENT_TYPE)], text).into_response()
+}
+
+/// The gauges as they are now. A worker that is gone has none; one that drains and one that joined at the same URL
+/// are told together.
+fn set_gauges(app: &App, metrics: &Metrics) {
+    for gauges in [&metrics.active, &metrics.running, &metrics.health] {
+        gauges.clear();
+    }
     for worker in &app.workers.snapshot().all {
         let labels = WorkerLabels { worker: worker.url.to_string() };
         let in_flight = i64::from(worker.target.in_flight());
-        app.metrics.active.get_or_create(&labels).set(in_flight);
-        app.metrics.running.get_or_create(&labels).set(in_flight);
-        app.metrics.health.get_or_create(&labels).set(i64::from(worker.is_routable()));
+        metrics.active.get_or_create(&labels).inc_by(in_flight);
+        metrics.running.get_or_create(&labels).inc_by(in_flight);
+        metrics.health.get_or_create(&labels).inc_by(i64::from(worker.is_routable()));
     }
     if let Some(tracker) = &app.tracker {
-        app.metrics.traces_held.set(tracker.stats().active_traces as i64);
+        metrics.traces_held.set(tracker.stats().active_traces as i64);
     }
-    ([(header::CONTENT_TYPE, CONTENT_TYPE)], app.metrics.render()).into_response()
 }
 
 pub(super) async fn workers(State(app): State<Arc<App>>) -> Json<Value> {
@@ -80,15 +81,13 @@ pub(super) async fn worker(
 ) -> Result<Json<Value>, Error> {
     let Path(id) = id?;
     let snapshot = app.workers.snapshot();
-    let by_id = snapshot.all.iter().find(|worker| worker.index.to_string() == id);
-    match by_id.or_else(|| snapshot.find(&id)) {
-        Some(worker) => Ok(Json(describe(worker))),
-        None => {
-            let message =
-                format!("no worker has the id or URL {}; GET /workers lists them", shown(&id));
-            Err(Error::new(Kind::NotFound, message))
-        }
-    }
+    snapshot.find_by_id(&id).map(|worker| Json(describe(worker))).ok_or_else(|| no_worker(&id))
+}
+
+/// No worker has this id or URL.
+pub(super) fn no_worker(id: &str) -> Error {
+    let message = format!("no worker has the id or URL {}; GET /workers lists them", shown(id));
+    Error::new(Kind::NotFound, message)
 }
 
 fn describe(worker: &Worker) -> Value {
@@ -97,7 +96,7 @@ fn describe(worker: &Worker) -> Value {
     json!({
         "id": worker.index.to_string(),
         "url": worker.url.as_str(),
-        "model_id": info.and_then(|info| info.model_id.as_deref()),
+        "model_id": info.as_ref().and_then(|info| info.model_id.as_deref()),
         "worker_type": "regular",
         "connection_mode": "HTTP",
         "is_healthy": state == Health::Healthy,
@@ -107,7 +106,7 @@ fn describe(worker: &Worker) -> Value {
         "last_error": worker.last_error(),
         "served": worker.served.load(Ordering::Relaxed),
         "failed": worker.failed.load(Ordering::Relaxed),
-        "kv_tokens": info.and_then(|info| info.kv_tokens),
+        "kv_tokens": info.as_ref().and_then(|info| info.kv_tokens),
     })
 }
 
@@ -118,11 +117,11 @@ pub(super) async fn from_worker(
 ) -> Result<Response, Error> {
     let (head, _) = request.into_parts();
     let root = PathAndQuery::from_static("/");
-    let path = head.uri.path_and_query().unwrap_or(&root);
-    let headers = headers::towards_worker(head.headers.clone());
+    let path = head.uri.path_and_query().cloned().unwrap_or(root);
+    let question = Question::get(path, headers::towards_worker(head.headers));
     let mut failure = None;
     for worker in &app.workers.snapshot().routable {
-        match ask(&app, worker, path, &headers).await {
+        match ask(&app, worker, &question).await {
             Ok(answer) => {
                 let mut answer = answer.map(Body::from);
                 headers::towards_client(answer.headers_mut());
@@ -144,7 +143,8 @@ pub(super) async fn engine_metrics(State(app): State<Arc<App>>) -> Result<Respon
     if snapshot.routable.is_empty() {
         return Err(app.no_available_workers());
     }
-    let texts = join_all(snapshot.routable.iter().map(|worker| metrics_of(&app, worker))).await;
+    let question = Question::get(PathAndQuery::from_static("/metrics"), HeaderMap::new());
+    let texts = ask_each(&app, &snapshot.routable, &question, |_, text| text).await;
     let mut merge = Merge::default();
     let mut failures = Vec::new();
     for (worker, text) in snapshot.routable.iter().zip(texts) {
@@ -162,39 +162,4 @@ pub(super) async fn engine_metrics(State(app): State<Arc<App>>) -> Result<Respon
     }
     let content_type = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
     Ok((content_type, merge.render()).into_response())
-}
-
-async fn metrics_of(app: &App, worker: &Worker) -> Result<Bytes, String> {
-    let path = PathAndQuery::from_static("/metrics");
-    let answer = ask(app, worker, &path, &HeaderMap::new()).await?;
-    let status = answer.status();
-    if status.is_success() { Ok(answer.into_body()) } else { Err(format!("answered {status}")) }
-}
-
-/// One worker's whole answer to a GET, or why there is none.
-async fn ask(
-    app: &App,
-    worker: &Worker,
-    path: &PathAndQuery,
-    headers: &HeaderMap,
-) -> Result<hyper::Response<Bytes>, String> {
-    let mut request = hyper::Request::new(Full::default());
-    *request.uri_mut() = worker.uri(path);
-    *request.headers_mut() = headers.clone();
-    request.headers_mut().insert(header::HOST, worker.url.authority().clone());
-    let exchange = async {
-        let answer = worker.connections.send(request).await.map_err(|error| {
-            if error.is_unconnected() {
-                app.workers.unreachable(worker);
-            }
-            error.to_string()
-        })?;
-        let (head, body) = answer.into_parts();
-        let body = Limited::new(body, ANSWER_BYTES_MAX).collect().await;
-        let body = body.map_err(|error| format!("the answer broke off: {error}"))?;
-        Ok(hyper::Response::from_parts(head, body.to_bytes()))
-    };
-    tokio::time::timeout(ANSWER_TIMEOUT, exchange)
-        .await
-        .unwrap_or_else(|_| Err(format!("no answer within {} s", ANSWER_TIMEOUT.as_secs())))
 }

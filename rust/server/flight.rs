@@ -6,18 +6,24 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use hyper::StatusCode;
+use hyper::{HeaderMap, StatusCode};
+use smallvec::SmallVec;
 
-use super::{App, request_id};
+use super::admission::Slot;
+use super::in_flight::{Abort, Listed};
+use super::pick::Picked;
+use super::{App, now, request_id, retry};
 use crate::error::{Error, Kind, Origin};
 use crate::request::Scan;
 use crate::routing::InFlight;
 use crate::telemetry::metrics::{RouteLabels, SelectionLabels, StatusLabels, WorkerLabels};
 use crate::tracking::{AnswerFacts, Arrived, OpenTrace, RequestFacts};
 use crate::upstream::answer::Facts;
-use crate::workers::Worker;
+use crate::workers::breaker::Outcome;
+use crate::workers::{Pass, Worker};
 
 pub(super) struct Flight {
     app: Arc<App>,
@@ -26,9 +32,17 @@ pub(super) struct Flight {
     /// None until the headers or the body gave one.
     id: Option<String>,
     trace: Option<OpenTrace>,
-    /// The newest picked worker, and its count while the request is with it.
+    /// Its place among the requests let in, from its admission on.
+    slot: Option<Slot>,
+    /// How it is ended from outside.
+    abort: Arc<Abort>,
+    listed: SmallVec<[Listed; 2]>,
+    /// The newest picked worker.
     worker: Option<Arc<Worker>>,
-    in_flight: Option<InFlight>,
+    /// None before the first pick and when the newest attempt came to nothing.
+    attempt: Option<Attempt>,
+    /// Why that was, until the log has been told.
+    untold: Option<String>,
     /// The worker's status, once its headers came.
     status: Option<StatusCode>,
     /// Those headers went on to the client.
@@ -36,29 +50,32 @@ pub(super) struct Flight {
     has_ended: bool,
 }
 
-/// A worker picked for a request, which is in flight there from the pick on.
-pub(super) struct Picked {
-    pub(super) worker: Arc<Worker>,
-    pub(super) in_flight: InFlight,
-    pub(super) reason: &'static str,
-    pub(super) matched_tokens: Option<u32>,
-    /// How long the pick took.
-    pub(super) took: Duration,
+/// A request at a worker.
+struct Attempt {
+    /// Held for its drop.
+    _in_flight: InFlight,
+    pass: Pass,
+    /// When the first byte of the answer came.
+    answered_at: Option<Instant>,
 }
 
 impl Flight {
     /// A request has arrived. `header_id` is the id its headers gave it, if any.
     pub(super) fn begin(app: Arc<App>, route: Arc<str>, header_id: Option<String>) -> Self {
         app.metrics.requests.get_or_create(&labels(&route)).inc();
-        let arrived = Arrived::now();
+        let arrived = Arrived { at: now(), ..Arrived::now() };
         let mut flight = Self {
             app,
             route,
             arrived,
             id: None,
             trace: None,
+            slot: None,
+            abort: Arc::default(),
+            listed: SmallVec::new(),
             worker: None,
-            in_flight: None,
+            attempt: None,
+            untold: None,
             status: None,
             is_relayed: false,
             has_ended: false,
@@ -67,6 +84,10 @@ impl Flight {
             flight.open(id);
         }
         flight
+    }
+
+    pub(super) fn route(&self) -> &str {
+        &self.route
     }
 
     pub(super) fn arrived_at(&self) -> Instant {
@@ -87,9 +108,13 @@ impl Flight {
 
     /// What the body says: the id, where no header gave one, and the facts of the record.
     pub(super) fn describe(&mut self, scan: &Scan<'_>, trace_id: Option<&str>) {
+        let rid = scan.rid.as_deref();
         if self.id.is_none() {
-            let rid = scan.rid.as_deref().and_then(|rid| self.app.request_ids.in_rid(rid));
-            self.open(rid.unwrap_or_else(request_id::generate));
+            let id = rid.and_then(|rid| self.app.request_ids.in_rid(rid));
+            self.open(id.unwrap_or_else(request_id::generate));
+        }
+        if let Some(rid) = rid.filter(|rid| self.id.as_deref() != Some(*rid)) {
+            self.listed.push(self.app.in_flight.list(rid, &self.abort));
         }
         if let Some(trace) = &mut self.trace {
             trace.request(RequestFacts {
@@ -107,19 +132,25 @@ impl Flight {
     }
 
     /// The request may be routed now.
-    pub(super) fn admitted(&mut self) {
+    pub(super) fn admitted(&mut self, slot: Slot) {
+        self.slot = Some(slot);
         if let Some(trace) = &mut self.trace {
-            trace.admitted(Instant::now());
+            trace.admitted(now());
         }
     }
 
     /// A worker was picked, after the body was scanned for as long.
     pub(super) fn picked(&mut self, picked: Picked, scan_took: Duration) {
-        let Picked { worker, in_flight, reason, matched_tokens, took } = picked;
+        let Picked { worker, in_flight, pass, reason, matched_tokens, took } = picked;
         let decision = scan_took + took;
         if let (Some(trace), Some(name)) = (&mut self.trace, worker.name()) {
             trace.routed(name, reason, matched_tokens, decision);
-            trace.sent(Instant::now());
+            trace.sent(now());
+        }
+        if let (Some(error), Some(failed)) = (self.untold.take(), &self.worker) {
+            tracing::warn!(
+                request_id = self.id, worker = %failed.url, next = %worker.url, "attempt failed: {error}"
+            );
         }
         let selection = SelectionLabels { policy: self.app.policy_name, reason };
         self.app.metrics.selections.get_or_create(&selection).inc();
@@ -127,20 +158,37 @@ impl Flight {
             request_id = self.id, worker = %worker.url, reason, matched_tokens,
             decision_us = decision.as_nanos() as f64 / 1e3, "picked"
         );
-        self.in_flight = Some(in_flight);
+        self.abort.is_at(Some(&worker));
+        self.attempt = Some(Attempt { _in_flight: in_flight, pass, answered_at: None });
+        self.status = None;
         self.worker = Some(worker);
     }
 
-    /// The picked worker gave no answer.
-    pub(super) fn attempt_failed(&mut self, error: &str) {
-        self.in_flight = None;
+    /// The picked worker gave no answer; `says` is what that means for its breaker.
+    pub(super) fn unanswered(&mut self, error: &str, says: Outcome) {
+        self.attempt_failed(now(), None, error, says);
+    }
+
+    /// The answer the picked worker gave is not taken, because another attempt is to follow.
+    pub(super) fn passed_over(&mut self, error: &str) {
+        let answered_at = self.attempt.as_ref().and_then(|attempt| attempt.answered_at);
+        let status = self.status.map(|status| status.as_u16());
+        // Its breaker has heard of the status already.
+        self.attempt_failed(answered_at.unwrap_or_else(now), status, error, Outcome::Neutral);
+    }
+
+    fn attempt_failed(&mut self, at: Instant, status: Option<u16>, error: &str, says: Outcome) {
+        if let Some(mut attempt) = self.attempt.take() {
+            attempt.pass.ended(says, at);
+        }
         self.status = None;
         if let Some(worker) = &self.worker {
             worker.failed.fetch_add(1, Ordering::Relaxed);
-            tracing::warn!(request_id = self.id, worker = %worker.url, "attempt failed: {error}");
         }
+        // If no other attempt follows, the request's own end says it.
+        self.untold = Some(error.to_owned());
         if let Some(trace) = &mut self.trace {
-            trace.attempt_failed(Instant::now(), None, error);
+            trace.attempt_failed(at, status, error);
         }
     }
 
@@ -150,6 +198,27 @@ impl Flight {
         if let Some(trace) = &mut self.trace {
             trace.headers(status.as_u16());
         }
+    }
+
+    /// The answer has begun, with this head.
+    pub(super) fn begun(&mut self, status: StatusCode, headers: &HeaderMap) {
+        let Some(attempt) = &mut self.attempt else { return };
+        let at = now();
+        attempt.answered_at = Some(at);
+        match retry::verdict(status, headers) {
+            Some(outcome) => attempt.pass.ended(outcome, at),
+            None => attempt.pass.answered(),
+        }
+    }
+
+    /// How the request is ended from outside.
+    pub(super) fn abort(&self) -> Arc<Abort> {
+        self.abort.clone()
+    }
+
+    /// Ready when the request is ended from outside.
+    pub(super) fn poll_aborted(&self, cx: &Context<'_>) -> Poll<()> {
+        self.abort.poll(cx)
     }
 
     /// The answer goes on to the client from here.
@@ -201,10 +270,11 @@ impl Flight {
         }
     }
 
-    /// The answer ended before it was whole, for this reason.
-    pub(super) fn broke(&mut self, message: &str) {
-        let counted_as = self.status.map_or(Kind::WorkerUnreachable.status(), |it| it.as_u16());
-        self.fail(self.status, counted_as, Origin::Worker, message, "");
+    /// The answer ended before it was whole.
+    pub(super) fn broke(&mut self, error: &Error) {
+        let Error { kind, message } = error;
+        let counted_as = self.status.map_or(kind.status(), |status| status.as_u16());
+        self.fail(self.status, counted_as, kind.origin(), message, kind.code());
     }
 
     /// The router answers with an error of its own.
@@ -212,7 +282,8 @@ impl Flight {
         self.id();
         let kind = error.kind;
         // Who has left is answered nothing.
-        let status = (kind != Kind::Aborted).then(|| kind.http_status());
+        let is_answered = kind != Kind::Aborted || self.abort.is_said();
+        let status = is_answered.then(|| kind.http_status());
         self.fail(status, kind.status(), kind.origin(), &error.message, kind.code());
     }
 
@@ -232,6 +303,7 @@ impl Flight {
         if let Some(tracker) = &self.app.tracker {
             self.trace = Some(tracker.open(self.arrived, &id, &self.route));
         }
+        self.listed.push(self.app.in_flight.list(&id, &self.abort));
         self.id = Some(id);
     }
 
@@ -239,15 +311,21 @@ impl Flight {
         if std::mem::replace(&mut self.has_ended, true) {
             return;
         }
-        let now = Instant::now();
+        let now = now();
+        self.slot = None;
+        self.abort.is_at(None);
         // After a failed attempt the request is with no worker any more.
-        let worker = self.in_flight.take().and(self.worker.as_ref());
+        let attempt = self.attempt.take();
+        let worker = attempt.as_ref().and(self.worker.as_ref());
         let Ending { status, counted_as: status_code, error } = ending;
         let error_code = error.as_ref().map_or("", |error| error.code);
         self.app.metrics.responses.get_or_create(&StatusLabels { status_code, error_code }).inc();
         let seconds = (now - self.arrived.at).as_secs_f64();
         self.app.metrics.request_duration.get_or_create(&labels(&self.route)).observe(seconds);
         let status = status.map(|status| status.as_u16());
+        if let Some(Attempt { mut pass, .. }) = attempt {
+            pass.ended(outcome(error.as_ref().map(|failure| failure.origin)), now);
+        }
         match error {
             None => {
                 if let Some(worker) = worker {
@@ -282,6 +360,15 @@ struct Ending<'a> {
     error: Option<Failure<'a>>,
 }
 
+/// What a request's end says of the worker it was at.
+fn outcome(failure: Option<Origin>) -> Outcome {
+    match failure {
+        None => Outcome::Success,
+        Some(Origin::Worker) => Outcome::Failure,
+        Some(Origin::Client | Origin::Router) => Outcome::Neutral,
+    }
+}
+
 struct Failure<'a> {
     origin: Origin,
     message: &'a str,
@@ -298,7 +385,7 @@ impl Drop for Flight {
         let timeout = self.app.options.request_timeout();
         let (origin, message) = if self.app.is_stopped.load(Ordering::Relaxed) {
             (Origin::Router, "the router was stopped before the answer had ended".to_owned())
-        } else if self.arrived.at.elapsed() >= timeout {
+        } else if now().saturating_duration_since(self.arrived.at) >= timeout {
             let message =
                 format!("the client had not read the answer after {} s", timeout.as_secs());
             (Origin::Client, message)

@@ -46,11 +46,23 @@ fn drop_hop_by_hop(headers: &mut HeaderMap) {
     }
 }
 
+/// The router's words, not a worker's: which router it was, and which origins may read from it.
+const OURS: [HeaderName; 9] = [
+    X_ROUTER_ERROR_CODE,
+    X_WORKER,
+    X_NODE,
+    header::ACCESS_CONTROL_ALLOW_ORIGIN,
+    header::ACCESS_CONTROL_ALLOW_CREDENTIALS,
+    header::ACCESS_CONTROL_ALLOW_METHODS,
+    header::ACCESS_CONTROL_ALLOW_HEADERS,
+    header::ACCESS_CONTROL_EXPOSE_HEADERS,
+    header::ACCESS_CONTROL_MAX_AGE,
+];
+
 /// The headers of an answer as the client gets them, before the router adds its own.
 pub(super) fn towards_client(headers: &mut HeaderMap) {
     drop_hop_by_hop(headers);
-    // These are the router's words.
-    for name in [X_ROUTER_ERROR_CODE, X_WORKER, X_NODE] {
+    for name in &OURS {
         headers.remove(name);
     }
 }
@@ -104,7 +116,13 @@ mod tests {
 
     #[test]
     fn a_worker_does_not_speak_for_the_router() {
-        let lines = [("x-router-error-code", "timeout"), ("x-sglang-worker", "x"), ("server", "y")];
+        let lines = [
+            ("x-router-error-code", "timeout"),
+            ("x-sglang-worker", "x"),
+            ("access-control-allow-origin", "*"),
+            ("access-control-allow-credentials", "true"),
+            ("server", "y"),
+        ];
         let mut answer = headers(&lines);
         towards_client(&mut answer);
         assert_eq!(answer.len(), 1);

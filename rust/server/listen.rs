@@ -1,15 +1,19 @@
-//! Listens, serves connections, and ends in two steps: no new connections and what is open drains; then, at the end
-//! of the grace period or when told to, what is left is cut.
+//! Listens, serves connections, and ends in steps: told to drain it still accepts for as long as load balancers need to
+//! notice; then no more, and what is open drains; at the end of the grace period or when told to, what is left is cut.
 
 use std::io;
 use std::pin::pin;
 use std::time::Duration;
 
 use axum::Router;
+use hyper::Request;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
-use hyper_util::rt::TokioIo;
+use hyper::service::{Service, service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -21,12 +25,18 @@ const BACKLOG: u32 = 4096;
 /// A failed accept, for instance for want of file descriptors, would fail again at once.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
+/// How long a client may take for the head of its next request. Longer than clients keep idle connections.
+const HEAD_WITHIN: Duration = Duration::from_secs(120);
+
 /// What a server was told about its end.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Order {
     Serve,
-    /// Take nothing new; what is in flight has until then.
-    Drain(Instant),
+    /// From `from` on take nothing new; what is in flight has until `until`.
+    Drain {
+        from: Instant,
+        until: Instant,
+    },
     /// Cut everything.
     Stop,
 }
@@ -79,15 +89,21 @@ pub(crate) async fn serve(
 ) {
     let graceful = GracefulShutdown::new();
     loop {
+        let order = *orders.borrow_and_update();
+        let closing = async {
+            match order {
+                Order::Serve => std::future::pending().await,
+                Order::Drain { from, .. } => tokio::time::sleep_until(from).await,
+                Order::Stop => {}
+            }
+        };
         tokio::select! {
+            biased;
+            () = closing => break,
+            changed = orders.changed() => if changed.is_err() { return },
             accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => serve_connection(stream, router.clone(), &graceful, request_timeout),
+                Ok((stream, _)) => accept(stream, router.clone(), &graceful, request_timeout),
                 Err(error) => refused(&error).await,
-            },
-            changed = orders.changed() => match (changed, *orders.borrow()) {
-                (Ok(()), Order::Serve) => {}
-                (Ok(()), Order::Drain(_)) => break,
-                (Ok(()), Order::Stop) | (Err(_), _) => return,
             },
         }
     }
@@ -95,7 +111,7 @@ pub(crate) async fn serve(
     tracing::info!("draining {} connections", graceful.count());
     let mut drained = pin!(graceful.shutdown());
     loop {
-        let Order::Drain(until) = *orders.borrow_and_update() else {
+        let Order::Drain { until, .. } = *orders.borrow_and_update() else {
             return tracing::warn!("told to stop at once: cutting what is left");
         };
         tokio::select! {
@@ -108,25 +124,46 @@ pub(crate) async fn serve(
     }
 }
 
-fn serve_connection(
+fn accept(
     stream: TcpStream,
     router: Router,
     graceful: &GracefulShutdown,
     request_timeout: Duration,
 ) {
-    if let Err(error) = stream.set_nodelay(true) {
-        tracing::debug!("a client was gone before it was served: {error}");
-        return;
+    match stream.set_nodelay(true) {
+        Ok(()) => drop(tokio::spawn(serve_connection(stream, router, graceful, request_timeout))),
+        Err(error) => tracing::debug!("a client was gone before it was served: {error}"),
     }
-    let service = TowerToHyperService::new(router);
-    let stream = ClientStream::new(stream, request_timeout);
-    let connection = http1::Builder::new().serve_connection(TokioIo::new(stream), service);
-    let connection = graceful.watch(connection);
-    tokio::spawn(async move {
+}
+
+/// Serves one client until it leaves, or until its connection is idle after `graceful` was shut down.
+pub(crate) fn serve_connection<S>(
+    stream: S,
+    router: Router,
+    graceful: &GracefulShutdown,
+    request_timeout: Duration,
+) -> impl Future<Output = ()> + use<S>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let stream = ClientStream::new(stream);
+    let deadline = stream.deadline();
+    let router = TowerToHyperService::new(router);
+    let service = service_fn(move |request: Request<Incoming>| {
+        deadline.set(Instant::now() + request_timeout);
+        router.call(request)
+    });
+    let watched = stream.watch();
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_WITHIN)
+        .serve_connection(TokioIo::new(stream), service);
+    let connection = watched.around(graceful.watch(connection));
+    async move {
         if let Err(error) = connection.await {
             tracing::debug!("a client's connection ended: {error}");
         }
-    });
+    }
 }
 
 /// Out of file descriptors, or a client that left again: neither ends the router.

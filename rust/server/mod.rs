@@ -1,23 +1,34 @@
 //! The HTTP side. `proxy.rs` is the life of a routed request; `routes.rs` declares every route; `listen.rs` accepts
 //! connections and ends in an orderly way.
 
+mod admission;
+mod ask;
 mod body;
 mod client_stream;
+mod cors;
+mod doors;
 mod endpoints;
 mod engine_metrics;
 mod error_response;
+mod fan_out;
 mod flight;
 mod headers;
+mod in_flight;
 mod listen;
+mod membership;
 mod options;
+mod pick;
 mod proxy;
 mod relay;
 mod request_id;
+mod retry;
 pub mod routes;
+mod secret;
 mod traces;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use hyper::HeaderMap;
 use hyper::header::HeaderValue;
@@ -27,9 +38,27 @@ use crate::routing::{self, Draws, Policy};
 use crate::telemetry::metrics::Metrics;
 use crate::tracking::Tracker;
 use crate::workers::{Worker, Workers};
+use admission::Admission;
+use body::Budget;
+pub use doors::Door;
+use doors::Doors;
+use in_flight::InFlight;
+#[cfg(test)]
+pub(crate) use listen::serve_connection;
 pub(crate) use listen::{Order, listen, serve};
 pub use options::{Options, WorkerHeaders};
 use request_id::RequestIds;
+pub use secret::Secret;
+
+/// The moment by the clock of the runtime, which tests may pause.
+fn now() -> Instant {
+    tokio::time::Instant::now().into_std()
+}
+
+/// Why a request ends that `POST /abort_request` named.
+fn aborted() -> Error {
+    Error::new(Kind::Aborted, "ended by POST /abort_request")
+}
 
 /// One router: what its handlers share.
 pub(crate) struct App {
@@ -42,6 +71,10 @@ pub(crate) struct App {
     tracker: Option<Arc<Tracker>>,
     metrics: Metrics,
     request_ids: RequestIds,
+    admission: Admission,
+    budget: Arc<Budget>,
+    in_flight: Arc<InFlight>,
+    doors: Doors,
     is_draining: AtomicBool,
     is_stopped: AtomicBool,
 }
@@ -56,6 +89,10 @@ impl App {
     ) -> Self {
         Self {
             request_ids: RequestIds::new(&options.request_id_headers),
+            admission: Admission::new(&options.admission),
+            budget: Budget::new(options.max_buffered_bytes),
+            in_flight: Arc::default(),
+            doors: Doors::new(&options),
             options,
             workers,
             policy,
@@ -103,18 +140,15 @@ impl App {
     fn no_available_workers(&self) -> Error {
         let all = &self.workers.snapshot().all;
         let message = if all.is_empty() {
-            "the router has no workers; name them with worker_urls".to_owned()
+            "the router has no workers; name them with worker_urls, or join them with POST /workers"
+                .to_owned()
         } else {
             let states: Vec<String> = all
                 .iter()
                 .take(8)
-                .map(|worker| {
-                    let why =
-                        worker.last_error().map(|why| format!(" ({why})")).unwrap_or_default();
-                    format!("{} is {}{why}", worker.url, worker.state().name())
-                })
+                .map(|worker| format!("{} {}", worker.url, worker.why_not()))
                 .collect();
-            format!("none of the {} workers is healthy: {}", all.len(), states.join(", "))
+            format!("none of the {} workers may be picked: {}", all.len(), states.join(", "))
         };
         Error::new(Kind::NoAvailableWorkers, message)
     }
@@ -133,5 +167,29 @@ impl App {
         {
             headers.insert(headers::X_NODE, node);
         }
+    }
+}
+
+#[cfg(test)]
+impl App {
+    /// Ends the requests in flight with this id, as `POST /abort_request` does.
+    pub(crate) fn abort(&self, id: &str) {
+        self.in_flight.abort(id);
+    }
+
+    /// Requests that have ended, by the metrics.
+    pub(crate) fn answered(&self) -> u64 {
+        let text = self.metrics.render(|_| {});
+        let lines = text.lines().filter(|line| line.starts_with("smg_http_responses_total{"));
+        let count =
+            |line: &str| line.rsplit(' ').next().and_then(|count| count.parse::<u64>().ok());
+        lines.filter_map(count).sum()
+    }
+
+    /// Nothing is held that belongs to a request.
+    pub(crate) fn assert_idle(&self) {
+        self.admission.assert_idle();
+        assert_eq!(self.budget.taken(), 0, "bytes of bodies");
+        assert!(self.in_flight.is_empty(), "listed requests");
     }
 }

@@ -2,9 +2,11 @@
 
 use std::time::Duration;
 
-use hyper::header::HeaderName;
+use hyper::header::{HeaderName, HeaderValue};
 
-use super::routes;
+use super::relay::Patience;
+use super::secret::Secret;
+use super::{admission, cors, retry, routes};
 
 /// Which headers of an answer say who gave it.
 #[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +30,18 @@ pub struct Options {
     #[arg(long, default_value_t = 30000)]
     pub port: u16,
 
+    /// Key that clients send as `authorization: Bearer KEY` and that the router sends to workers; not asked for on /health, /liveness, /readiness and /metrics
+    #[arg(long, value_name = "KEY")]
+    pub api_key: Option<Secret>,
+
+    /// Key for the routes that manage workers or read traces, in place of api_key; never sent to a worker
+    #[arg(long, value_name = "KEY")]
+    pub admin_api_key: Option<Secret>,
+
+    /// Origins whose pages may ask the router in a browser, for instance https://chat.example.org; * for all
+    #[arg(long, num_args = 0.., value_name = "ORIGIN", value_parser = cors::parse_origin)]
+    pub cors_allowed_origins: Vec<HeaderValue>,
+
     /// Largest request body in bytes
     #[arg(long, default_value_t = 512 << 20, value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
     pub max_payload_size: u64,
@@ -40,21 +54,27 @@ pub struct Options {
     #[arg(long, default_value_t = 180, value_parser = clap::value_parser!(u64).range(0..=86_400))]
     pub shutdown_grace_period_secs: u64,
 
+    /// Seconds the router still accepts connections after it was told to stop, not ready any more, so that load balancers notice first
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    pub shutdown_delay_secs: u64,
+
     /// Headers a request's id is taken from, in this order [default: x-request-id x-correlation-id x-trace-id request-id]
     #[arg(long, num_args = 0.., value_name = "HEADER")]
     pub request_id_headers: Vec<HeaderName>,
 
-    /// Seconds a request may wait before a worker is picked for it
-    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(0..=86_400))]
-    pub queue_timeout_secs: u64,
+    /// Seconds that may pass between two chunks of an answer
+    #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=604_800))]
+    pub stream_stall_timeout_secs: u64,
 
-    /// Workers a request is sent to in total before it fails
-    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
-    pub retry_max_retries: u32,
+    /// Bytes that the bodies of all requests in flight may take together; beyond, requests are refused with 503
+    #[arg(long, default_value_t = 1 << 30, value_parser = clap::value_parser!(u64).range(1..=1 << 50))]
+    pub max_buffered_bytes: u64,
 
-    /// Send each request to one worker only, whatever happens
-    #[arg(long, default_value_t = false, num_args = 0..=1, default_missing_value = "true", action = clap::ArgAction::Set, value_parser = clap::builder::BoolishValueParser::new())]
-    pub disable_retries: bool,
+    #[command(flatten)]
+    pub admission: admission::Options,
+
+    #[command(flatten)]
+    pub retry: retry::Options,
 
     /// Further POST routes to route and trace, for instance /v1/audio/transcriptions
     #[arg(long, num_args = 0.., value_name = "PATH", value_parser = routes::parse_extra)]
@@ -88,16 +108,22 @@ impl Options {
         Ok(())
     }
 
-    pub(super) fn attempts_max(&self) -> u32 {
-        if self.disable_retries { 1 } else { self.retry_max_retries }
+    /// Whether whoever reaches the router may do everything.
+    pub fn is_open_to_all(&self) -> bool {
+        self.api_key.is_none() && self.admin_api_key.is_none()
     }
 
     pub fn request_timeout(&self) -> Duration {
         Duration::from_secs(self.request_timeout_secs)
     }
 
-    pub(super) fn queue_timeout(&self) -> Duration {
-        Duration::from_secs(self.queue_timeout_secs)
+    pub(super) fn patience(&self) -> Patience {
+        let stall = Duration::from_secs(self.stream_stall_timeout_secs);
+        Patience { whole: self.request_timeout(), stall }
+    }
+
+    pub fn shutdown_delay(&self) -> Duration {
+        Duration::from_secs(self.shutdown_delay_secs)
     }
 
     pub fn grace_period(&self) -> Duration {

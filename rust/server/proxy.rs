@@ -2,10 +2,10 @@
 //!
 //! The body is scanned once for the few fields routing and tracking need, and forwarded byte for byte; the router
 //! does not reject what it does not understand. Nothing here is undone by hand: the [`Flight`] closes the trace and
-//! gives back the count of requests in flight, however the request ends.
+//! gives back every count, however the request ends.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use axum::extract::Request;
@@ -17,22 +17,20 @@ use http_body_util::Full;
 use hyper::header::{self, HeaderValue};
 use hyper::{HeaderMap, Method};
 
-use super::flight::{Flight, Picked};
-use super::relay::Relay;
+use super::flight::Flight;
+use super::pick::{self, Wish};
+use super::relay::{Relay, one_line};
 use super::request_id::X_REQUEST_ID;
-use super::{App, body, headers};
-use crate::error::{Error, Kind, shown};
+use super::{App, aborted, body, headers, now, retry};
+use crate::error::{Error, Kind};
 use crate::request;
-use crate::routing::{self, Pick};
-use crate::upstream::answer::is_stream;
+use crate::routing;
 use crate::upstream::{Answer, SendError};
+use crate::workers::breaker::Outcome;
 use crate::workers::{Snapshot, Worker};
 
 /// Scanning takes up to a millisecond per 100 KB; what is larger is not scanned or matched between other requests.
 const LARGE_BODY_BYTES: usize = 256 << 10;
-
-/// The `reason` of a request that named its worker itself.
-const PINNED: &str = "pinned";
 
 /// Serves one request on a routed route.
 pub(super) async fn proxy(app: Arc<App>, route: Arc<str>, request: Request) -> Response {
@@ -40,12 +38,13 @@ pub(super) async fn proxy(app: Arc<App>, route: Arc<str>, request: Request) -> R
     let header_id = app.request_ids.in_headers(&head.headers);
     let mut flight = Flight::begin(app.clone(), route, header_id);
 
-    let reading = body::read(&head.headers, body, app.options.max_payload_size);
     let deadline = flight.arrived_at() + app.options.request_timeout();
-    let answer = match tokio::time::timeout_at(deadline.into(), reading).await {
-        Ok(Ok(body)) => exchange(&app, &mut flight, head, body).await,
-        Ok(Err(error)) => Err(error),
-        Err(_) => Err(timed_out(&app)),
+    let abort = flight.abort();
+    let answer = tokio::select! {
+        biased;
+        answer = exchange(&app, &mut flight, head, body) => answer,
+        () = abort.said() => Err(aborted()),
+        () = tokio::time::sleep_until(deadline.into()) => Err(timed_out(&app)),
     };
 
     // An id is visible ASCII.
@@ -53,7 +52,7 @@ pub(super) async fn proxy(app: Arc<App>, route: Arc<str>, request: Request) -> R
     let worker = flight.worker().cloned();
     let mut response = match answer {
         Ok(answer) => {
-            let mut answer = Relay::begin(answer, flight, app.options.request_timeout());
+            let mut answer = Relay::begin(answer, flight, app.options.patience());
             headers::towards_client(answer.headers_mut());
             answer.map(Body::new)
         }
@@ -71,13 +70,15 @@ pub(super) async fn proxy(app: Arc<App>, route: Arc<str>, request: Request) -> R
     response
 }
 
-/// From the whole request to the head of a worker's answer.
+/// From the head of a request to the head of a worker's answer.
 async fn exchange(
     app: &App,
     flight: &mut Flight,
     head: Parts,
-    body: Bytes,
+    body: Body,
 ) -> Result<hyper::Response<Answer>, Error> {
+    let body = body::read(&head.headers, body, app.options.max_payload_size, &app.budget).await?;
+
     let scan_began = Instant::now();
     let scan = unhurried(body.len(), || request::scan(&body));
     let scan_took = scan_began.elapsed();
@@ -85,7 +86,6 @@ async fn exchange(
 
     let pin = head.headers.get(headers::X_TARGET_WORKER).cloned();
     admit(app, flight, pin.as_ref()).await?;
-    flight.admitted();
 
     let mut outgoing = Outgoing {
         path: head.uri.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/")),
@@ -95,26 +95,13 @@ async fn exchange(
     if let Ok(id) = HeaderValue::from_str(flight.id()) {
         outgoing.headers.insert(X_REQUEST_ID, id);
     }
-    let prompt = routing::Request { prompt: &scan.prompt };
-    let deadline = flight.arrived_at() + app.options.request_timeout();
-    let mut draw = app.draws.next();
-    let mut tried = Vec::new();
-    let mut failure = None;
-    for _ in 0..app.options.attempts_max() {
-        let picking = || pick(app, &prompt, pin.as_ref(), &tried, &mut draw);
-        let Some(picked) = unhurried(body.len(), picking)? else { break };
-        let worker = picked.worker.clone();
-        flight.picked(picked, scan_took);
-
-        let sending = send(flight, &worker, outgoing.towards(&worker));
-        match tokio::time::timeout_at(deadline.into(), sending).await {
-            Ok(Ok(answer)) => return Ok(answer),
-            Ok(Err(error)) => failure = Some(unanswered(app, flight, &worker, &error)),
-            Err(_) => return Err(timed_out(app)),
-        }
-        tried.push(worker.index);
-    }
-    Err(failure.unwrap_or_else(|| app.no_available_workers()))
+    let wish = Wish {
+        prompt: routing::Request { prompt: &scan.prompt },
+        pin: pin.as_ref(),
+        failed_on: Vec::new(),
+        draw: app.draws.next(),
+    };
+    attempt(app, flight, wish, &outgoing, scan_took).await
 }
 
 /// Does what takes long for a large body where it holds up no other request.
@@ -122,9 +109,79 @@ fn unhurried<T>(body_bytes: usize, work: impl FnOnce() -> T) -> T {
     if body_bytes < LARGE_BODY_BYTES { work() } else { tokio::task::block_in_place(work) }
 }
 
-/// Sends to one worker. The head of a stream goes to the client at once; any other head goes along with the first of
-/// its body, so that a client that looks at the status alone does not leave before the answer was relayed, and a
-/// worker that dies between the two has not answered.
+/// Waits until the request may go on, and, where it would help, until the workers have been checked for the first
+/// time.
+async fn admit(app: &App, flight: &mut Flight, pin: Option<&HeaderValue>) -> Result<(), Error> {
+    let is_served = |snapshot: &Snapshot| match pin {
+        None => !snapshot.routable.is_empty(),
+        Some(pin) => pick::pinned(snapshot, pin).is_ok(),
+    };
+    let entering = async {
+        let slot = app.admission.enter().await?;
+        app.workers.first_round_or(is_served).await;
+        Ok(slot)
+    };
+    let until = flight.arrived_at() + app.options.admission.queue_timeout();
+    let entered = tokio::time::timeout_at(until.into(), entering).await.unwrap_or_else(|_| {
+        let message = format!(
+            "no worker could be picked within {} s (queue_timeout_secs): the router is full, or its workers are \
+             still being checked",
+            app.options.admission.queue_timeout_secs
+        );
+        Err(Error::new(Kind::QueueTimeout, message))
+    });
+    flight.admitted(entered?);
+    Ok(())
+}
+
+/// Sends the request to one worker after the other, until one gives an answer that is worth relaying or the attempts
+/// are used up. An answer that is passed over is kept, unread, until there is a worker to try instead.
+async fn attempt(
+    app: &App,
+    flight: &mut Flight,
+    mut wish: Wish<'_>,
+    outgoing: &Outgoing,
+    scan_took: Duration,
+) -> Result<hyper::Response<Answer>, Error> {
+    let retry = &app.options.retry;
+    let mut pauses = 0;
+    let mut last = Err(None);
+    for attempts_left in (0..retry.attempts_max()).rev() {
+        let picked = match unhurried(outgoing.body.len(), || pick::pick(app, &mut wish)) {
+            Ok(Some(picked)) => picked,
+            Ok(None) => break,
+            // A worker that was named had its chance.
+            Err(_) if !wish.failed_on.is_empty() => break,
+            Err(error) => return Err(error),
+        };
+        if let Ok(answer) = &last {
+            flight.passed_over(&excerpt(answer));
+        }
+        let worker = picked.worker.clone();
+        flight.picked(picked, scan_took);
+        let answered = send(flight, &worker, outgoing.towards(&worker)).await;
+        wish.failed_on.push(worker.index);
+        last = match answered {
+            Ok(answer) if attempts_left == 0 || !retry::is_retryable(answer.status()) => {
+                return Ok(answer);
+            }
+            Ok(answer) => Ok(answer),
+            Err(error) => Err(Some(unanswered(app, flight, &worker, &error))),
+        };
+        if attempts_left > 0 && (last.is_ok() || !wish.has_untried(app)) {
+            let pause = retry.backoff(pauses, &mut wish.draw);
+            pauses += 1;
+            if now() + pause >= flight.arrived_at() + app.options.request_timeout() {
+                break;
+            }
+            tokio::time::sleep(pause).await;
+        }
+    }
+    last.map_err(|error| error.unwrap_or_else(|| app.no_available_workers()))
+}
+
+/// Sends to one worker. The head of an answer goes to the client along with the first of its body: until then another
+/// worker may be tried, and a client that looks at the status alone does not leave before the answer was relayed.
 async fn send(
     flight: &mut Flight,
     worker: &Worker,
@@ -132,110 +189,27 @@ async fn send(
 ) -> Result<hyper::Response<Answer>, SendError> {
     let mut answer = worker.connections.send(request).await?;
     flight.answered(answer.status());
-    let content_type = answer.headers().get(header::CONTENT_TYPE);
-    if !is_stream(content_type.and_then(|kind| kind.to_str().ok())) {
-        answer.body_mut().begin().await?;
-    }
+    answer.body_mut().begin().await?;
+    flight.begun(answer.status(), answer.headers());
     Ok(answer)
 }
 
-/// Waits, where it would help, until the workers have been checked for the first time.
-async fn admit(app: &App, flight: &Flight, pin: Option<&HeaderValue>) -> Result<(), Error> {
-    let is_served = |snapshot: &Snapshot| match pin {
-        None => !snapshot.routable.is_empty(),
-        Some(pin) => pinned(snapshot, pin).is_ok(),
+/// What is said of an answer that is passed over.
+fn excerpt(answer: &hyper::Response<Answer>) -> String {
+    let begun = if answer.headers().contains_key(header::CONTENT_ENCODING) {
+        String::new()
+    } else {
+        one_line(answer.body().begun())
     };
-    let (whole, queue) = (app.options.request_timeout(), app.options.queue_timeout());
-    let until = flight.arrived_at() + whole.min(queue);
-    let waiting = app.workers.first_round_or(is_served);
-    tokio::time::timeout_at(until.into(), waiting).await.map_err(|_| {
-        if whole <= queue {
-            return timed_out(app);
-        }
-        let message = format!(
-            "the workers were still being checked after {} s (queue_timeout_secs)",
-            app.options.queue_timeout_secs
-        );
-        Error::new(Kind::QueueTimeout, message)
-    })
+    let colon = if begun.is_empty() { "" } else { ": " };
+    format!("worker answered {}{colon}{begun}", answer.status())
 }
 
-/// The next worker to try, with the request counted as in flight there; None when there is no other left.
-fn pick(
-    app: &App,
-    request: &routing::Request<'_>,
-    pin: Option<&HeaderValue>,
-    tried: &[u32],
-    draw: &mut fastrand::Rng,
-) -> Result<Option<Picked>, Error> {
-    let began = Instant::now();
-    let snapshot = app.workers.snapshot();
-    let (index, pick) = match pin {
-        // It had its chance, and there is no other.
-        Some(_) if !tried.is_empty() => return Ok(None),
-        Some(pin) => {
-            let index = pinned(&snapshot, pin)?;
-            let matched_tokens = app.policy.matched_tokens(request, snapshot.routable[index].index);
-            (index, Pick { index, reason: PINNED, matched_tokens })
-        }
-        None => match choose(app, request, &snapshot, tried, draw) {
-            Some(chosen) => chosen,
-            None => return Ok(None),
-        },
-    };
-    let took = began.elapsed();
-    let worker = snapshot.routable[index].clone();
-    // Counted before the prompt is remembered, which takes longer than the next request's pick.
-    let in_flight = worker.target.begin();
-    app.policy.sent(request, worker.index);
-    let Pick { reason, matched_tokens, .. } = pick;
-    Ok(Some(Picked { worker, in_flight, reason, matched_tokens, took }))
-}
-
-/// What the policy picks among the routable workers that were not tried, and its place among all routable ones.
-fn choose(
-    app: &App,
-    request: &routing::Request<'_>,
-    snapshot: &Snapshot,
-    tried: &[u32],
-    draw: &mut fastrand::Rng,
-) -> Option<(usize, Pick)> {
-    if tried.is_empty() && !snapshot.targets.is_empty() {
-        let pick = app.policy.pick(request, &snapshot.targets, draw);
-        return Some((pick.index, pick));
-    }
-    let is_left = |index: &usize| !tried.contains(&snapshot.routable[*index].index);
-    let left: Vec<usize> = (0..snapshot.routable.len()).filter(is_left).collect();
-    let targets: Vec<_> = left.iter().map(|index| snapshot.targets[*index].clone()).collect();
-    if targets.is_empty() {
-        return None;
-    }
-    let pick = app.policy.pick(request, &targets, draw);
-    Some((left[pick.index], pick))
-}
-
-/// Where the worker that a request names stands among the routable ones.
-fn pinned(snapshot: &Snapshot, pin: &HeaderValue) -> Result<usize, Error> {
-    let name = String::from_utf8_lossy(pin.as_bytes());
-    let Some(worker) = snapshot.find(&name) else {
-        let message = format!(
-            "{} names {}, which is neither the node_id nor the URL of a worker; GET /workers lists them",
-            headers::X_TARGET_WORKER,
-            shown(&name)
-        );
-        return Err(Error::new(Kind::UnknownTargetWorker, message));
-    };
-    let place = snapshot.routable.iter().position(|routable| routable.index == worker.index);
-    place.ok_or_else(|| {
-        let message = format!("the worker asked for, {}, is {}", worker.url, worker.state().name());
-        Error::new(Kind::NoAvailableWorkers, message)
-    })
-}
-
-/// Notes a failed attempt.
+/// Notes an attempt without an answer.
 fn unanswered(app: &App, flight: &mut Flight, worker: &Worker, error: &SendError) -> Error {
     let message = error.to_string();
-    flight.attempt_failed(&message);
+    let says = if error.is_ours() { Outcome::Neutral } else { Outcome::Failure };
+    flight.unanswered(&message, says);
     if error.is_unconnected() {
         app.workers.unreachable(worker);
     }
@@ -271,6 +245,7 @@ impl Outgoing {
         *request.uri_mut() = worker.uri(&self.path);
         *request.headers_mut() = self.headers.clone();
         request.headers_mut().insert(header::HOST, worker.url.authority().clone());
+        worker.authorize(request.headers_mut());
         // Left alone, hyper would say nothing of a body of length 0.
         request.headers_mut().insert(header::CONTENT_LENGTH, self.body.len().into());
         request

@@ -2,88 +2,183 @@
 //!
 //! A body that hyper polls: nothing is collected, nothing is changed, and a client that reads slowly is not
 //! run ahead of. It holds the [`Flight`], so that the request's end is the end of this value.
+//!
+//! An answer that cannot be brought to its end is ended so that nobody takes it for whole: a stream of events with an
+//! event that says why, anything else by cutting the connection.
 
 use std::error::Error as StdError;
 use std::pin::Pin;
-use std::task::{Context, Poll, ready};
-use std::time::{Duration, Instant};
+use std::task::{Context, Poll};
+use std::time::Duration;
 
 use bytes::Bytes;
 use hyper::body::{Body, Frame, SizeHint};
 use hyper::{HeaderMap, Response, header};
-use tokio::time::Sleep;
+use tokio::time::{Instant, Sleep};
 
+use super::error_response;
 use super::flight::Flight;
-use crate::error::with_causes;
+use crate::error::{Error, Kind, with_causes};
 use crate::upstream::Answer;
-use crate::upstream::answer::Reader;
+use crate::upstream::answer::{Reader, is_stream};
 
 /// How much of an error answer is kept for the trace.
 const EXCERPT_BYTES_MAX: usize = 400;
 
+/// How long an answer may take.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Patience {
+    /// The whole request, from its arrival.
+    pub(super) whole: Duration,
+    /// From one chunk of the answer to the next.
+    pub(super) stall: Duration,
+}
+
 pub(super) struct Relay {
-    answer: Answer,
+    /// None once it was given up.
+    answer: Option<Answer>,
     flight: Flight,
     /// None when nobody will ask for what the answer says.
     reader: Option<Reader>,
     /// The head of an answer that is an error.
     excerpt: Option<Vec<u8>>,
+    /// For an answer that can still say that it broke off.
+    events: Option<Events>,
     has_begun: bool,
-    deadline: Pin<Box<Sleep>>,
-    timeout: Duration,
+    patience: Patience,
+    deadline: Instant,
+    /// Since when the worker is waited for. A client that is not ready for more is not the worker's delay.
+    waiting_since: Option<Instant>,
+    timer: Pin<Box<Sleep>>,
+}
+
+/// The last bytes of a stream of events.
+#[derive(Debug, Default)]
+struct Events([u8; 4]);
+
+impl Events {
+    fn passed(&mut self, data: &[u8]) {
+        let new = &data[data.len().saturating_sub(4)..];
+        self.0.rotate_left(new.len());
+        self.0[4 - new.len()..].copy_from_slice(new);
+    }
+
+    /// Whether the last event was whole, so that another one may follow.
+    fn is_between_two(&self) -> bool {
+        self.0 == [0; 4] || self.0.ends_with(b"\n\n") || self.0 == *b"\r\n\r\n"
+    }
 }
 
 impl Relay {
-    /// Turns a worker's answer into the client's. `timeout` is what the whole request may take.
+    /// Turns a worker's answer into the client's.
     pub(super) fn begin(
         answer: Response<Answer>,
         mut flight: Flight,
-        timeout: Duration,
+        patience: Patience,
     ) -> Response<Self> {
-        let deadline = tokio::time::Instant::from_std(flight.arrived_at() + timeout);
+        let deadline = Instant::from_std(flight.arrived_at() + patience.whole);
         let status = flight.relaying();
-        let reader = flight.is_traced().then(|| reader(answer.headers()));
-        let is_readable = !answer.headers().contains_key(header::CONTENT_ENCODING);
+        let headers = answer.headers();
+        let reader = flight.is_traced().then(|| reader(headers));
+        let is_readable = !headers.contains_key(header::CONTENT_ENCODING);
         let excerpt = (!status.is_success() && is_readable).then(Vec::new);
+        let is_open = is_readable && !headers.contains_key(header::CONTENT_LENGTH);
+        let is_events = is_stream(text(headers, header::CONTENT_TYPE));
+        let events = (is_open && is_events).then(Events::default);
         answer.map(|answer| Self {
-            answer,
+            answer: Some(answer),
             flight,
             reader,
             excerpt,
+            events,
             has_begun: false,
-            deadline: Box::pin(tokio::time::sleep_until(deadline)),
-            timeout,
+            patience,
+            deadline,
+            waiting_since: None,
+            timer: Box::pin(tokio::time::sleep_until(deadline)),
         })
     }
 
-    fn passed(&mut self, data: &Bytes) {
-        if data.is_empty() {
-            return;
-        }
+    /// Notes a chunk, unless it comes too late.
+    fn passed(&mut self, data: &Bytes) -> Result<(), Error> {
+        self.waiting_since = None;
         let now = Instant::now();
+        if now >= self.deadline {
+            return Err(self.too_long());
+        }
+        if data.is_empty() {
+            return Ok(());
+        }
         if !std::mem::replace(&mut self.has_begun, true) {
-            self.flight.first_byte(now);
+            self.flight.first_byte(now.into_std());
         }
         if let Some(excerpt) = &mut self.excerpt {
             let room = EXCERPT_BYTES_MAX - excerpt.len();
             excerpt.extend_from_slice(&data[..data.len().min(room)]);
         }
-        if self.reader.as_mut().is_some_and(|reader| reader.read(data)) {
-            self.flight.first_content(now);
+        if let Some(events) = &mut self.events {
+            events.passed(data);
         }
+        if self.reader.as_mut().is_some_and(|reader| reader.read(data)) {
+            self.flight.first_content(now.into_std());
+        }
+        Ok(())
+    }
+
+    /// Ready when the worker has been waited for too long.
+    fn poll_patience(&mut self, cx: &mut Context<'_>) -> Poll<Error> {
+        let is_new = self.waiting_since.is_none();
+        let since = *self.waiting_since.get_or_insert_with(Instant::now);
+        let until = self.deadline.min(since + self.patience.stall);
+        // A timer that fires too early is set again; one that fires too late is not of this wait.
+        if (is_new && self.timer.deadline() > until) || self.timer.as_mut().poll(cx).is_ready() {
+            if Instant::now() >= until {
+                let is_whole = until == self.deadline;
+                return Poll::Ready(if is_whole { self.too_long() } else { self.stalled() });
+            }
+            self.timer.as_mut().reset(until);
+            return self.timer.as_mut().poll(cx).map(|()| self.stalled());
+        }
+        Poll::Pending
+    }
+
+    fn too_long(&self) -> Error {
+        let secs = self.patience.whole.as_secs();
+        let message = format!("the answer had not ended after {secs} s (request_timeout_secs)");
+        Error::new(Kind::Timeout, message)
+    }
+
+    fn stalled(&self) -> Error {
+        let secs = self.patience.stall.as_secs();
+        let message =
+            format!("nothing more of the answer came for {secs} s (stream_stall_timeout_secs)");
+        Error::new(Kind::Timeout, message)
     }
 
     fn ended(&mut self) {
+        self.answer = None;
         self.tell();
         let excerpt = self.excerpt.take().unwrap_or_default();
-        // On one line, whatever the worker wrote.
-        let excerpt = String::from_utf8_lossy(&excerpt).replace(char::is_control, " ");
-        self.flight.relayed(excerpt.trim());
+        self.flight.relayed(&one_line(&excerpt));
     }
 
-    fn broke(&mut self, message: &str) {
+    /// Gives the answer up, which closes its connection, and says so to the client.
+    fn broke(&mut self, error: &Error) -> Result<Frame<Bytes>, Box<dyn StdError + Send + Sync>> {
+        self.answer = None;
         self.tell();
-        self.flight.broke(message);
+        self.flight.broke(error);
+        match &self.events {
+            Some(events) => {
+                let event = error_response::event(error, self.flight.route());
+                let data = if events.is_between_two() {
+                    event
+                } else {
+                    [b"\n\n", &event[..]].concat().into()
+                };
+                Ok(Frame::data(data))
+            }
+            None => Err(error.message.as_str().into()),
+        }
     }
 
     /// Also of an answer that is not whole it is known what it said so far.
@@ -94,9 +189,17 @@ impl Relay {
     }
 }
 
+/// What a worker wrote, on one line.
+pub(super) fn one_line(excerpt: &[u8]) -> String {
+    String::from_utf8_lossy(excerpt).replace(char::is_control, " ").trim().to_owned()
+}
+
+fn text(headers: &HeaderMap, name: header::HeaderName) -> Option<&str> {
+    headers.get(name).and_then(|value| value.to_str().ok())
+}
+
 fn reader(headers: &HeaderMap) -> Reader {
-    let text = |name| headers.get(name).and_then(|value: &header::HeaderValue| value.to_str().ok());
-    Reader::new(text(header::CONTENT_TYPE), text(header::CONTENT_ENCODING))
+    Reader::new(text(headers, header::CONTENT_TYPE), text(headers, header::CONTENT_ENCODING))
 }
 
 impl Body for Relay {
@@ -108,46 +211,73 @@ impl Body for Relay {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         let this = &mut *self;
-        if this.deadline.as_mut().poll(cx).is_ready() {
-            let message = format!("the answer had not ended after {} s", this.timeout.as_secs());
-            this.broke(&message);
-            return Poll::Ready(Some(Err(message.into())));
+        let Some(answer) = &mut this.answer else { return Poll::Ready(None) };
+        if this.flight.poll_aborted(cx).is_ready() {
+            return Poll::Ready(Some(this.broke(&super::aborted())));
         }
-        let frame = ready!(Pin::new(&mut this.answer).poll_frame(cx));
-        match &frame {
-            Some(Ok(frame)) => {
-                if let Some(data) = frame.data_ref() {
-                    this.passed(data);
-                }
-                if this.answer.is_end_stream() {
-                    this.ended();
+        let error = match Pin::new(answer).poll_frame(cx) {
+            Poll::Ready(Some(Ok(frame))) => {
+                match frame.data_ref().map_or(Ok(()), |data| this.passed(data)) {
+                    Ok(()) => {
+                        if this.is_end_stream() {
+                            this.ended();
+                        }
+                        return Poll::Ready(Some(Ok(frame)));
+                    }
+                    Err(error) => error,
                 }
             }
-            Some(Err(error)) => {
-                let causes = with_causes(error);
-                this.broke(&format!("the worker's answer broke off: {causes}"));
+            Poll::Ready(Some(Err(error))) => {
+                let causes = with_causes(&error);
+                let message = format!("the worker's answer broke off: {causes}");
+                Error::new(Kind::WorkerUnreachable, message)
             }
-            None => this.ended(),
-        }
-        Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
+            Poll::Ready(None) => {
+                this.ended();
+                return Poll::Ready(None);
+            }
+            Poll::Pending => std::task::ready!(this.poll_patience(cx)),
+        };
+        Poll::Ready(Some(this.broke(&error)))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.answer.is_end_stream()
+        self.answer.as_ref().is_none_or(Answer::is_end_stream)
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.answer.size_hint()
+        self.answer.as_ref().map_or_else(|| SizeHint::with_exact(0), Answer::size_hint)
     }
 }
 
 impl Drop for Relay {
     fn drop(&mut self) {
         // An answer without a body is never polled.
-        if self.answer.is_end_stream() {
+        if self.answer.as_ref().is_some_and(Answer::is_end_stream) {
             self.ended();
         } else {
             self.tell();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_is_whole_at_its_blank_line_wherever_chunks_end() {
+        let is_between = |chunks: &[&str]| {
+            let mut events = Events::default();
+            chunks.iter().for_each(|chunk| events.passed(chunk.as_bytes()));
+            events.is_between_two()
+        };
+        assert!(is_between(&[]));
+        assert!(is_between(&["data: 1\n\n"]));
+        assert!(is_between(&["data: 1\n", "\n"]));
+        assert!(is_between(&["data: 1\r\n\r", "\n"]));
+        assert!(!is_between(&["data: 1\n\n", "data: 2"]));
+        assert!(!is_between(&["data: 1\n"]));
+        assert!(!is_between(&["\n", "x", "\n"]));
     }
 }

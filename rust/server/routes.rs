@@ -4,10 +4,12 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::{Request, State};
+use axum::middleware::from_fn_with_state;
 use axum::routing::{MethodFilter, MethodRouter, get, on};
 use hyper::Method;
 
-use super::{App, endpoints, proxy, traces};
+use super::doors::{self, Door};
+use super::{App, cors, endpoints, fan_out, membership, proxy, traces};
 use crate::error::{Error, Kind, shown};
 
 /// What answers a route.
@@ -21,8 +23,16 @@ pub enum Purpose {
     Alive,
     Readiness,
     Metrics,
+    FlushCache,
+    Loads,
+    Abort,
     Workers,
     Worker,
+    Join,
+    Leave,
+    AddWorker,
+    RemoveWorker,
+    ListWorkers,
     Trace,
     TraceBatch,
     Traces,
@@ -39,12 +49,42 @@ impl Purpose {
             Purpose::Alive => "200 while the router runs",
             Purpose::Readiness => "200 with a healthy worker, else 503",
             Purpose::Metrics => "the router's metrics, Prometheus text",
+            Purpose::FlushCache => "empties the caches of all workers",
+            Purpose::Loads => "tokens in hand at each worker",
+            Purpose::Abort => "ends requests in flight, by id or body `rid`",
             Purpose::Workers => "all workers",
             Purpose::Worker => "one worker, by id or URL-encoded URL",
+            Purpose::Join => "a worker joins; 202 at once",
+            Purpose::Leave => "a worker leaves, by id or URL-encoded URL; 202 at once",
+            Purpose::AddWorker => "the worker `?url=` joins; 200 once it may be picked",
+            Purpose::RemoveWorker => "the worker `?url=` leaves; 200, not picked any more",
+            Purpose::ListWorkers => "the URLs of the workers that do not leave",
             Purpose::Trace => "one trace, by request id",
             Purpose::TraceBatch => "traces of many request ids",
             Purpose::Traces => "a listing or an export of traces",
             Purpose::TraceStats => "statistics of traces",
+        }
+    }
+
+    /// What it asks of who uses it.
+    pub const fn door(self) -> Door {
+        match self {
+            Purpose::Alive | Purpose::Readiness | Purpose::Metrics => Door::Open,
+            Purpose::Routed | Purpose::FromWorker | Purpose::EngineMetrics => Door::Api,
+            Purpose::FlushCache
+            | Purpose::Loads
+            | Purpose::Abort
+            | Purpose::Workers
+            | Purpose::Worker
+            | Purpose::Join
+            | Purpose::Leave
+            | Purpose::AddWorker
+            | Purpose::RemoveWorker
+            | Purpose::ListWorkers
+            | Purpose::Trace
+            | Purpose::TraceBatch
+            | Purpose::Traces
+            | Purpose::TraceStats => Door::Admin,
         }
     }
 }
@@ -78,8 +118,16 @@ pub const ROUTES: &[(Method, &str, Purpose)] = &[
     (Method::GET, "/server_info", Purpose::FromWorker),
     (Method::GET, "/engine_metrics", Purpose::EngineMetrics),
     (Method::GET, "/metrics", Purpose::Metrics),
+    (Method::POST, "/flush_cache", Purpose::FlushCache),
+    (Method::GET, "/get_loads", Purpose::Loads),
+    (Method::POST, "/abort_request", Purpose::Abort),
     (Method::GET, "/workers", Purpose::Workers),
     (Method::GET, "/workers/{id}", Purpose::Worker),
+    (Method::POST, "/workers", Purpose::Join),
+    (Method::DELETE, "/workers/{id}", Purpose::Leave),
+    (Method::POST, "/add_worker", Purpose::AddWorker),
+    (Method::POST, "/remove_worker", Purpose::RemoveWorker),
+    (Method::GET, "/list_workers", Purpose::ListWorkers),
     (Method::GET, "/v1/traces", Purpose::Traces),
     (Method::GET, "/v1/traces/stats", Purpose::TraceStats),
     (Method::POST, "/v1/traces/batch", Purpose::TraceBatch),
@@ -96,7 +144,21 @@ pub(crate) fn router(app: &Arc<App>) -> Router {
     for path in &app.options.extra_routes {
         router = router.route(path, handler(&Method::POST, path, Purpose::Routed));
     }
-    router.fallback(not_found).method_not_allowed_fallback(not_allowed).with_state(app.clone())
+    router = router.fallback(not_found).method_not_allowed_fallback(not_allowed);
+    if app.doors.have_locks() {
+        router = router.layer(from_fn_with_state(app.clone(), doors::ask_for_key));
+    }
+    // Outermost: a preflight has no key, and a page may read why it was refused.
+    if let Some(cors) = cors::layer(&app.options.cors_allowed_origins) {
+        router = router.layer(cors);
+    }
+    router.with_state(app.clone())
+}
+
+/// The door before a route's path. All methods of a path have the same; other paths are as `extra_routes`.
+pub(super) fn door(path: Option<&str>) -> Door {
+    let route = ROUTES.iter().find(|(_, declared, _)| Some(*declared) == path);
+    route.map_or(Door::Api, |(_, _, purpose)| purpose.door())
 }
 
 /// What the second listener serves.
@@ -108,7 +170,7 @@ pub(crate) fn metrics_only(app: &Arc<App>) -> Router {
 }
 
 fn handler(method: &Method, path: &str, purpose: Purpose) -> MethodRouter<Arc<App>> {
-    let method = MethodFilter::try_from(method.clone()).expect("axum knows GET and POST");
+    let method = MethodFilter::try_from(method.clone()).expect("axum knows GET, POST and DELETE");
     match purpose {
         Purpose::Routed => {
             let route: Arc<str> = path.into();
@@ -121,8 +183,16 @@ fn handler(method: &Method, path: &str, purpose: Purpose) -> MethodRouter<Arc<Ap
         Purpose::Alive => on(method, endpoints::alive),
         Purpose::Readiness => on(method, endpoints::readiness),
         Purpose::Metrics => on(method, endpoints::metrics),
+        Purpose::FlushCache => on(method, fan_out::flush_cache),
+        Purpose::Loads => on(method, fan_out::loads),
+        Purpose::Abort => on(method, fan_out::abort),
         Purpose::Workers => on(method, endpoints::workers),
         Purpose::Worker => on(method, endpoints::worker),
+        Purpose::Join => on(method, membership::join),
+        Purpose::Leave => on(method, membership::leave),
+        Purpose::AddWorker => on(method, membership::add),
+        Purpose::RemoveWorker => on(method, membership::remove),
+        Purpose::ListWorkers => on(method, membership::list),
         Purpose::Trace => on(method, traces::one),
         Purpose::TraceBatch => on(method, traces::batch),
         Purpose::Traces => on(method, traces::list),
@@ -176,6 +246,15 @@ async fn not_allowed(request: Request) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn all_methods_of_a_path_stand_behind_one_door() {
+        for (_, path, purpose) in ROUTES {
+            assert_eq!(door(Some(path)), purpose.door(), "{path}");
+        }
+        assert_eq!(door(Some("/an/extra/route")), Door::Api);
+        assert_eq!(door(None), Door::Api);
+    }
 
     #[test]
     fn an_extra_route_is_a_plain_path_of_its_own() {

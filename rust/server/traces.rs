@@ -22,7 +22,7 @@ const BATCH_IDS_MAX: usize = 10_000;
 /// Room for that many ids of 256 characters, each escaped and quoted.
 const BATCH_BYTES_MAX: u64 = 16 << 20;
 /// Where the next page begins; absent on the last.
-const X_NEXT_CURSOR: HeaderName = HeaderName::from_static("x-next-cursor");
+pub(super) const X_NEXT_CURSOR: HeaderName = HeaderName::from_static("x-next-cursor");
 
 pub(super) async fn one(
     State(app): State<Arc<App>>,
@@ -49,7 +49,7 @@ pub(super) async fn batch(
 ) -> Result<Json<Vec<Trace>>, Error> {
     let tracker = app.traces()?;
     let (head, body) = request.into_parts();
-    let body = body::read(&head.headers, body, BATCH_BYTES_MAX).await?;
+    let body = body::read(&head.headers, body, BATCH_BYTES_MAX, &app.budget).await?;
     let batch: Batch = serde_json::from_slice(&body).map_err(|error| {
         let message = format!(r#"the body is not {{"request_ids": ["...", ...]}}: {error}"#);
         Error::new(Kind::InvalidQuery, message)

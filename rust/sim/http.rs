@@ -196,6 +196,7 @@ async fn server_info(State(worker): Shared) -> Response {
         "page_size": 1,
         "tp_size": 1,
         "dp_size": 1,
+        "random_seed": worker.random_seed,
         "version": concat!("sim-", env!("CARGO_PKG_VERSION")),
     });
     if !options.hide_kv {

@@ -82,6 +82,8 @@ pub struct Worker {
     pub base_gpu_id: Option<u32>,
     /// How it was set up.
     pub options: Options,
+    /// Another one at each start, as the seed that SGLang draws.
+    pub random_seed: u32,
     started: Instant,
     state: Mutex<State>,
     /// Tells the driver that the engine's next event may have changed.
@@ -146,6 +148,7 @@ impl Worker {
         Self {
             port,
             base_gpu_id: options.base_gpu_id.map(|first| first.saturating_add(index)),
+            random_seed: fastrand::u32(..1 << 30),
             started: Instant::now(),
             state: Mutex::new(state),
             changed: Notify::new(),

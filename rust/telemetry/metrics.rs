@@ -4,6 +4,7 @@
 //! labels that `sglang-router` 0.3.2 has too (`smg_*`) mean the same here. Label values are bounded: routes are
 //! those declared, workers those known.
 
+use parking_lot::Mutex;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
@@ -57,6 +58,8 @@ macro_rules! metrics {
         #[derive(Debug)]
         pub struct Metrics {
             registry: Registry,
+            /// Held while the gauges are set and read.
+            reading: Mutex<()>,
             $(#[doc = $help] pub $field: $type,)*
         }
 
@@ -67,7 +70,7 @@ macro_rules! metrics {
                     let $field: $type = $new;
                     registry.register($name, $help, $field.clone());
                 )*
-                Self { registry, $($field,)* }
+                Self { registry, reading: Mutex::default(), $($field,)* }
             }
         }
 
@@ -83,6 +86,8 @@ metrics! {
         "smg_http_responses", "Ended routed requests by status (499: the client left) and the router's own error code";
     request_duration: Histograms<RouteLabels> = durations(),
         "smg_http_request_duration_seconds", "From a routed request's arrival to the last byte of its answer";
+    unauthorized: Counter = Counter::default(),
+        "sgl_router_unauthorized", "Requests refused because they did not have the key that their route asks for";
     active: Family<WorkerLabels, Gauge> = Family::default(),
         "smg_worker_requests_active", "Requests in flight at a worker";
     health: Family<WorkerLabels, Gauge> = Family::default(),
@@ -98,8 +103,11 @@ metrics! {
 }
 
 impl Metrics {
-    /// The text of `/metrics`.
-    pub fn render(&self) -> String {
+    /// The text of `/metrics`, after `set` has brought the gauges up to date; one reader at a time, so that each sees
+    /// what it set.
+    pub fn render(&self, set: impl FnOnce(&Self)) -> String {
+        let _alone = self.reading.lock();
+        set(self);
         let mut text = String::new();
         // Writing into a String does not fail.
         let _ = encode(&mut text, &self.registry);
@@ -116,7 +124,7 @@ mod tests {
         let metrics = Metrics::default();
         let worker = WorkerLabels { worker: "http://a:1".into() };
         metrics.processed.get_or_create(&worker).inc();
-        let text = metrics.render();
+        let text = metrics.render(|_| {});
         assert!(text.contains("# HELP sgl_router_processed_requests Requests a worker answered"));
         assert!(text.contains(r#"sgl_router_processed_requests_total{worker="http://a:1"} 1"#));
     }

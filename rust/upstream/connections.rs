@@ -13,7 +13,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::Full;
@@ -22,17 +22,18 @@ use hyper::client::conn::http1::{self, SendRequest};
 use hyper::{Request, Response, StatusCode, Version};
 use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
-use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
+use tokio::time::Instant;
 
+use super::network::{Network, Stream};
 use crate::error::with_causes;
 
 /// uvicorn, SGLang's server, closes a connection that was idle for 5 s; ours are gone before.
 const IDLE_MAX: Duration = Duration::from_millis(2500);
 /// How long a connection whose answer has ended may take to be ready for the next request.
 const READY_WITHIN: Duration = Duration::from_millis(5);
-const TCP_KEEPALIVE: Duration = Duration::from_secs(30);
+/// How much of a body's head is shown to who asks before it is relayed.
+const BEGUN_BYTES_MAX: usize = 400;
 
 /// What a failed connect says about the other side.
 const OF_THE_PEER: [io::ErrorKind; 6] = [
@@ -63,8 +64,12 @@ pub enum SendError {
 }
 
 impl SendError {
-    /// Whether nobody was found at the address. A want of file descriptors or ports is the router's own and says
-    /// nothing of the worker.
+    /// Whether it says nothing of the worker: a want of file descriptors or ports is the router's own.
+    pub fn is_ours(&self) -> bool {
+        matches!(self, Self::Connect { .. }) && !self.is_unconnected()
+    }
+
+    /// Whether nobody was found at the address.
     pub fn is_unconnected(&self) -> bool {
         match self {
             Self::ConnectTimeout { .. } => true,
@@ -83,8 +88,9 @@ pub struct Connections {
     /// `HOST:PORT`
     address: Box<str>,
     connect_timeout: Duration,
-    /// Newest last. Holds at most as many as were in use at once within that time.
-    idle: Mutex<Vec<Idle>>,
+    network: Arc<dyn Network>,
+    /// Newest last. Holds at most as many as were in use at once within that time. None once nothing is kept any more.
+    idle: Mutex<Option<Vec<Idle>>>,
 }
 
 #[derive(Debug)]
@@ -102,8 +108,9 @@ struct Idle {
 
 impl Connections {
     /// `address` is `HOST:PORT`, with the brackets of an IPv6 address.
-    pub fn new(address: &str, connect_timeout: Duration) -> Arc<Self> {
-        Arc::new(Self { address: address.into(), connect_timeout, idle: Mutex::default() })
+    pub fn new(address: &str, connect_timeout: Duration, network: Arc<dyn Network>) -> Arc<Self> {
+        let idle = Mutex::new(Some(Vec::new()));
+        Arc::new(Self { address: address.into(), connect_timeout, network, idle })
     }
 
     /// Sends a request and waits for the head of the answer.
@@ -140,7 +147,14 @@ impl Connections {
 
     /// Closes what has been idle for too long. Called every second or so.
     pub fn close_idle(&self) {
-        self.idle.lock().retain(|idle| idle.is_usable());
+        if let Some(idle) = &mut *self.idle.lock() {
+            idle.retain(Idle::is_usable);
+        }
+    }
+
+    /// Closes what is idle, and from now on each connection at the end of its answer.
+    pub fn close(&self) {
+        *self.idle.lock() = None;
     }
 
     async fn send_on(
@@ -175,7 +189,7 @@ impl Connections {
     fn newest_usable(&self) -> Option<Connection> {
         let mut idle = self.idle.lock();
         loop {
-            let newest = idle.pop()?;
+            let newest = idle.as_mut()?.pop()?;
             if newest.is_usable() {
                 return Some(newest.connection);
             }
@@ -183,20 +197,21 @@ impl Connections {
     }
 
     fn give_back(&self, connection: Connection) {
-        if !connection.sender.is_closed() {
-            self.idle.lock().push(Idle { connection, since: Instant::now() });
+        if !connection.sender.is_closed()
+            && let Some(idle) = &mut *self.idle.lock()
+        {
+            idle.push(Idle { connection, since: Instant::now() });
         }
     }
 
     async fn connect(&self) -> Result<Connection, SendError> {
-        let connecting = TcpStream::connect(&*self.address);
-        let stream = tokio::time::timeout(self.connect_timeout, connecting)
+        let dialling = self.network.dial(&self.address);
+        let stream = tokio::time::timeout(self.connect_timeout, dialling)
             .await
             .map_err(|_| SendError::ConnectTimeout {
                 address: self.address.clone(),
                 timeout: self.connect_timeout,
             })?
-            .and_then(|stream| prepare(&stream).map(|()| stream))
             .map_err(|source| SendError::Connect { address: self.address.clone(), source })?;
         let received = Arc::new(AtomicU64::new(0));
         let io = TokioIo::new(Counted { stream, received: received.clone() });
@@ -217,12 +232,6 @@ impl Idle {
     fn is_usable(&self) -> bool {
         !self.connection.sender.is_closed() && self.since.elapsed() < IDLE_MAX
     }
-}
-
-fn prepare(stream: &TcpStream) -> io::Result<()> {
-    stream.set_nodelay(true)?;
-    let keepalive = TcpKeepalive::new().with_time(TCP_KEEPALIVE).with_interval(TCP_KEEPALIVE);
-    SockRef::from(stream).set_tcp_keepalive(&keepalive)
 }
 
 /// The body of a worker's answer. Read to its end, its connection becomes free for the next request;
@@ -247,6 +256,12 @@ impl Answer {
         let frame = std::future::poll_fn(|cx| Pin::new(&mut *self).poll_frame(cx)).await;
         self.held = frame.transpose().map_err(|source| SendError::BrokenAnswer { source })?;
         Ok(())
+    }
+
+    /// The head of a body that [`Answer::begin`] has waited for, at most 400 bytes.
+    pub fn begun(&self) -> &[u8] {
+        let data = self.held.as_ref().and_then(Frame::data_ref).map_or(&[][..], |data| data);
+        &data[..data.len().min(BEGUN_BYTES_MAX)]
     }
 
     fn end(&mut self) {
@@ -305,7 +320,7 @@ pin_project_lite::pin_project! {
     /// A stream that counts what it has received.
     struct Counted {
         #[pin]
-        stream: TcpStream,
+        stream: Stream,
         received: Arc<AtomicU64>,
     }
 }

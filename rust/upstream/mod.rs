@@ -1,15 +1,17 @@
-//! The way to one worker: its connections ([`Connections`]) and what its answer says ([`answer`]).
+//! The way to one worker: its connections ([`Connections`]) over a [`Network`], and what its answer says ([`answer`]).
 //!
 //! Knows nothing of policies, of other workers or of the client: it sends one request to one address and
 //! says precisely how that failed.
 
 pub mod answer;
 mod connections;
+mod network;
 mod sse;
 
 use std::time::Duration;
 
 pub use connections::{Answer, Connections, SendError};
+pub use network::{Network, Stream, Tcp};
 
 /// Options of the connections to workers.
 #[derive(clap::Args, Clone, Debug)]

@@ -7,6 +7,8 @@
 //!                     │  ▼ a request could not connect (also from unhealthy)
 //!                   unreachable
 //! ```
+//!
+//! From each of them a worker that is told to leave becomes draining, which it stays.
 
 use std::time::Duration;
 
@@ -21,6 +23,8 @@ pub enum State {
     Unhealthy,
     /// Refused a connection; the next good check re-admits it.
     Unreachable,
+    /// Told to leave: not picked again, and gone when nothing is in flight there.
+    Draining,
 }
 
 impl State {
@@ -30,6 +34,7 @@ impl State {
             State::Healthy => "healthy",
             State::Unhealthy => "unhealthy",
             State::Unreachable => "unreachable",
+            State::Draining => "draining",
         }
     }
 }
@@ -79,15 +84,20 @@ impl Health {
     pub fn unreachable(&mut self) -> bool {
         match self.state {
             State::Healthy | State::Unhealthy => self.enter(State::Unreachable),
-            State::Starting | State::Unreachable => false,
+            State::Starting | State::Unreachable | State::Draining => false,
         }
     }
 
-    /// Time until the next check.
+    /// The worker is to leave. Returns whether that is news.
+    pub fn leave(&mut self) -> bool {
+        self.state != State::Draining && self.enter(State::Draining)
+    }
+
+    /// Time from the beginning of one check to the beginning of the next.
     pub fn pause(&self, options: &Options) -> Duration {
         let interval = Duration::from_secs(options.health_check_interval_secs);
         let longest = match self.state {
-            State::Healthy | State::Unhealthy => return interval,
+            State::Healthy | State::Unhealthy | State::Draining => return interval,
             State::Starting => Duration::from_secs(options.worker_startup_check_interval),
             State::Unreachable => UNREACHABLE_PAUSE_MAX,
         };
@@ -141,6 +151,19 @@ mod tests {
         assert_eq!(health.state(), State::Unreachable);
         health.checked(true, &options);
         assert_eq!(health.state(), State::Healthy);
+    }
+
+    #[test]
+    fn who_leaves_does_not_come_back() {
+        for begun in [&[][..], &[true], &[true, false, false, false]] {
+            let (mut health, options) = after(begun);
+            assert!(health.leave());
+            assert!(!health.leave() && !health.unreachable());
+            for good in [true, true, false, false, false] {
+                assert!(!health.checked(good, &options));
+            }
+            assert_eq!(health.state(), State::Draining);
+        }
     }
 
     #[test]

@@ -1,30 +1,35 @@
 //! The workers: who they are, which are fit to be picked, and what they are called.
 //!
-//! The one idea: whoever routes reads an immutable [`Snapshot`] without a lock; every change of a worker's health
-//! publishes a new one. A worker is in `routable` when its checks say it is healthy and it has its name.
+//! The one idea: whoever routes reads an immutable [`Snapshot`] without a lock; every change of a worker's health, and
+//! each joining and leaving, publishes a new one. A worker is in `routable` when its checks say it is healthy and it
+//! has its name. One that is told to leave is not picked from then on, and is gone when nothing is in flight there.
 //!
 //! Does not choose among workers (`routing`) and does not send requests for clients (`server`).
 
 pub mod breaker;
-mod checks;
+mod discovery;
 mod gate;
 mod health;
+mod life;
 pub mod node_id;
 mod options;
 mod server_info;
+mod source;
 mod url;
 
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
-use arc_swap::ArcSwap;
-use hyper::Uri;
+use arc_swap::{ArcSwap, ArcSwapOption};
+use hyper::header::{AUTHORIZATION, HeaderValue};
 use hyper::http::uri::PathAndQuery;
+use hyper::{HeaderMap, Uri};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 
 use crate::routing::{Policy, Target, WorkerName};
-use crate::upstream::{self, Connections};
+use crate::upstream::{self, Connections, Network};
 use gate::Limiting;
 pub use gate::{Gate, Pass};
 use health::Health;
@@ -32,7 +37,11 @@ pub use health::State;
 use node_id::{NodeIdFrom, NodeIds, Unnamed};
 pub use options::Options;
 pub use server_info::ServerInfo;
+pub use source::{DnsName, Source};
 pub use url::WorkerUrl;
+
+/// Most workers at a time, those that drain among them.
+pub const WORKERS_MAX: usize = 4096;
 
 /// One worker, from joining to leaving.
 #[derive(Debug)]
@@ -47,13 +56,19 @@ pub struct Worker {
     /// Requests that failed on it.
     pub failed: AtomicU64,
     pub gate: Arc<Gate>,
+    /// The name that came with it, if one did.
+    given_name: Option<String>,
+    /// What it is sent as `authorization`, where a request brings none of its own.
+    authorization: Option<HeaderValue>,
     name: OnceLock<Arc<WorkerName>>,
-    info: OnceLock<ServerInfo>,
+    info: ArcSwapOption<ServerInfo>,
     health: Mutex<Health>,
     /// Why its last check failed; None after a good one.
     last_error: Mutex<Option<String>>,
     /// Rung when a request could not connect, so that it is checked now and not at the end of the interval.
     check_now: Notify,
+    /// Rung once.
+    told_to_leave: Notify,
 }
 
 impl Worker {
@@ -66,9 +81,9 @@ impl Worker {
         self.name().map(|name| &*name.node_id)
     }
 
-    /// What `/get_server_info` said, once it did.
-    pub fn info(&self) -> Option<&ServerInfo> {
-        self.info.get()
+    /// What its process said on `/server_info`, once it did.
+    pub fn info(&self) -> Option<Arc<ServerInfo>> {
+        self.info.load_full()
     }
 
     pub fn state(&self) -> State {
@@ -78,6 +93,16 @@ impl Worker {
     /// Why its last check failed; None after a good one.
     pub fn last_error(&self) -> Option<String> {
         self.last_error.lock().clone()
+    }
+
+    /// Why it may not be picked, in words that follow its name.
+    pub fn why_not(&self) -> String {
+        let state = self.state();
+        if state == State::Healthy {
+            return format!("has its circuit breaker {}", self.gate.state().name());
+        }
+        let why = self.last_error().map(|why| format!(" ({why})")).unwrap_or_default();
+        format!("is {}{why}", state.name())
     }
 
     /// Where a path of the router's is on this worker.
@@ -90,15 +115,68 @@ impl Worker {
         whole.parse().unwrap_or_else(|_| path.clone().into())
     }
 
+    /// Gives a request on its way here the key that this worker asks for, unless it brings one of its own.
+    pub fn authorize(&self, headers: &mut HeaderMap) {
+        if let (Some(key), false) = (&self.authorization, headers.contains_key(AUTHORIZATION)) {
+            headers.insert(AUTHORIZATION, key.clone());
+        }
+    }
+
     /// Whether it may be picked.
     pub fn is_routable(&self) -> bool {
         self.state() == State::Healthy && self.name.get().is_some()
     }
+
+    /// Whether it was told to leave.
+    pub fn is_draining(&self) -> bool {
+        self.state() == State::Draining
+    }
+
+    /// Another process is behind its URL: what is known of the one before is void.
+    fn restarted(&self) {
+        self.gate.reset();
+        self.info.store(None);
+    }
 }
+
+/// A worker that wants to join.
+#[derive(Clone, Debug)]
+pub struct Joining {
+    pub url: WorkerUrl,
+    /// Instead of what `worker_weights` says.
+    pub weight: Option<f64>,
+    /// Instead of what `node_ids` and `node_id_from` say.
+    pub node_id: Option<String>,
+    /// What it is sent as `authorization`, instead of what the other workers are.
+    pub authorization: Option<HeaderValue>,
+}
+
+impl Joining {
+    /// A worker of which nothing is known but its URL.
+    pub fn at(url: WorkerUrl) -> Self {
+        Self { url, weight: None, node_id: None, authorization: None }
+    }
+}
+
+/// The worker with the URL that was to join.
+#[derive(Clone, Debug)]
+pub struct Joined {
+    pub worker: Arc<Worker>,
+    /// False for one that was there already, which stays as it is.
+    pub is_new: bool,
+}
+
+/// Why a worker cannot join.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{WORKERS_MAX} workers are the most a router takes, those that drain among them; remove one first"
+)]
+pub struct TooManyWorkers;
 
 /// The workers as they were at one moment, in order of joining.
 #[derive(Debug, Default)]
 pub struct Snapshot {
+    /// At most [`WORKERS_MAX`].
     pub all: Vec<Arc<Worker>>,
     /// Those that may be picked.
     pub routable: Vec<Arc<Worker>>,
@@ -107,23 +185,32 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// The worker of this `node_id` or URL.
+    /// The worker of this `node_id` or URL. Of two with one URL the one that stays.
     pub fn find(&self, node_id_or_url: &str) -> Option<&Arc<Worker>> {
         let url: Option<WorkerUrl> = node_id_or_url.parse().ok();
-        self.all.iter().find(|worker| {
+        let is_meant = |worker: &&Arc<Worker>| {
             worker.node_id() == Some(node_id_or_url) || url.as_ref() == Some(&worker.url)
-        })
+        };
+        self.all.iter().filter(is_meant).min_by_key(|worker| worker.is_draining())
+    }
+
+    /// The worker of this id, which is its index, or else of this `node_id` or URL.
+    pub fn find_by_id(&self, id: &str) -> Option<&Arc<Worker>> {
+        let by_index = self.all.iter().find(|worker| worker.index.to_string() == id);
+        by_index.or_else(|| self.find(id))
     }
 }
 
 /// All workers of one router.
 pub struct Workers {
     options: Options,
+    upstream: upstream::Options,
+    network: Arc<dyn Network>,
+    /// The workers' own key, sent where a request brings none.
+    authorization: Option<HeaderValue>,
     snapshot: ArcSwap<Snapshot>,
     /// Taken by whoever names workers or publishes a snapshot, so that snapshots follow each other in order.
-    node_ids: Mutex<NodeIds>,
-    /// Workers of the start whose first check has not ended.
-    unchecked: AtomicUsize,
+    roster: Mutex<Roster>,
     has_first_round_ended: AtomicBool,
     /// Changes with every snapshot and at the end of the first round.
     news: watch::Sender<()>,
@@ -133,34 +220,50 @@ pub struct Workers {
     policy: Arc<dyn Policy>,
 }
 
+/// What a worker gets when it joins, and nobody gets again.
+struct Roster {
+    next_index: u32,
+    node_ids: NodeIds,
+}
+
+/// Held by all that the first round of checks waits for: each worker of the start until its first check has ended,
+/// and each source of workers until it has told of them. The last one to let go ends the round.
+struct FirstRound(Arc<Workers>);
+
+impl Drop for FirstRound {
+    fn drop(&mut self) {
+        self.0.end_first_round();
+    }
+}
+
 impl Workers {
-    /// The workers of the start. None is checked yet.
+    /// The workers of the start, each sent `authorization` where a request brings none. None is checked yet, and no name
+    /// is resolved.
     pub fn new(
         options: Options,
         upstream: &upstream::Options,
         policy: Arc<dyn Policy>,
+        network: Arc<dyn Network>,
+        authorization: Option<HeaderValue>,
     ) -> Arc<Self> {
-        let limiting = Limiting::default();
-        let all: Vec<Arc<Worker>> = (0..)
-            .zip(&options.worker_urls)
-            .map(|(index, url)| Arc::new(new_worker(index, url, &options, upstream, &limiting)))
-            .collect();
-        let unchecked = if options.disable_health_check { 0 } else { all.len() };
+        let joining: Vec<Joining> = options.urls().cloned().map(Joining::at).collect();
+        let has_checks = !options.disable_health_check && !joining.is_empty();
+        let is_round_needed = has_checks || options.dns_names().next().is_some();
+        let node_ids = NodeIds::new(options.node_id_from, options.node_ids.clone());
         let workers = Arc::new(Self {
-            node_ids: Mutex::new(NodeIds::new(options.node_id_from, options.node_ids.clone())),
-            unchecked: AtomicUsize::new(unchecked),
-            has_first_round_ended: AtomicBool::new(unchecked == 0),
-            news: watch::Sender::new(()),
-            limiting,
-            policy,
-            snapshot: ArcSwap::from_pointee(Snapshot { all, ..Snapshot::default() }),
             options,
+            upstream: upstream.clone(),
+            network,
+            authorization,
+            snapshot: ArcSwap::default(),
+            roster: Mutex::new(Roster { next_index: 0, node_ids }),
+            has_first_round_ended: AtomicBool::new(!is_round_needed),
+            news: watch::Sender::new(()),
+            limiting: Limiting::default(),
+            policy,
         });
-        // A name that is the worker's own word has to wait for it.
-        if workers.options.node_id_from != NodeIdFrom::Gpu || unchecked == 0 {
-            workers.name(|_| true);
-        }
-        workers.publish();
+        // The options hold no more than may join.
+        workers.enter(joining);
         workers
     }
 
@@ -173,20 +276,71 @@ impl Workers {
         self.limiting.load(Ordering::Acquire) > 0
     }
 
-    /// Checks all workers until the runtime ends.
+    /// The names whose addresses are workers.
+    pub fn dns_names(&self) -> impl Iterator<Item = &DnsName> {
+        self.options.dns_names()
+    }
+
+    /// How long a worker may take from its joining to its first good check before that is an error.
+    pub fn startup_timeout(&self) -> Duration {
+        Duration::from_secs(self.options.worker_startup_timeout_secs)
+    }
+
+    /// Checks all workers, and looks for those that have to be looked for, until the runtime ends.
     pub fn start_checks(self: &Arc<Self>) {
+        let round = Arc::new(FirstRound(self.clone()));
         for worker in &self.snapshot().all {
-            if !self.options.disable_health_check {
-                tokio::spawn(checks::check_forever(self.clone(), worker.clone()));
+            self.start_life(worker, Some(&round));
+        }
+        for name in self.options.dns_names() {
+            tokio::spawn(discovery::follow(self.clone(), name.clone(), round.clone()));
+        }
+        tokio::spawn(life::close_idle_forever(self.clone()));
+    }
+
+    /// Takes a worker in. It is checked at once, and may be picked after its first good check.
+    ///
+    /// # Errors
+    /// There are [`WORKERS_MAX`] already.
+    pub fn join(self: &Arc<Self>, joining: Joining) -> Result<Joined, TooManyWorkers> {
+        self.join_all(vec![joining], None).pop().unwrap_or(Err(TooManyWorkers))
+    }
+
+    /// Takes workers in together: none of those that would share a name keeps it.
+    fn join_all(
+        self: &Arc<Self>,
+        joining: Vec<Joining>,
+        round: Option<&Arc<FirstRound>>,
+    ) -> Vec<Result<Joined, TooManyWorkers>> {
+        let outcomes = self.enter(joining);
+        for Joined { worker, is_new } in outcomes.iter().flatten() {
+            if *is_new {
+                tracing::info!(node = worker.node_id(), worker = %worker.url, "worker joined");
+                self.start_life(worker, round);
             }
         }
-        tokio::spawn(checks::close_idle_forever(self.clone()));
+        outcomes
+    }
+
+    /// Tells a worker to leave: it is not picked from now on, and gone when nothing is in flight there.
+    pub fn leave(&self, worker: &Worker) {
+        let in_flight = worker.target.in_flight();
+        if worker.health.lock().leave() {
+            tracing::info!(node = worker.node_id(), worker = %worker.url, in_flight, "worker leaves");
+            self.publish();
+            worker.told_to_leave.notify_one();
+        }
     }
 
     /// Waits until every worker of the start has been checked once, or until `is_enough` of a snapshot.
     pub async fn first_round_or(&self, is_enough: impl Fn(&Snapshot) -> bool) {
+        self.until(|snapshot| self.first_round_ended() || is_enough(snapshot)).await;
+    }
+
+    /// Waits until `is_so` of a snapshot.
+    pub async fn until(&self, is_so: impl Fn(&Snapshot) -> bool) {
         let mut news = self.news.subscribe();
-        while !self.first_round_ended() && !is_enough(&self.snapshot()) {
+        while !is_so(&self.snapshot()) {
             // The sender lives as long as `self`.
             let _ = news.changed().await;
         }
@@ -206,7 +360,7 @@ impl Workers {
     }
 
     /// The outcome of one check.
-    fn checked(&self, worker: &Arc<Worker>, outcome: Result<(), String>) {
+    fn checked(&self, worker: &Worker, outcome: Result<(), String>) {
         let earlier_error = {
             let error = outcome.as_ref().err().cloned();
             std::mem::replace(&mut *worker.last_error.lock(), error)
@@ -229,7 +383,7 @@ impl Workers {
         }
         if before == State::Unreachable {
             // Nobody was at its address: it is another process now, with an empty cache.
-            self.policy.forget(worker.index);
+            self.restarted(worker);
         }
         match worker.state() {
             State::Healthy => tracing::info!(
@@ -240,9 +394,31 @@ impl Workers {
         self.publish();
     }
 
-    /// Called once per worker of the start, after its first check.
-    fn first_check_ended(&self) {
-        if self.unchecked.fetch_sub(1, Ordering::AcqRel) > 1 {
+    /// What the worker says of itself now.
+    fn told(&self, worker: &Worker, info: ServerInfo) {
+        let before = worker.info();
+        if before.as_deref() == Some(&info) {
+            return;
+        }
+        if before.is_some_and(|before| info.is_of_another_process(&before)) {
+            self.restarted(worker);
+        }
+        tracing::info!(
+            worker = %worker.url, model = info.model_id, gpu = info.base_gpu_id,
+            kv_tokens = info.kv_tokens, "worker reports"
+        );
+        worker.info.store(Some(Arc::new(info)));
+    }
+
+    /// Another process is behind the worker's URL, with an empty cache.
+    fn restarted(&self, worker: &Worker) {
+        tracing::info!(node = worker.node_id(), worker = %worker.url, "worker restarted");
+        worker.restarted();
+        self.policy.forget(worker.index);
+    }
+
+    fn end_first_round(&self) {
+        if self.first_round_ended() {
             return;
         }
         self.name_healthy();
@@ -259,158 +435,121 @@ impl Workers {
         }
     }
 
-    /// Names and publishes the healthy workers that have no name yet.
-    fn name_healthy(&self) {
-        if self.name(|worker| worker.state() == State::Healthy) {
-            self.publish();
+    /// Puts workers on the roster, and those that are not there yet into the snapshot.
+    fn enter(&self, joining: Vec<Joining>) -> Vec<Result<Joined, TooManyWorkers>> {
+        let mut roster = self.roster.lock();
+        let mut all = self.snapshot().all.clone();
+        let mut enter_one = |joining: Joining| {
+            let is_there =
+                |worker: &&Arc<Worker>| worker.url == joining.url && !worker.is_draining();
+            if let Some(worker) = all.iter().find(is_there) {
+                return Ok(Joined { worker: worker.clone(), is_new: false });
+            }
+            if all.len() >= WORKERS_MAX || roster.next_index == u32::MAX {
+                return Err(TooManyWorkers);
+            }
+            let worker = Arc::new(self.new_worker(roster.next_index, joining));
+            roster.next_index += 1;
+            all.push(worker.clone());
+            Ok(Joined { worker, is_new: true })
+        };
+        let outcomes = joining.into_iter().map(&mut enter_one).collect();
+        // A name that is the worker's own word has to wait for it.
+        if self.options.node_id_from != NodeIdFrom::Gpu || self.options.disable_health_check {
+            roster.name(&all, |_| true);
         }
+        self.store(&roster, all);
+        outcomes
     }
 
-    /// Names those workers among the nameless, all at once; whether there were any.
-    fn name(&self, is_meant: impl Fn(&Worker) -> bool) -> bool {
-        let mut node_ids = self.node_ids.lock();
-        let snapshot = self.snapshot();
-        let is_nameless = |worker: &&Arc<Worker>| worker.name.get().is_none() && is_meant(worker);
-        let nameless: Vec<_> = snapshot.all.iter().filter(is_nameless).collect();
-        let unnamed: Vec<Unnamed<'_>> = nameless
-            .iter()
-            .map(|worker| Unnamed {
-                index: worker.index,
-                url: &worker.url,
-                base_gpu_id: worker.info().and_then(|info| info.base_gpu_id),
-            })
-            .collect();
-        for (worker, node_id) in nameless.iter().zip(node_ids.assign(&unnamed)) {
-            let name = WorkerName {
-                index: worker.index,
-                url: worker.url.as_str().into(),
-                node_id: node_id.into(),
-            };
-            // A worker is named once; the lock above keeps it so.
-            let _ = worker.name.set(Arc::new(name));
+    /// Nothing is in flight any more at a worker that was told to leave.
+    fn gone(&self, worker: &Worker) {
+        let roster = self.roster.lock();
+        let mut all = self.snapshot().all.clone();
+        all.retain(|other| other.index != worker.index);
+        self.store(&roster, all);
+        drop(roster);
+        worker.connections.close();
+        self.policy.forget(worker.index);
+        tracing::info!(node = worker.node_id(), worker = %worker.url, "worker gone");
+    }
+
+    /// Names and publishes the healthy workers that have no name yet.
+    fn name_healthy(&self) {
+        let mut roster = self.roster.lock();
+        let all = &self.snapshot().all;
+        if roster.name(all, |worker| worker.state() == State::Healthy) {
+            self.store(&roster, all.clone());
         }
-        !nameless.is_empty()
     }
 
     fn publish(&self) {
-        let _one_at_a_time = self.node_ids.lock();
-        let all = self.snapshot().all.clone();
+        let roster = self.roster.lock();
+        self.store(&roster, self.snapshot().all.clone());
+    }
+
+    /// Publishes a snapshot of these workers, one at a time.
+    fn store(&self, _locked: &Roster, all: Vec<Arc<Worker>>) {
         let routable: Vec<_> = all.iter().filter(|worker| worker.is_routable()).cloned().collect();
         let targets = routable.iter().map(|worker| worker.target.clone()).collect();
         self.snapshot.store(Arc::new(Snapshot { all, routable, targets }));
         self.news.send_replace(());
     }
+
+    fn start_life(self: &Arc<Self>, worker: &Arc<Worker>, round: Option<&Arc<FirstRound>>) {
+        tokio::spawn(life::live(self.clone(), worker.clone(), round.cloned()));
+    }
+
+    fn new_worker(&self, index: u32, joining: Joining) -> Worker {
+        let Joining { url, weight, node_id, authorization } = joining;
+        let weight = weight.unwrap_or_else(|| self.options.weight(&url));
+        let timeout = self.upstream.connect_timeout();
+        Worker {
+            index,
+            connections: Connections::new(&url.host_and_port(), timeout, self.network.clone()),
+            gate: Gate::new(url.as_str(), self.options.breaker, self.limiting.clone()),
+            url,
+            target: Arc::new(Target::new(index, weight)),
+            served: AtomicU64::new(0),
+            failed: AtomicU64::new(0),
+            given_name: node_id,
+            authorization: authorization.or_else(|| self.authorization.clone()),
+            name: OnceLock::new(),
+            info: ArcSwapOption::empty(),
+            health: Mutex::new(Health::new(&self.options)),
+            last_error: Mutex::new(None),
+            check_now: Notify::new(),
+            told_to_leave: Notify::new(),
+        }
+    }
 }
 
-fn new_worker(
-    index: u32,
-    url: &WorkerUrl,
-    options: &Options,
-    upstream: &upstream::Options,
-    limiting: &Limiting,
-) -> Worker {
-    Worker {
-        index,
-        url: url.clone(),
-        connections: Connections::new(&url.host_and_port(), upstream.connect_timeout()),
-        target: Arc::new(Target::new(index, options.weight(url))),
-        served: AtomicU64::new(0),
-        failed: AtomicU64::new(0),
-        gate: Gate::new(url.as_str(), options.breaker, limiting.clone()),
-        name: OnceLock::new(),
-        info: OnceLock::new(),
-        health: Mutex::new(Health::new(options)),
-        last_error: Mutex::new(None),
-        check_now: Notify::new(),
+impl Roster {
+    /// Names those workers among the nameless, all at once; whether there were any.
+    fn name(&mut self, all: &[Arc<Worker>], is_meant: impl Fn(&Worker) -> bool) -> bool {
+        let is_nameless = |worker: &&Arc<Worker>| worker.name.get().is_none() && is_meant(worker);
+        let nameless: Vec<_> = all.iter().filter(is_nameless).collect();
+        let unnamed: Vec<Unnamed<'_>> = nameless
+            .iter()
+            .map(|worker| Unnamed {
+                index: worker.index,
+                url: &worker.url,
+                given: worker.given_name.as_deref(),
+                base_gpu_id: worker.info().and_then(|info| info.base_gpu_id),
+            })
+            .collect();
+        for (worker, node_id) in nameless.iter().zip(self.node_ids.assign(&unnamed)) {
+            let name = WorkerName {
+                index: worker.index,
+                url: worker.url.as_str().into(),
+                node_id: node_id.into(),
+            };
+            // A worker is named once; the lock that the roster is under keeps it so.
+            let _ = worker.name.set(Arc::new(name));
+        }
+        !nameless.is_empty()
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::routing;
-    use clap::Parser;
-
-    /// Options as the command line gives them.
-    pub(super) fn options(argv: &[&str]) -> Options {
-        #[derive(Parser)]
-        struct Line {
-            #[command(flatten)]
-            options: Options,
-        }
-        Line::try_parse_from([&["router"], argv].concat()).expect("options").options
-    }
-
-    fn workers(argv: &[&str]) -> Arc<Workers> {
-        let policy = routing::build(&crate::routing::tests::options(&[]).expect("defaults"));
-        Workers::new(options(argv), &upstream::Options { connect_timeout_secs: 1 }, policy)
-    }
-
-    const TWO: [&str; 3] = ["--worker-urls", "http://a:30001", "http://b:30002"];
-
-    #[test]
-    fn the_snapshot_follows_health() {
-        let workers = workers(&TWO);
-        assert_eq!(workers.snapshot().routable.len(), 0);
-        let all = workers.snapshot().all.clone();
-        workers.checked(&all[1], Ok(()));
-        assert_eq!(workers.snapshot().routable[0].node_id(), Some("gpu_1"));
-        workers.unreachable(&all[1]);
-        assert_eq!(workers.snapshot().routable.len(), 0);
-        workers.checked(&all[1], Ok(()));
-        assert_eq!(workers.snapshot().targets.len(), 1);
-    }
-
-    #[test]
-    fn the_first_round_ends_with_its_last_check() {
-        let workers = workers(&TWO);
-        assert!(!workers.first_round_ended());
-        workers.first_check_ended();
-        assert!(!workers.first_round_ended());
-        workers.first_check_ended();
-        assert!(workers.first_round_ended());
-    }
-
-    #[test]
-    fn names_that_are_the_workers_own_word_are_given_when_the_round_ends() {
-        let workers = workers(&[&TWO[..], &["--node-id-from", "gpu"]].concat());
-        let all = workers.snapshot().all.clone();
-        let info = ServerInfo { base_gpu_id: Some(3), ..ServerInfo::default() };
-        all[0].info.set(info.clone()).expect("first");
-        workers.checked(&all[0], Ok(()));
-        assert_eq!(workers.snapshot().routable.len(), 0, "no name yet");
-        workers.first_check_ended();
-        workers.first_check_ended();
-        assert_eq!(workers.snapshot().routable[0].node_id(), Some("gpu_3"));
-        all[1].info.set(info).expect("first");
-        workers.checked(&all[1], Ok(()));
-        assert_eq!(all[1].node_id(), Some("gpu_3@b:30002"), "a latecomer gives way");
-    }
-
-    #[test]
-    fn without_checks_every_worker_is_routable_at_once() {
-        let workers = workers(&[&TWO[..], &["--disable-health-check"]].concat());
-        assert!(workers.first_round_ended());
-        assert_eq!(workers.snapshot().routable.len(), 2);
-        workers.unreachable(&workers.snapshot().all[0]);
-        assert_eq!(workers.snapshot().routable.len(), 2);
-    }
-
-    #[test]
-    fn a_worker_is_found_by_name_and_by_url() {
-        let snapshot = workers(&TWO).snapshot();
-        assert_eq!(snapshot.find("gpu_1").expect("name").index, 1);
-        assert_eq!(snapshot.find("http://A:30001/").expect("url").index, 0);
-        assert!(snapshot.find("gpu_9").is_none());
-    }
-
-    #[test]
-    fn weights_are_checked_together() {
-        let check = |argv: &[&str]| options(&[&TWO[..], argv].concat()).check();
-        assert!(check(&["--worker-weights", "http://a:30001=0"]).is_ok());
-        let zeros = ["--worker-weights", "http://a:30001=0", "http://b:30002=0"];
-        assert!(check(&zeros).expect_err("zeros").1.contains("weight 0"));
-        let stranger = ["--worker-weights", "http://c:1=1"];
-        assert!(check(&stranger).expect_err("stranger").1.contains("not one of worker_urls"));
-    }
-}
+mod tests;

@@ -1,10 +1,14 @@
 //! The short names of workers (`node_id`).
 //!
-//! A name is given once and never passes to another URL: [`NodeIds`] remembers every name it gave.
+//! A name is given once and never passes to another URL: [`NodeIds`] remembers every name it gave, up to
+//! [`REMEMBERED_MAX`] of them. What it gives beyond carries the worker's index, which is not used twice.
 
 use std::collections::{HashMap, HashSet};
 
 use super::url::WorkerUrl;
+
+/// Names remembered. Whoever comes to so many has had that many different workers.
+const REMEMBERED_MAX: usize = 1 << 16;
 
 /// What a worker's `node_id` is made from.
 #[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,7 +19,7 @@ pub enum NodeIdFrom {
     Index,
     /// The URL's host and port
     Host,
-    /// gpu_<base_gpu_id> as the worker's own /get_server_info says; worker_<worker index> where it does not say
+    /// gpu_<base_gpu_id> as the worker's own /server_info says; worker_<worker index> where it does not say
     Gpu,
 }
 
@@ -24,6 +28,8 @@ pub enum NodeIdFrom {
 pub struct Unnamed<'a> {
     pub index: u32,
     pub url: &'a WorkerUrl,
+    /// The name that came with it, if one did.
+    pub given: Option<&'a str>,
     /// The worker's own word, where it is known.
     pub base_gpu_id: Option<u64>,
 }
@@ -33,6 +39,7 @@ pub struct Unnamed<'a> {
 pub struct NodeIds {
     from: NodeIdFrom,
     given_by_hand: Vec<(WorkerUrl, String)>,
+    /// The place each name belongs to; at most [`REMEMBERED_MAX`].
     owners: HashMap<String, String>,
 }
 
@@ -49,23 +56,30 @@ impl NodeIds {
         let shared: HashSet<&String> = wanted.iter().filter(|name| !seen.insert(*name)).collect();
         let mut names = Vec::with_capacity(joining.len());
         for (worker, name) in joining.iter().zip(&wanted) {
-            let url = worker.url.as_str();
-            let free = |name: &str| self.owners.get(name).is_none_or(|owner| owner == url);
+            let place = worker.url.place();
+            let free = |name: &str| self.owners.get(name).is_none_or(|owner| *owner == place);
             let mut given = name.clone();
             if shared.contains(name) || !free(&given) {
                 given = format!("{name}@{}", worker.url.host_and_port());
             }
-            if !free(&given) {
-                // Two base paths on one host and port: the index is never used twice.
+            let is_remembered = self.owners.contains_key(&given);
+            let is_full = self.owners.len() >= REMEMBERED_MAX;
+            if !free(&given) || (is_full && !is_remembered) {
+                // Two base paths on one host and port, or no room to remember the name.
                 given = format!("{given}#{}", worker.index);
             }
-            self.owners.insert(given.clone(), url.to_owned());
+            if !is_full {
+                self.owners.insert(given.clone(), place);
+            }
             names.push(given);
         }
         names
     }
 
     fn wanted(&self, worker: &Unnamed<'_>) -> String {
+        if let Some(name) = worker.given {
+            return name.to_owned();
+        }
         if let Some((_, name)) = self.given_by_hand.iter().find(|(url, _)| url == worker.url) {
             return name.clone();
         }
@@ -87,11 +101,15 @@ impl NodeIds {
 /// One entry of `node_ids`: `URL=NAME`.
 pub fn parse_entry(entry: &str) -> Result<(WorkerUrl, String), String> {
     let (url, name) = super::options::split_entry(entry, "NAME")?;
-    let url = url.parse()?;
+    Ok((url.parse()?, check_name(name)?))
+}
+
+/// Passes a name that someone gave to a worker through if it is 1 to 128 visible ASCII characters.
+pub fn check_name(name: &str) -> Result<String, String> {
     if name.is_empty() || name.len() > 128 || !name.bytes().all(|byte| byte.is_ascii_graphic()) {
         return Err(format!("the name {name:?} is not 1 to 128 visible ASCII characters"));
     }
-    Ok((url, name.to_owned()))
+    Ok(name.to_owned())
 }
 
 #[cfg(test)]
@@ -102,7 +120,12 @@ mod tests {
         let urls: Vec<WorkerUrl> = urls.iter().map(|url| url.parse().expect("url")).collect();
         let joining: Vec<Unnamed<'_>> = (first_index..)
             .zip(&urls)
-            .map(|(index, url)| Unnamed { index, url, base_gpu_id: (index == 1).then_some(7) })
+            .map(|(index, url)| Unnamed {
+                index,
+                url,
+                given: None,
+                base_gpu_id: (index == 1).then_some(7),
+            })
             .collect();
         ids.assign(&joining)
     }
@@ -126,7 +149,27 @@ mod tests {
         let mut ids = NodeIds::new(NodeIdFrom::Port, vec![]);
         assert_eq!(assign(&mut ids, 0, &["http://a:30001"]), ["gpu_0"]);
         assert_eq!(assign(&mut ids, 1, &["http://b:30001"]), ["gpu_0@b:30001"]);
-        assert_eq!(assign(&mut ids, 2, &["http://a:30001"]), ["gpu_0"]);
+        assert_eq!(assign(&mut ids, 2, &["http://A:30001/"]), ["gpu_0"]);
+    }
+
+    #[test]
+    fn names_stay_unique_when_no_more_are_remembered() {
+        let mut ids = NodeIds::new(NodeIdFrom::Host, vec![]);
+        for index in 0..REMEMBERED_MAX as u32 {
+            assign(&mut ids, index, &[&format!("http://h{index}:1")]);
+        }
+        assert_eq!(assign(&mut ids, 70_000, &["http://new:1"]), ["new:1#70000"]);
+        assert_eq!(assign(&mut ids, 70_001, &["http://new:1"]), ["new:1#70001"]);
+        assert_eq!(assign(&mut ids, 70_002, &["http://h5:1"]), ["h5:1"]);
+        assert_eq!(ids.owners.len(), REMEMBERED_MAX);
+    }
+
+    #[test]
+    fn a_name_that_came_with_the_worker_is_wanted_first() {
+        let mut ids = NodeIds::new(NodeIdFrom::Port, vec![]);
+        let url = "http://a:30001".parse().expect("url");
+        let joining = Unnamed { index: 0, url: &url, given: Some("left"), base_gpu_id: None };
+        assert_eq!(ids.assign(&[joining]), ["left"]);
     }
 
     #[test]

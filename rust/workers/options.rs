@@ -2,16 +2,20 @@
 
 use std::time::Duration;
 
+use super::WORKERS_MAX;
 use super::node_id::{self, NodeIdFrom};
+use super::source::{DnsName, Source};
 use super::url::WorkerUrl;
 use crate::routing::check_weight;
 
 #[derive(clap::Args, Clone, Debug)]
 #[group(skip)]
 pub struct Options {
-    /// URLs of the workers, http://HOST:PORT[/BASE]
+    /// URLs of the workers, http://HOST:PORT[/BASE]; dns+http://NAME:PORT[/BASE] stands for a worker at each address of
+    /// the name, looked up every 5 s: new addresses join, lost ones leave when nothing is in flight there, and a look-up
+    /// that fails or finds none removes nobody
     #[arg(long, num_args = 0.., value_name = "URL")]
-    pub worker_urls: Vec<WorkerUrl>,
+    pub worker_urls: Vec<Source>,
 
     /// Names of workers in traces and headers, instead of what node_id_from says
     #[arg(long, num_args = 0.., value_name = "URL=NAME", value_parser = node_id::parse_entry)]
@@ -25,7 +29,7 @@ pub struct Options {
     #[arg(long, num_args = 0.., value_name = "URL=NUMBER", value_parser = parse_weight)]
     pub worker_weights: Vec<(WorkerUrl, f64)>,
 
-    /// Seconds after which a worker that has never been healthy is reported as an error in the log
+    /// Seconds after which a worker that has never been healthy is reported as an error in the log, and /add_worker waits no longer
     #[arg(long, default_value_t = 1800, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub worker_startup_timeout_secs: u64,
 
@@ -64,25 +68,46 @@ pub struct Options {
 impl Options {
     /// What no single value shows.
     pub fn check(&self) -> Result<(), (&'static str, String)> {
+        if self.worker_urls.len() > WORKERS_MAX {
+            let why = format!("{} workers; at most {WORKERS_MAX}", self.worker_urls.len());
+            return Err(("worker_urls", why));
+        }
         super::url::check_distinct(&self.worker_urls).map_err(|why| ("worker_urls", why))?;
         let named: Vec<_> = self.node_ids.iter().map(|(url, _)| url.clone()).collect();
         super::url::check_distinct(&named).map_err(|why| ("node_ids", why))?;
         let weighed: Vec<_> = self.worker_weights.iter().map(|(url, _)| url.clone()).collect();
         super::url::check_distinct(&weighed).map_err(|why| ("worker_weights", why))?;
-        if let Some((url, _)) =
-            self.worker_weights.iter().find(|(url, _)| !self.worker_urls.contains(url))
-        {
+        if self.dns_names().next().is_some() {
+            // Any URL may turn out to be one of its workers.
+            return Ok(());
+        }
+        let is_stranger = |named: &WorkerUrl| !self.urls().any(|url| url == named);
+        if let Some(url) = weighed.iter().find(|url| is_stranger(url)) {
             return Err(("worker_weights", format!("{url} is not one of worker_urls")));
         }
-        if !self.worker_urls.is_empty()
-            && self.worker_urls.iter().all(|url| self.weight(url) == 0.0)
-        {
+        if !self.worker_urls.is_empty() && self.urls().all(|url| self.weight(url) == 0.0) {
             return Err((
                 "worker_weights",
                 "every worker has weight 0; give at least one a number above 0".into(),
             ));
         }
         Ok(())
+    }
+
+    /// The workers that are named one by one.
+    pub fn urls(&self) -> impl Iterator<Item = &WorkerUrl> {
+        self.worker_urls.iter().filter_map(|source| match source {
+            Source::Url(url) => Some(url),
+            Source::Dns(_) => None,
+        })
+    }
+
+    /// The names whose addresses are workers.
+    pub fn dns_names(&self) -> impl Iterator<Item = &DnsName> {
+        self.worker_urls.iter().filter_map(|source| match source {
+            Source::Url(_) => None,
+            Source::Dns(name) => Some(name),
+        })
     }
 
     pub fn weight(&self, url: &WorkerUrl) -> f64 {

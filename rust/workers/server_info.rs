@@ -1,10 +1,12 @@
-//! What a worker says about itself on `/get_server_info`. Every field may be missing.
+//! What a worker says about itself on `/server_info`. Every field may be missing.
 
 use serde::Deserialize;
 use serde_json::Value;
 
 /// A longer model name is taken for nonsense.
 const NAME_BYTES_MAX: usize = 1024;
+/// So are longer start-up times.
+const STARTUP_TIME_BYTES_MAX: usize = 4096;
 
 /// A worker's own words, as far as the router uses them.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -14,6 +16,10 @@ pub struct ServerInfo {
     pub base_gpu_id: Option<u64>,
     /// Size of its KV cache in tokens.
     pub kv_tokens: Option<u64>,
+    /// Drawn when the process started, unless an operator fixed it.
+    random_seed: Option<i64>,
+    /// How long each phase of the process's start took, as JSON: measured, so no two starts have the same.
+    startup_time: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -26,6 +32,10 @@ struct Answer {
     base_gpu_id: Value,
     #[serde(default)]
     max_total_num_tokens: Value,
+    #[serde(default)]
+    random_seed: Value,
+    #[serde(default)]
+    startup_time: Value,
 }
 
 impl ServerInfo {
@@ -34,11 +44,24 @@ impl ServerInfo {
         let answer: Answer = serde_json::from_slice(body).ok()?;
         let is_name = |text: &&str| text.len() <= NAME_BYTES_MAX;
         let text = |value: &Value| value.as_str().filter(is_name).map(str::to_owned);
+        let startup_time =
+            (!answer.startup_time.is_null()).then(|| answer.startup_time.to_string());
         Some(Self {
             model_id: text(&answer.served_model_name).or_else(|| text(&answer.model_path)),
             base_gpu_id: answer.base_gpu_id.as_u64(),
             kv_tokens: answer.max_total_num_tokens.as_u64(),
+            random_seed: answer.random_seed.as_i64(),
+            startup_time: startup_time.filter(|text| text.len() <= STARTUP_TIME_BYTES_MAX),
         })
+    }
+
+    /// Whether another process than the one of `earlier` says this. What either leaves out proves nothing.
+    pub fn is_of_another_process(&self, earlier: &Self) -> bool {
+        fn differ<T: PartialEq>(now: &Option<T>, earlier: &Option<T>) -> bool {
+            now.is_some() && earlier.is_some() && now != earlier
+        }
+        differ(&self.random_seed, &earlier.random_seed)
+            || differ(&self.startup_time, &earlier.startup_time)
     }
 }
 
@@ -46,14 +69,43 @@ impl ServerInfo {
 mod tests {
     use super::*;
 
+    fn parse(body: &str) -> ServerInfo {
+        ServerInfo::parse(body.as_bytes()).expect("an object")
+    }
+
     #[test]
     fn what_is_said_is_read_and_what_is_not_is_unknown() {
-        let body = br#"{"model_path":"m","base_gpu_id":2,"max_total_num_tokens":9,"x":[]}"#;
-        let info = ServerInfo::parse(body).expect("object");
+        let info = parse(r#"{"model_path":"m","base_gpu_id":2,"max_total_num_tokens":9,"x":[]}"#);
         assert_eq!(info.model_id.as_deref(), Some("m"));
         assert_eq!((info.base_gpu_id, info.kv_tokens), (Some(2), Some(9)));
-        let odd = br#"{"base_gpu_id":-1,"max_total_num_tokens":"many","served_model_name":5}"#;
-        assert_eq!(ServerInfo::parse(odd), Some(ServerInfo::default()));
+        let odd = r#"{"base_gpu_id":-1,"max_total_num_tokens":"many","served_model_name":5,"random_seed":[]}"#;
+        assert_eq!(parse(odd), ServerInfo::default());
         assert_eq!(ServerInfo::parse(b"nope"), None);
+    }
+
+    #[test]
+    fn a_process_is_told_by_its_seed_and_by_how_long_its_start_took() {
+        let first =
+            parse(r#"{"random_seed":7,"startup_time":{"load_weight":1.5,"scheduler_e2e":2.5}}"#);
+        let same =
+            parse(r#"{"startup_time":{"scheduler_e2e":2.5,"load_weight":1.5},"random_seed":7}"#);
+        assert!(!same.is_of_another_process(&first));
+        for other in [
+            r#"{"random_seed":8,"startup_time":{"load_weight":1.5,"scheduler_e2e":2.5}}"#,
+            r#"{"random_seed":7,"startup_time":{"load_weight":1.6,"scheduler_e2e":2.5}}"#,
+            r#"{"random_seed":8}"#,
+        ] {
+            assert!(parse(other).is_of_another_process(&first), "{other}");
+        }
+    }
+
+    #[test]
+    fn what_is_left_out_proves_nothing() {
+        let known = parse(r#"{"random_seed":7,"startup_time":{"load_weight":1.5}}"#);
+        let long = format!(r#"{{"random_seed":7,"startup_time":"{}"}}"#, "x".repeat(5000));
+        for silent in ["{}", r#"{"random_seed":7}"#, r#"{"random_seed":null}"#, &long] {
+            assert!(!parse(silent).is_of_another_process(&known), "{silent}");
+            assert!(!known.is_of_another_process(&parse(silent)), "{silent}");
+        }
     }
 }

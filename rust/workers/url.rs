@@ -6,6 +6,9 @@ use std::str::FromStr;
 use hyper::Uri;
 use hyper::header::HeaderValue;
 
+/// Far longer than any host and path of use.
+const LENGTH_MAX: usize = 2048;
+
 /// A checked worker URL. Two are equal when they lead to the same place.
 #[derive(Clone, Debug)]
 pub struct WorkerUrl {
@@ -46,6 +49,11 @@ impl WorkerUrl {
         &self.base_path
     }
 
+    /// Where it leads to: the same text for equal URLs.
+    pub fn place(&self) -> String {
+        format!("{}{}", self.host_and_port(), self.base_path)
+    }
+
     /// `HOST:PORT`, with the brackets of an IPv6 address.
     pub fn host_and_port(&self) -> String {
         if self.host.contains(':') {
@@ -74,6 +82,9 @@ impl FromStr for WorkerUrl {
     type Err = String;
 
     fn from_str(given: &str) -> Result<Self, String> {
+        if given.len() > LENGTH_MAX {
+            return Err(format!("a worker URL of {} bytes; at most {LENGTH_MAX}", given.len()));
+        }
         let wrong = |why: &str| {
             format!(
                 "{given:?} is not a worker URL: {why}; write http://HOST:PORT, for instance http://localhost:30005"
@@ -126,7 +137,7 @@ impl FromStr for WorkerUrl {
 }
 
 /// Refuses a list in which two URLs lead to the same place.
-pub fn check_distinct(urls: &[WorkerUrl]) -> Result<(), String> {
+pub fn check_distinct<U: PartialEq + fmt::Display>(urls: &[U]) -> Result<(), String> {
     for (index, url) in urls.iter().enumerate() {
         if let Some(first) = urls[..index].iter().find(|first| *first == url) {
             return Err(format!("{first} and {url} are the same worker; name each once"));
@@ -182,6 +193,14 @@ mod tests {
             let error = text.parse::<WorkerUrl>().expect_err(text);
             assert!(error.contains(why), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn a_url_has_a_longest_length() {
+        let long = |length: usize| format!("http://h:1/{}", "x".repeat(length - 11));
+        assert!(long(LENGTH_MAX).parse::<WorkerUrl>().is_ok());
+        let error = long(LENGTH_MAX + 1).parse::<WorkerUrl>().expect_err("too long");
+        assert!(error.contains("2049") && error.len() < 100, "{error}");
     }
 
     #[test]

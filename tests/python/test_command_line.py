@@ -45,7 +45,7 @@ def test_the_console_script_is_the_same_program() -> None:
         (["launch", "--port", "x"], "--port"),
         (["launch", "--policy", "best"], "round_robin"),
         (["launch", "stray"], "stray"),
-        (["launch", "--api-key", "secret"], "does not support api_key yet"),
+        (["launch", "--worker-kv-tokens", "1"], "does not support worker_kv_tokens yet"),
         (["launch", "--port=70000"], "0..=65535"),
         (["sim", "--port", "70000"], "--port"),
     ],
@@ -93,6 +93,22 @@ def test_a_second_signal_ends_launch_at_once(hanging: Sim) -> None:
             assert program.process.poll() is None
             program.send(signal.SIGTERM)
             assert program.end() == 0, program.output
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_warned_of"),
+    [
+        (["--host", "0.0.0.0"], True),
+        (["--host", "0.0.0.0", "--api-key", "open-sesame"], False),
+        (["--host", "0.0.0.0", "--admin-api-key", "open-sesame"], False),
+        ([], False),
+    ],
+)
+def test_a_router_open_to_everybody_is_warned_of(flags: list[str], is_warned_of: bool) -> None:
+    with module("launch", "--port", "0", *flags) as program:
+        program.find("no workers: every request will be refused")
+        assert ("no key is set" in program.output) == is_warned_of
+        assert "open-sesame" not in program.output
 
 
 @pytest.mark.parametrize("arguments", [["launch"], ["sim"]])

@@ -123,7 +123,8 @@ def test_what_is_not_supported_ends_the_start(flags: list[str], found: str, caps
 @pytest.mark.parametrize(
     ("flags", "found"),
     [
-        (["--api-key", "secret"], "does not support api_key yet"),
+        (["--prometheus-duration-buckets", "1"], "does not support prometheus_duration_buckets yet"),
+        (["--api-key", "a b"], "visible ASCII"),
         (["--max-concurrent-requests", "8"], "does not support max_concurrent_requests yet"),
         (["--policy", "manual"], "round_robin"),
         (["--no-such-flag"], "--no-such-flag"),

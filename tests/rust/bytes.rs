@@ -123,7 +123,8 @@ async fn interim_answers_are_the_connections_own() {
 
 #[tokio::test]
 async fn statuses_are_the_workers() {
-    let (mut worker, router) = pair().await;
+    let mut worker = ScriptedWorker::start().await;
+    let router = Router::ready(&[&worker.url], &["--disable-retries"]).await;
     let mut client = router.connect().await;
     let lines = [
         "200 OK",

@@ -275,7 +275,7 @@ async fn a_request_is_tried_no_more_often_than_allowed() {
 #[tokio::test]
 async fn something_else_than_http_is_a_failed_attempt() {
     let mut worker = ScriptedWorker::start().await;
-    let router = Router::ready(&[&worker.url], &[]).await;
+    let router = Router::ready(&[&worker.url], &["--disable-retries"]).await;
     let mut client = router.connect().await;
     post(&mut client, "x").await;
     worker.request().await.answer("220 smtp ready\r\n\r\n").await;

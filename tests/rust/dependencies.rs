@@ -17,7 +17,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("workers", &["routing", "upstream"]),
     ("server", &["error", "request", "routing", "telemetry", "tracking", "upstream", "workers"]),
     ("options", &["routing", "server", "telemetry", "tracking", "upstream", "workers"]),
-    ("running", &["options", "routing", "server", "telemetry", "tracking", "workers"]),
+    ("running", &["options", "routing", "server", "telemetry", "tracking", "upstream", "workers"]),
     ("cli", &["options", "running", "sim"]),
     (
         "python",

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::support::{Router, ScriptedWorker, Wire, chunked, request};
+use crate::support::{Message, Router, ScriptedWorker, Wire, chunked, request};
 
 const STREAM_HEAD: &str =
     "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
@@ -18,6 +18,16 @@ async fn begin(router: &Router, id: &str) -> Wire {
     let headers = [("x-request-id", id)];
     client.send(request("POST /generate", &headers, r#"{"text":"x","stream":true}"#)).await;
     client
+}
+
+/// The error in the last event of a stream that began with these bytes and was ended by the router.
+fn error_event(answer: &Message, begun: &str) -> Value {
+    assert!(answer.is_whole, "the stream has an end: {}", answer.text());
+    let text = answer.text();
+    let event = text.strip_prefix(begun).expect("what the worker sent, first");
+    let data = event.strip_prefix("data: ").and_then(|data| data.strip_suffix("\n\n"));
+    let json: Value = serde_json::from_str(data.expect("one event")).expect("JSON");
+    json["error"].clone()
 }
 
 /// The trace of a request that failed with these words, after which nothing is in flight.
@@ -90,9 +100,10 @@ async fn a_worker_that_dies_within_a_stream() {
     exchange.send(chunked("data: {}\n\n")).await;
     let head = client.head().await.expect("a head");
     drop(exchange);
-    let answer = client.body_of(head).await;
-    assert_eq!((answer.is_whole, answer.body.as_slice()), (false, &b"data: {}\n\n"[..]));
+    let error = error_event(&client.body_of(head).await, "data: {}\n\n");
+    assert_eq!(error["code"], "worker_unreachable");
     let trace = failed(&router, "x", "broke off").await;
+    assert_eq!(trace["error_message"], error["message"]);
     assert_eq!(trace["http_status"], 200);
     assert!(trace["attempts"][0]["error"].is_string());
     assert_eq!(router.worker(&worker.url).await["failed"], 1);
@@ -134,8 +145,8 @@ async fn a_stream_that_does_not_end_in_time_is_cut() {
     exchange.send(STREAM_HEAD).await;
     exchange.send(chunked("data: {}\n\n")).await;
     let head = client.head().await.expect("a head");
-    let answer = client.body_of(head).await;
-    assert_eq!((answer.is_whole, answer.body.as_slice()), (false, &b"data: {}\n\n"[..]));
+    let error = error_event(&client.body_of(head).await, "data: {}\n\n");
+    assert_eq!(error["code"], "timeout");
     exchange.closed().await;
     failed(&router, "x", "had not ended after 1 s").await;
 }
@@ -146,6 +157,7 @@ async fn a_stopped_router_cuts_what_it_has() {
     let mut client = begin(&router, "x").await;
     let mut exchange = worker.request().await;
     exchange.send(STREAM_HEAD).await;
+    exchange.send(chunked("data: {}\n\n")).await;
     let head = client.head().await.expect("a head");
     drop(router);
     assert!(!client.body_of(head).await.is_whole);
@@ -154,7 +166,7 @@ async fn a_stopped_router_cuts_what_it_has() {
 
 #[tokio::test]
 async fn what_a_worker_refuses_is_failed_with_its_words() {
-    let (mut worker, router) = pair(&[]).await;
+    let (mut worker, router) = pair(&["--disable-retries"]).await;
     for (line, is_workers_fault) in [
         ("400 Bad Request", false),
         ("429 Too Many Requests", false),
@@ -187,7 +199,7 @@ async fn what_a_worker_refuses_is_failed_with_its_words() {
 
 #[tokio::test]
 async fn the_words_of_a_failure_have_a_bound() {
-    let (mut worker, router) = pair(&[]).await;
+    let (mut worker, router) = pair(&["--disable-retries"]).await;
     let mut client = begin(&router, "x").await;
     let body = "é".repeat(5_000);
     let head = format!("HTTP/1.1 500 Oops\r\ncontent-length: {}\r\n\r\n", body.len());

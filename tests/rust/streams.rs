@@ -1,5 +1,7 @@
 //! Streams pass chunk by chunk: what the worker has sent reaches the client before it sends any more.
 
+use serde_json::Value;
+
 use crate::support::{Router, ScriptedWorker, chunked, request};
 
 const STREAM_HEAD: &str =
@@ -13,18 +15,20 @@ async fn each_chunk_arrives_before_the_next_is_sent() {
     let headers = [("x-request-id", "s")];
     client.send(request("POST /generate", &headers, r#"{"text":"x","stream":true}"#)).await;
     let mut exchange = worker.request().await;
-    assert_eq!(router.trace_when("s", "routed").await["http_status"], serde_json::Value::Null);
+    assert_eq!(router.trace_when("s", "routed").await["http_status"], Value::Null);
 
     exchange.send(STREAM_HEAD).await;
+    let trace = router.trace_when("s", "processing").await;
+    // The client has seen nothing yet: another worker could still be tried.
+    assert!(trace["http_status"].is_null() && trace["first_byte_ms"].is_null());
+    assert_eq!(trace["attempts"][0]["http_status"], 200);
+    exchange.send(chunked(": ping\n\n")).await;
     let head = client.head().await.expect("a head");
     assert_eq!(head.status(), 200);
     assert_eq!(head.header("content-type").as_deref(), Some("text/event-stream"));
+    assert_eq!(client.chunk().await.expect("a chunk"), b": ping\n\n");
     let trace = router.trace_now("s").await;
-    assert_eq!(
-        (trace["status"].as_str(), trace["http_status"].as_u64()),
-        (Some("processing"), Some(200))
-    );
-    assert!(trace["first_byte_ms"].is_null());
+    assert_eq!((trace["http_status"].as_u64(), &trace["ttft_ms"]), (Some(200), &Value::Null));
     assert_eq!(router.worker(&worker.url).await["load"], 1);
 
     for number in 1..=5 {
@@ -68,7 +72,9 @@ async fn streams_of_two_clients_do_not_wait_for_each_other() {
     first.send(request("POST /generate", &[], "1")).await;
     let mut slow = worker.request().await;
     slow.send(STREAM_HEAD).await;
+    slow.send(chunked("w")).await;
     first.head().await.expect("a head");
+    assert_eq!(first.chunk().await.expect("a chunk"), b"w");
     let mut second = router.connect().await;
     second.send(request("POST /generate", &[], "2")).await;
     let mut quick = worker.request().await;

@@ -330,7 +330,7 @@ async fn odd_ids_are_found_by_their_path() {
 #[tokio::test]
 async fn of_an_id_used_again_the_newest_is_shown_and_each_writes_its_own() {
     let mut worker = ScriptedWorker::start().await;
-    let router = Router::ready(&[&worker.url], &[]).await;
+    let router = Router::ready(&[&worker.url], &["--disable-retries"]).await;
     let mut first = router.connect().await;
     first
         .send(request("POST /generate", &[("x-request-id", "twin")], r#"{"text":"1","model":"1"}"#))

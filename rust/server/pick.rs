@@ -1,0 +1,143 @@
+//! Picks the worker for an attempt: asks the policy among those that may be picked now.
+//!
+//! Which those are, in this order: healthy, with a breaker that lets the request through; not tried before; not
+//! asking to be left alone. A worker that this request has failed on is picked again only when there is no other, the
+//! one it failed on last only when there is none at all.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use hyper::header::HeaderValue;
+
+use super::{App, headers, now};
+use crate::error::{Error, Kind, shown};
+use crate::routing::{self, InFlight, Pick};
+use crate::workers::breaker::Fitness;
+use crate::workers::{Pass, Snapshot, Worker};
+
+/// The `reason` of a request that named its worker itself.
+const PINNED: &str = "pinned";
+
+/// A worker picked for a request, which is in flight there from the pick on.
+pub(super) struct Picked {
+    pub(super) worker: Arc<Worker>,
+    pub(super) in_flight: InFlight,
+    pub(super) pass: Pass,
+    pub(super) reason: &'static str,
+    pub(super) matched_tokens: Option<u32>,
+    /// How long the pick took.
+    pub(super) took: Duration,
+}
+
+/// What an attempt's pick depends on, beside the workers.
+pub(super) struct Wish<'a> {
+    pub(super) prompt: routing::Request<'a>,
+    /// The worker the request names itself.
+    pub(super) pin: Option<&'a HeaderValue>,
+    /// Workers that the request has failed on, the last one last.
+    pub(super) failed_on: Vec<u32>,
+    pub(super) draw: fastrand::Rng,
+}
+
+impl Wish<'_> {
+    /// Whether an attempt would go to a worker that was not tried.
+    pub(super) fn has_untried(&self, app: &App) -> bool {
+        let is_untried = |worker: &Arc<Worker>| {
+            !self.failed_on.contains(&worker.index) && worker.gate.fitness(now()) != Fitness::Barred
+        };
+        self.pin.is_none() && app.workers.snapshot().routable.iter().any(is_untried)
+    }
+}
+
+/// The next worker to try, with the request counted as in flight there; None when there is none.
+///
+/// # Errors
+/// The request names a worker that does not exist, or that may not be picked.
+pub(super) fn pick(app: &App, wish: &mut Wish<'_>) -> Result<Option<Picked>, Error> {
+    let began = Instant::now();
+    let snapshot = app.workers.snapshot();
+    loop {
+        let (index, pick) = match wish.pin {
+            Some(pin) => {
+                let index = pinned(&snapshot, pin)?;
+                let worker = snapshot.routable[index].index;
+                let matched_tokens = app.policy.matched_tokens(&wish.prompt, worker);
+                (index, Pick { index, reason: PINNED, matched_tokens })
+            }
+            None => match choose(app, &snapshot, wish) {
+                Some(chosen) => chosen,
+                None => return Ok(None),
+            },
+        };
+        let took = began.elapsed();
+        let worker = snapshot.routable[index].clone();
+        // Half-open, and another request was faster to take the probe: the worker is no choice now.
+        let Some(pass) = worker.gate.begin(now()) else { continue };
+        // Counted before the prompt is remembered, which takes longer than the next request's pick.
+        let in_flight = worker.target.begin();
+        app.policy.sent(&wish.prompt, worker.index);
+        let Pick { reason, matched_tokens, .. } = pick;
+        return Ok(Some(Picked { worker, in_flight, pass, reason, matched_tokens, took }));
+    }
+}
+
+/// What the policy picks among the best there are, and its place among all routable ones.
+fn choose(app: &App, snapshot: &Snapshot, wish: &mut Wish<'_>) -> Option<(usize, Pick)> {
+    let Wish { prompt, failed_on, draw, .. } = wish;
+    if failed_on.is_empty() && !app.workers.is_any_limited() {
+        if snapshot.targets.is_empty() {
+            return None;
+        }
+        let pick = app.policy.pick(prompt, &snapshot.targets, draw);
+        return Some((pick.index, pick));
+    }
+    let now = now();
+    let mut best = (u8::MAX, Vec::new());
+    for (index, worker) in snapshot.routable.iter().enumerate() {
+        let Some(demerits) = demerits(worker, failed_on, now) else { continue };
+        if demerits < best.0 {
+            best = (demerits, Vec::new());
+        }
+        if demerits == best.0 {
+            best.1.push(index);
+        }
+    }
+    let (_, left) = best;
+    let targets: Vec<_> = left.iter().map(|index| snapshot.targets[*index].clone()).collect();
+    if targets.is_empty() {
+        return None;
+    }
+    let pick = app.policy.pick(prompt, &targets, draw);
+    Some((left[pick.index], pick))
+}
+
+/// What speaks against a worker, the less the better; None if it may not be picked at all.
+fn demerits(worker: &Worker, failed_on: &[u32], now: Instant) -> Option<u8> {
+    let is_avoided = match worker.gate.fitness(now) {
+        Fitness::Fit => false,
+        Fitness::Avoided => true,
+        Fitness::Barred => return None,
+    };
+    let is_tried = failed_on.contains(&worker.index);
+    let is_last = failed_on.last() == Some(&worker.index);
+    Some(4 * u8::from(is_last) + 2 * u8::from(is_tried) + u8::from(is_avoided))
+}
+
+/// Where the worker that a request names stands among those that may be picked.
+pub(super) fn pinned(snapshot: &Snapshot, pin: &HeaderValue) -> Result<usize, Error> {
+    let name = String::from_utf8_lossy(pin.as_bytes());
+    let Some(worker) = snapshot.find(&name) else {
+        let message = format!(
+            "{} names {}, which is neither the node_id nor the URL of a worker; GET /workers lists them",
+            headers::X_TARGET_WORKER,
+            shown(&name)
+        );
+        return Err(Error::new(Kind::UnknownTargetWorker, message));
+    };
+    let place = snapshot.routable.iter().position(|routable| routable.index == worker.index);
+    let place = place.filter(|_| worker.gate.fitness(now()) != Fitness::Barred);
+    place.ok_or_else(|| {
+        let message = format!("the worker asked for, {}, {}", worker.url, worker.why_not());
+        Error::new(Kind::NoAvailableWorkers, message)
+    })
+}

@@ -1,0 +1,145 @@
+//! The tasks that look after the workers: one per worker from its joining to its end, and one that closes idle
+//! connections.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::http::uri::PathAndQuery;
+use hyper::{Request, StatusCode, header};
+use tokio::time::Instant;
+
+use super::health::State;
+use super::node_id::NodeIdFrom;
+use super::{FirstRound, ServerInfo, Worker, Workers};
+
+/// A check's answer is read up to here and thrown away.
+const ANSWER_BYTES_MAX: usize = 4 << 20;
+const CLOSE_IDLE_EVERY: Duration = Duration::from_millis(500);
+/// How often a worker that leaves is looked at. Longer than a pick takes, so that one that still saw the worker in its
+/// snapshot is in flight by then.
+const DRAINED_EVERY: Duration = Duration::from_millis(50);
+/// Where a worker says what it is, newest first: SGLang warns in its log of the older path.
+const INFO_PATHS: [&str; 2] = ["/server_info", "/get_server_info"];
+
+/// One worker's life: checked until it is told to leave, drained, gone.
+pub(super) async fn live(
+    workers: Arc<Workers>,
+    worker: Arc<Worker>,
+    round: Option<Arc<FirstRound>>,
+) {
+    tokio::select! {
+        () = worker.told_to_leave.notified() => {}
+        () = check_forever(&workers, &worker, round) => {}
+    }
+    loop {
+        tokio::time::sleep(DRAINED_EVERY).await;
+        if worker.target.in_flight() == 0 {
+            return workers.gone(&worker);
+        }
+    }
+}
+
+/// Checks one worker at once and then forever: often until it is first healthy or while it is unreachable, then at the
+/// interval. The first round of checks waits for the first one.
+async fn check_forever(workers: &Workers, worker: &Worker, mut round: Option<Arc<FirstRound>>) {
+    let options = &workers.options;
+    if options.disable_health_check {
+        drop(round);
+        return std::future::pending().await;
+    }
+    let began = Instant::now();
+    let mut is_reported = false;
+    loop {
+        let turn_began = Instant::now();
+        let turn = async {
+            let outcome =
+                get(worker, &options.health_check_endpoint, options.check_timeout()).await;
+            let is_good = outcome.is_ok();
+            let is_asked_first = is_good && must_tell_first(worker, options.node_id_from);
+            if is_asked_first {
+                learn(workers, worker).await;
+            }
+            let waited = began.elapsed().as_secs();
+            if let (Err(why), State::Starting) = (&outcome, worker.state())
+                && waited >= options.worker_startup_timeout_secs
+                && !std::mem::replace(&mut is_reported, true)
+            {
+                tracing::error!(worker = %worker.url, "not healthy within {waited} s: {why}");
+            }
+            workers.checked(worker, outcome.map(|_| ()));
+            round = None;
+            if is_good && !is_asked_first {
+                learn(workers, worker).await;
+            }
+            let pause = worker.health.lock().pause(options);
+            tokio::time::sleep_until(turn_began + pause).await;
+        };
+        tokio::select! {
+            () = turn => {}
+            // What is said by a check that began before then is out of date.
+            () = worker.check_now.notified() => {}
+        }
+    }
+}
+
+/// Whether a worker whose check was good has to say what it is before it can be picked: its name may be its own word,
+/// and after a time of trouble it may be another process than the one whose cache is remembered. Of an unreachable one
+/// that is taken for granted.
+fn must_tell_first(worker: &Worker, node_id_from: NodeIdFrom) -> bool {
+    match worker.state() {
+        State::Starting => node_id_from == NodeIdFrom::Gpu,
+        State::Unhealthy => true,
+        State::Healthy | State::Unreachable | State::Draining => false,
+    }
+}
+
+/// Closes connections that were idle too long, of all workers, forever.
+pub(super) async fn close_idle_forever(workers: Arc<Workers>) {
+    let mut ticks = tokio::time::interval(CLOSE_IDLE_EVERY);
+    loop {
+        ticks.tick().await;
+        for worker in &workers.snapshot().all {
+            worker.connections.close_idle();
+        }
+    }
+}
+
+/// Asks the worker about itself. One that does not answer, or not in a way that is understood, stays what it was.
+async fn learn(workers: &Workers, worker: &Worker) {
+    for path in INFO_PATHS {
+        match get(worker, path, workers.options.check_timeout()).await {
+            Ok(body) => {
+                if let Some(info) = ServerInfo::parse(&body) {
+                    return workers.told(worker, info);
+                }
+            }
+            Err(why) => tracing::debug!(worker = %worker.url, "{path}: {why}"),
+        }
+    }
+}
+
+/// The body of a 2xx answer, or in words why there is none.
+async fn get(worker: &Worker, path: &str, timeout: Duration) -> Result<Bytes, String> {
+    let path_and_query: PathAndQuery = path.parse().map_err(|error| format!("{path}: {error}"))?;
+    let mut request = Request::get(worker.uri(&path_and_query))
+        .header(header::HOST, worker.url.authority())
+        .body(Full::default())
+        .map_err(|error| error.to_string())?;
+    worker.authorize(request.headers_mut());
+    let exchange = async {
+        let answer = worker.connections.send(request).await.map_err(|error| error.to_string())?;
+        let status = answer.status();
+        let body = Limited::new(answer.into_body(), ANSWER_BYTES_MAX).collect().await;
+        let body = body.map_err(|error| format!("the answer broke off: {error}"))?.to_bytes();
+        if status.is_success() { Ok(body) } else { Err(refused(path, status)) }
+    };
+    tokio::time::timeout(timeout, exchange)
+        .await
+        .unwrap_or_else(|_| Err(format!("{path} not answered within {} s", timeout.as_secs())))
+}
+
+fn refused(path: &str, status: StatusCode) -> String {
+    format!("{path} answered {status}")
+}
