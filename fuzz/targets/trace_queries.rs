@@ -14,7 +14,7 @@ use sglang_router_rs::tracking::{
     csv_header, csv_rows,
 };
 
-/// Below the first a store has one shard, above it sixteen.
+/// Up to 1024 a store has one shard, above that sixteen.
 const CAPACITIES: [u32; 4] = [1, 7, 1024, 2000];
 const RECORDS_MAX: usize = 48;
 /// What the server allows.
