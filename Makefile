@@ -6,10 +6,13 @@ BIN := $(VENV)/bin
 TOOLS := $(VENV)/.tools
 RUST := $(shell find rust -name '*.rs' 2>/dev/null) Cargo.toml Cargo.lock
 PYTHON := $(shell find python -name '*.py' -o -name '*.pyi' 2>/dev/null) pyproject.toml
+# There is no `unsafe` in the router, so its fuzzing needs no sanitizer, and so no nightly compiler.
+FUZZ_SECS := 600
+FUZZ_TARGETS := scan stream_usage tree trace_queries
 # Built and installed into .venv when a source is newer.
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help build install wheel demo test test-rust test-python check format generate bench-memory clean
+.PHONY: help build install wheel demo test test-rust test-python check format generate bench-memory chaos fuzz clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -52,6 +55,20 @@ generate: $(INSTALLED) ## write the files that are derived from the Rust sources
 
 bench-memory: ## memory of 100,000 traces and of a million prompts
 	cargo bench --locked --bench memory
+
+chaos: $(INSTALLED) ## five minutes of load while workers are killed, hang and refuse; CHAOS="--seconds 60 …" for options
+	$(BIN)/python tools/chaos.py $(CHAOS)
+
+fuzz: ## each fuzz target for FUZZ_SECS=600 seconds; FUZZ_TARGETS=… for some of them
+	@command -v cargo-fuzz > /dev/null || cargo install cargo-fuzz --locked
+	cp Cargo.lock fuzz/Cargo.lock
+	@for target in $(FUZZ_TARGETS); do \
+		echo "fuzz $$target for $(FUZZ_SECS) s; what is found comes to fuzz/artifacts/$$target"; \
+		mkdir -p fuzz/corpus/$$target; \
+		(cd fuzz && RUSTC_BOOTSTRAP=1 cargo fuzz run --sanitizer none $$target corpus/$$target $$(ls -d seeds/$$target 2> /dev/null) -- \
+			-max_total_time=$(FUZZ_SECS) -max_len=4096 $$(ls words/$$target 2> /dev/null | sed 's/^/-dict=/') \
+			-print_final_stats=1) || exit 1; \
+	done
 
 clean: ## remove what was built
 	cargo clean

@@ -6,7 +6,6 @@
 //!
 //! Not here: faults of single connections or of the network.
 
-use std::future;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -41,7 +40,7 @@ pub struct Faults {
     /// never.
     #[arg(long, default_value_t = 0)]
     pub die_after_chunks: u32,
-    /// Accept requests, health checks too, and never answer.
+    /// Accept requests, health checks too, and answer none of them until this is switched off.
     #[arg(long, default_value_t = false)]
     pub hang: bool,
 }
@@ -97,9 +96,7 @@ impl Faults {
 
 /// Layer around every endpoint of the look-alike: hangs.
 pub async fn hang(State(worker): State<Arc<Worker>>, request: Request, next: Next) -> Response {
-    if worker.faults().hang {
-        future::pending::<()>().await;
-    }
+    worker.responsive().await;
     next.run(request).await
 }
 

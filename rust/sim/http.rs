@@ -1,8 +1,8 @@
 //! The simulated worker's routes: SGLang's, and `/sim/…` for what a real worker does not have.
 //!
 //! The one idea: endpoints that run the model come from one table ([`ENDPOINTS`]), inside the
-//! envelope of faults; the others answer at once from the worker's state. Every answer carries
-//! `x-sim-port`.
+//! envelopes of faults and of the request log; the others answer at once from the worker's state. Every
+//! answer carries `x-sim-port`.
 //!
 //! Not here: connections (the parent module).
 
@@ -23,6 +23,7 @@ use super::answer::{answer, parse};
 use super::ask;
 use super::faults;
 use super::refusal::{Refusal, json_response};
+use super::request_log::{self, RequestLog};
 use super::shapes::ENDPOINTS;
 use super::tokens;
 use super::worker::Worker;
@@ -35,15 +36,20 @@ const PORT_HEADER: HeaderName = HeaderName::from_static("x-sim-port");
 
 type Shared = State<Arc<Worker>>;
 
-/// All routes of one worker.
-pub fn routes(worker: Arc<Worker>) -> Router {
-    model_routes(&worker)
+/// All routes of one worker; what it is sent is logged if there is a log.
+pub fn routes(worker: Arc<Worker>, log: Option<Arc<RequestLog>>) -> Router {
+    let routes = model_routes(&worker)
         .merge(info_routes())
         .fallback(async || Response::from(Refusal::detail(StatusCode::NOT_FOUND)))
         .method_not_allowed_fallback(async || {
             Response::from(Refusal::detail(StatusCode::METHOD_NOT_ALLOWED))
         })
-        .layer(from_fn_with_state(Arc::clone(&worker), faults::hang))
+        .layer(from_fn_with_state(Arc::clone(&worker), faults::hang));
+    let routes = match log {
+        Some(log) => routes.layer(from_fn_with_state((log, worker.port), request_log::log)),
+        None => routes,
+    };
+    routes
         .merge(sim_routes())
         .layer(map_response_with_state(Arc::clone(&worker), name_port))
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
@@ -104,7 +110,8 @@ fn ok(json: &Value) -> Response {
     json_response(StatusCode::OK, json.to_string())
 }
 
-fn refuse_body(rejection: &BytesRejection) -> Refusal {
+/// The answer to a body that could not be read.
+pub fn refuse_body(rejection: &BytesRejection) -> Refusal {
     Refusal::openai(rejection.status(), rejection.body_text())
 }
 

@@ -3,7 +3,7 @@
 //! The one idea: a pure [`engine`] decides when each token comes and what the KV cache holds;
 //! everything else dresses that up as SGLang's HTTP server. Read in this order: [`engine`],
 //! [`kv_cache`], `tokens`, `worker` (the engine on the wall clock), `ask` and `answer` (a request's
-//! way in and out), `shapes`, `faults`, `http`.
+//! way in and out), `shapes`, `faults`, `request_log`, `http`.
 //!
 //! Invariant: workers of one process share nothing but its threads.
 //!
@@ -17,11 +17,13 @@ mod ask;
 mod faults;
 mod http;
 mod refusal;
+mod request_log;
 mod shapes;
 mod tokens;
 mod worker;
 
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -34,6 +36,7 @@ use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
 pub use faults::Faults;
+use request_log::RequestLog;
 use worker::Worker;
 
 /// Pause after a failed accept, such as too many open files, which would fail again at once.
@@ -87,6 +90,9 @@ pub struct Options {
     /// Seed of --fail-rate.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
+    /// File to which each request that arrives and each that ends is added, as a JSON line.
+    #[arg(long, value_name = "FILE")]
+    pub request_log: Option<PathBuf>,
     /// What goes wrong.
     #[command(flatten)]
     pub faults: Faults,
@@ -158,6 +164,7 @@ fn not_negative(text: &str) -> Result<f64, String> {
 #[derive(Debug)]
 pub struct Sim {
     host: String,
+    log: Option<Arc<RequestLog>>,
     workers: Vec<(TcpListener, Arc<Worker>)>,
 }
 
@@ -165,8 +172,10 @@ impl Sim {
     /// Opens the ports. Connections made from now on are answered once [`Sim::run`] runs.
     ///
     /// # Errors
-    /// The system's error for the first port that cannot be opened, with host and port in its text.
+    /// The system's error for the request log, with its path in the text, or for the first port that
+    /// cannot be opened, with host and port.
     pub async fn bind(options: Options) -> io::Result<Self> {
+        let log = options.request_log.as_deref().map(RequestLog::open).transpose()?.map(Arc::new);
         let mut workers = Vec::new();
         for (index, port) in (0..).zip(options.listen_ports()) {
             let address = (options.host.as_str(), port);
@@ -177,7 +186,7 @@ impl Sim {
             let port = listener.local_addr()?.port();
             workers.push((listener, Arc::new(Worker::new(options.clone(), port, index))));
         }
-        Ok(Self { host: options.host, workers })
+        Ok(Self { host: options.host, log, workers })
     }
 
     /// The port of each worker.
@@ -198,7 +207,7 @@ impl Sim {
     pub async fn run(self, shutdown: impl Future) {
         let mut tasks = JoinSet::new();
         for (listener, worker) in self.workers {
-            tasks.spawn(serve_worker(listener, worker));
+            tasks.spawn(serve_worker(listener, worker, self.log.clone()));
         }
         shutdown.await;
         tasks.shutdown().await;
@@ -222,8 +231,8 @@ pub async fn serve(options: Options, shutdown: impl Future) -> io::Result<()> {
 
 /// Answers one worker's connections, for ever. Dropping it ends them all; the system's limit
 /// of open files bounds how many there are.
-async fn serve_worker(listener: TcpListener, worker: Arc<Worker>) {
-    let service = TowerToHyperService::new(http::routes(Arc::clone(&worker)));
+async fn serve_worker(listener: TcpListener, worker: Arc<Worker>, log: Option<Arc<RequestLog>>) {
+    let service = TowerToHyperService::new(http::routes(Arc::clone(&worker), log));
     let mut tasks = JoinSet::new();
     tasks.spawn(worker.drive());
     loop {

@@ -404,8 +404,15 @@ async fn a_dying_worker_cuts_its_answers() {
 }
 
 #[tokio::test]
-async fn a_hanging_worker_never_answers_but_can_be_mended() {
+async fn a_hanging_worker_answers_nothing_until_it_is_mended() {
     let sim = start(&["--hang"]).await;
+    let waiting = sim.call("GET", "/health", "");
+    tokio::pin!(waiting);
+    tokio::select! {
+        biased;
+        _ = &mut waiting => panic!("/health answered"),
+        _ = sim.until(|stats| stats["served"] == 0) => {}
+    }
     for path in ["/health", "/generate", "/get_server_info"] {
         let answer = sim.send("POST", path, "{}");
         tokio::select! {
@@ -416,6 +423,87 @@ async fn a_hanging_worker_never_answers_but_can_be_mended() {
     }
     sim.post("/sim/faults", json!({"hang": false})).await;
     assert_eq!(sim.get("/health").await.status, 200);
+    assert_eq!(waiting.await.status, 200, "what waited is answered");
+}
+
+/// A file for a request log, removed with this value.
+struct LogFile(std::path::PathBuf);
+
+impl LogFile {
+    fn new(name: &str) -> Self {
+        Self(std::env::temp_dir().join(format!("sim-{name}-{}.jsonl", std::process::id())))
+    }
+
+    fn lines(&self) -> Vec<Value> {
+        let text = std::fs::read_to_string(&self.0).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    /// The lines, once there are this many.
+    async fn until(&self, count: usize) -> Vec<Value> {
+        while self.lines().len() < count {
+            tokio::task::yield_now().await;
+        }
+        self.lines()
+    }
+}
+
+impl Drop for LogFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+#[tokio::test]
+async fn each_request_is_logged_as_it_arrives_and_ends() {
+    let file = LogFile::new("requests");
+    let flag = ["--request-log", file.0.to_str().unwrap()];
+    let sim = start(&flag).await;
+    let mut body = generate("Hello", 3);
+    body["rid"] = json!("r-1");
+    sim.post("/generate", body.clone()).await;
+    body["stream"] = json!(true);
+    sim.post("/generate", body.clone()).await;
+    sim.get("/health").await;
+    sim.post("/sim/faults", json!({"die_after_chunks": 1})).await;
+    sim.post("/generate", body.clone()).await;
+    sim.post("/sim/faults", json!({"die_after_chunks": 0, "fail_rate": 1, "fail_status": 503}))
+        .await;
+    sim.post("/generate", body.clone()).await;
+    let lines = file.until(8).await;
+    let told: Vec<_> =
+        lines.iter().map(|line| (&line["event"], &line["status"], &line["ending"])).collect();
+    let arrived = (&json!("arrived"), &json!(null), &json!(null));
+    let ended = json!("ended");
+    let [ok, failed, completed, died] = [json!(200), json!(503), json!("completed"), json!("died")];
+    let completed_ok = (&ended, &ok, &completed);
+    let ends = [completed_ok, completed_ok, (&ended, &ok, &died), (&ended, &failed, &completed)];
+    let expected: Vec<_> = ends.into_iter().flat_map(|end| [arrived, end]).collect();
+    assert_eq!(told, expected);
+    for line in &lines {
+        assert_eq!((&line["path"], &line["rid"]), (&json!("/generate"), &json!("r-1")));
+        assert_eq!((&line["port"], &line["request_id"]), (&json!(sim.ports[0]), &json!(null)));
+        assert!(line["at"].as_f64().is_some_and(|at| at > 1.6e9));
+    }
+}
+
+#[tokio::test]
+async fn a_request_that_hangs_is_logged_until_its_client_leaves() {
+    let file = LogFile::new("hanging");
+    let sim = start(&["--hang", "--request-log", file.0.to_str().unwrap()]).await;
+    tokio::select! {
+        biased;
+        _ = sim.send("POST", "/generate", "no JSON") => panic!("answered"),
+        lines = file.until(1) => assert_eq!(lines[0]["rid"], json!(null)),
+    }
+    let lines = file.until(2).await;
+    assert_eq!((&lines[1]["status"], &lines[1]["ending"]), (&json!(null), &json!("cut_off")));
+}
+
+#[test]
+fn a_request_log_that_cannot_be_opened_is_named() {
+    let error = RequestLog::open(std::path::Path::new("/nowhere/requests.jsonl")).unwrap_err();
+    assert!(error.to_string().contains("/nowhere/requests.jsonl"), "{error}");
 }
 
 #[tokio::test]

@@ -88,7 +88,7 @@ pub struct Worker {
     state: Mutex<State>,
     /// Tells the driver that the engine's next event may have changed.
     changed: Notify,
-    faults: Mutex<Faults>,
+    faults: watch::Sender<Faults>,
     draws: Mutex<fastrand::Rng>,
     served: AtomicU64,
 }
@@ -152,7 +152,7 @@ impl Worker {
             started: Instant::now(),
             state: Mutex::new(state),
             changed: Notify::new(),
-            faults: Mutex::new(options.faults.clone()),
+            faults: watch::Sender::new(options.faults.clone()),
             // Workers of one process must not fail in step.
             draws: Mutex::new(fastrand::Rng::with_seed(
                 options.seed.wrapping_add(u64::from(index)),
@@ -242,14 +242,23 @@ impl Worker {
 
     /// The faults in force.
     pub fn faults(&self) -> Faults {
-        self.faults.lock().clone()
+        self.faults.borrow().clone()
     }
 
     /// Changes the faults as a JSON object asks; returns those now in force.
     pub fn change_faults(&self, json: &[u8]) -> Result<Faults, String> {
-        let mut faults = self.faults.lock();
-        *faults = faults.changed(json)?;
-        Ok(faults.clone())
+        let mut outcome = Ok(());
+        self.faults.send_if_modified(|faults| {
+            outcome = faults.changed(json).map(|changed| *faults = changed);
+            outcome.is_ok()
+        });
+        outcome.map(|()| self.faults())
+    }
+
+    /// Waits while the worker hangs.
+    pub async fn responsive(&self) {
+        // An error would mean that the worker, which holds the sender, is gone.
+        let _ = self.faults.subscribe().wait_for(|faults| !faults.hang).await;
     }
 
     /// The next random number from 0 to 1.
