@@ -22,7 +22,7 @@ pub enum Seen {
     /// It left before.
     Left,
     /// The connection ended without an answer.
-    Nothing(String),
+    Nothing,
 }
 
 /// Sends one request over this connection and looks at what comes.
@@ -69,7 +69,7 @@ async fn exchange(ask: &Ask, stream: DuplexStream, pause: Duration) -> Seen {
             }
         }
     };
-    answered.await.unwrap_or_else(|error: hyper::Error| Seen::Nothing(error.to_string()))
+    answered.await.unwrap_or_else(|_: hyper::Error| Seen::Nothing)
 }
 
 async fn read(response: Response<hyper::body::Incoming>, pause: Duration) -> Seen {

@@ -245,9 +245,12 @@ impl Simulation {
                 assert_eq!(is_good, !is_failed, "{}", story());
             }
             Seen::Cut { status } => {
-                assert!(is_failed && trace["http_status"] == status.as_u16(), "{}", story());
+                assert_eq!(trace["http_status"], status.as_u16(), "{}", story());
+                // Who reads slowly may be cut with the last bytes of a whole answer still on their way.
+                let is_slow = matches!(ask.manner, Manner::Slow(_));
+                assert!(is_failed || is_slow, "{}", story());
             }
-            Seen::Nothing(_) => assert!(is_failed, "{}", story()),
+            Seen::Nothing => assert!(is_failed, "{}", story()),
             Seen::Left => {}
         }
         let attempts = trace["attempts"].as_array().expect("a list");
