@@ -86,12 +86,19 @@ kinds! {
 #[error("{message}")]
 pub struct Error {
     pub kind: Kind,
+    /// Whose fault it is this time; the kind's, unless something else is known.
+    pub origin: Origin,
     pub message: String,
 }
 
 impl Error {
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into() }
+        Self { kind, origin: kind.origin(), message: message.into() }
+    }
+
+    /// The same error by somebody else's fault.
+    pub fn by(self, origin: Origin) -> Self {
+        Self { origin, ..self }
     }
 }
 

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
@@ -23,6 +24,8 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::client_stream::ClientStream;
+use super::exchange::Exchange;
+use super::now;
 use crate::error::{Error, Kind};
 
 /// Connections that wait to be accepted; a burst of clients arrives faster than threads wake up.
@@ -152,10 +155,12 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let stream = ClientStream::new(stream);
-    let deadline = stream.deadline();
+    let exchanges = stream.exchanges();
     let router = TowerToHyperService::new(router);
-    let service = service_fn(move |request: Request<Incoming>| {
-        deadline.set(Instant::now() + request_timeout);
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        let exchange = Exchange { deadline: now() + request_timeout, abort: Arc::default() };
+        exchanges.begin(exchange.clone());
+        request.extensions_mut().insert(exchange);
         match check_host(&request) {
             Ok(()) => router.call(request).left_future(),
             Err(error) => ready(Ok(error.into_response())).right_future(),

@@ -217,6 +217,11 @@ impl Simulation {
     /// What a client has seen, its trace, and what the workers remember are one story.
     fn agree(&self, ask: &Ask, seen: &Seen, trace: Option<&Value>) {
         let story = || format!("{ask:?}\n{seen:?}\n{trace:#?}");
+        if let Manner::Patient | Manner::Aborted(_) = ask.manner {
+            assert!(!matches!(seen, Seen::Nothing), "who waits is answered: {}", story());
+            let is_cut = matches!(seen, Seen::Cut { .. });
+            assert!(!(is_cut && ask.stream), "a stream of events is told of its end: {}", story());
+        }
         if let Seen::Whole { status, worker, body } = seen
             && status.as_u16() == 200
         {
