@@ -109,7 +109,7 @@ impl Worker {
             return match self.gate.state() {
                 breaker::State::Closed => "has just become healthy".to_owned(),
                 breaker::State::Open => "has its circuit breaker open".to_owned(),
-                breaker::State::HalfOpen => "is being probed by another request".to_owned(),
+                breaker::State::HalfOpen => "has its circuit breaker half_open and a probe on its way".to_owned(),
             };
         }
         let why = self.last_error().map(|why| format!(" ({why})")).unwrap_or_default();
