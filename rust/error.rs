@@ -63,7 +63,7 @@ macro_rules! kinds {
 
 kinds! {
     InvalidQuery "invalid_query" 400 Client "A parameter of a trace query is unknown or has a bad value.";
-    InvalidRequest "invalid_request" 400 Client "The body or the query of a management request is malformed or has a bad value.";
+    InvalidRequest "invalid_request" 400 Client "The body or the query of a management request is malformed or has a bad value, or a request does not name one host.";
     TooManyWorkers "too_many_workers" 409 Router "No further worker can join.";
     UnknownTargetWorker "unknown_target_worker" 400 Client "`x-sglang-target-worker` names no worker of this router.";
     Unauthorized "unauthorized" 401 Client "The route asks for a key that the request does not have: see [keys.md](keys.md).";

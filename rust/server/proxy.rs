@@ -78,7 +78,7 @@ async fn exchange(
     head: Parts,
     body: Body,
 ) -> Result<hyper::Response<Answer>, Error> {
-    let body = body::read(&head.headers, body, app.options.max_payload_size, &app.budget).await?;
+    let body = body::read(&head.headers, body, app.options.body_bytes_max(), &app.budget).await?;
 
     let scan_began = Instant::now();
     let scan = unhurried(body.len(), || request::scan(&body));

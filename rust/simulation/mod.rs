@@ -27,7 +27,7 @@ use crate::options::{self, Options};
 use crate::routing::{self, Pick, Policy, Target, WorkerId};
 use crate::running;
 use crate::server::{App, routes, serve_connection};
-use crate::workers::{Joining, Snapshot, Workers, breaker};
+use crate::workers::{Joining, Snapshot, State, Workers, breaker};
 use clients::{Answers, Seen};
 use plan::{Ask, Manner, Plan, What};
 use workers::Cluster;
@@ -313,9 +313,10 @@ impl Policy for Watched {
 
     fn sent(&self, request: &routing::Request<'_>, worker: WorkerId) {
         let snapshot: Arc<Snapshot> = self.workers.get().expect("set at the start").snapshot();
-        let picked = snapshot.routable.iter().find(|routable| routable.index == worker);
+        let picked = snapshot.all.iter().find(|known| known.index == worker);
         let fault = match picked {
-            None => Some("may not be picked at all"),
+            None => Some("is gone"),
+            Some(picked) if picked.state() != State::Healthy => Some("is not healthy"),
             Some(picked) => match picked.gate.state() {
                 breaker::State::Closed => None,
                 breaker::State::Open => Some("has its breaker open"),
