@@ -16,7 +16,6 @@ import asyncio
 import contextlib
 import itertools
 import json
-import math
 import random
 import sys
 import time
@@ -31,6 +30,7 @@ from trial import (
     Failure,
     Processes,
     Rule,
+    all_traces,
     at_rest,
     cancel_others,
     carry_out,
@@ -41,6 +41,7 @@ from trial import (
     percentile,
     positive,
     request_log,
+    spread,
     stopped,
     until_open,
 )
@@ -192,17 +193,6 @@ def at_the_workers(log: Iterable[dict[str, Any]]) -> Iterator[tuple[float, float
         yield since, float("inf")
 
 
-async def all_traces(url: str, session: aiohttp.ClientSession) -> dict[str, dict[str, Any]]:
-    """Every trace the router holds, by id."""
-    traces = {}
-    async with session.get(f"{url}/v1/traces", params={"format": "jsonl"}) as response:
-        response.raise_for_status()
-        async for line in response.content:
-            trace = json.loads(line)
-            traces[trace["request_id"]] = trace
-    return traces
-
-
 # --- the verdict ----------------------------------------------------------------------------------------------------
 
 
@@ -213,11 +203,6 @@ def differs(exchange: Exchange, trace: dict[str, Any] | None) -> str | None:
     expected = ("completed" if exchange.status == 200 else "failed", exchange.status)
     told = (trace["status"], trace["http_status"])
     return None if told == expected else f"{exchange.id}: client {expected}, trace {told}"
-
-
-def spread(values: list[float]) -> str:
-    """The middle and the end of a distribution of milliseconds."""
-    return f"p50 {percentile(values, 50):.2f} ms, p99 {percentile(values, 99):.2f} ms, most {max(values, default=math.nan):.2f} ms"
 
 
 def judge(

@@ -118,11 +118,10 @@ async def stopped(router: subprocess.Popen[bytes]) -> list[str]:
 # --- what router and workers say of themselves ------------------------------------------------------------------------
 
 
-def resident_kib(pid: int, *, most: bool = False) -> float | None:
-    """The resident memory of a process in KiB, now or the most so far; None once the process is gone."""
-    name = "VmHWM" if most else "VmRSS"
+def resident_kib(pid: int) -> float | None:
+    """The resident memory of a process in KiB; None once the process is gone."""
     with contextlib.suppress(OSError):
-        found = re.search(rf"^{name}:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+        found = re.search(r"^VmRSS:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
         return float(found[1]) if found else None
     return None
 
@@ -140,6 +139,17 @@ async def in_flight(url: str, session: aiohttp.ClientSession) -> list[str]:
     if not running:
         counted.append("/metrics has no sgl_router_running_requests")
     return counted
+
+
+async def all_traces(url: str, session: aiohttp.ClientSession) -> dict[str, dict[str, Any]]:
+    """Every trace the router holds, by id."""
+    traces = {}
+    async with session.get(f"{url}/v1/traces", params={"format": "jsonl"}) as response:
+        response.raise_for_status()
+        async for line in response.content:
+            trace = json.loads(line)
+            traces[trace["request_id"]] = trace
+    return traces
 
 
 async def at_rest(look: Callable[[], Awaitable[list[str]]]) -> list[str]:
@@ -177,6 +187,11 @@ def percentile(values: Sequence[float], percent: float) -> float:
     """The nearest-rank percentile; NaN if there are no values."""
     ranked = sorted(values)
     return ranked[max(0, math.ceil(len(ranked) * percent / 100) - 1)] if ranked else math.nan
+
+
+def spread(values: Sequence[float]) -> str:
+    """The middle and the end of a distribution of milliseconds."""
+    return f"p50 {percentile(values, 50):.2f} ms, p99 {percentile(values, 99):.2f}, most {percentile(values, 100):.2f}"
 
 
 def show(rules: list[Rule]) -> bool:
