@@ -22,15 +22,8 @@ import contextlib
 import itertools
 import json
 import random
-import re
-import shutil
-import signal
-import socket
-import subprocess
 import sys
-import tempfile
 import time
-import traceback
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -39,6 +32,25 @@ from typing import Any
 
 import aiohttp
 from sglang_router_rs import AsyncRouterTraceClient
+from trial import (
+    SETTLE_SECS,
+    Failure,
+    Processes,
+    Rule,
+    at_rest,
+    cancel_others,
+    carry_out,
+    ended,
+    free_ports,
+    in_flight,
+    parsed,
+    parser,
+    positive,
+    request_log,
+    resident_kib,
+    stopped,
+    until_open,
+)
 
 # Tokens of an answer, in every fourth of them the most.
 TOKENS = (4, 8, 16, 40)
@@ -48,82 +60,10 @@ KEPT = ["status", "worker_url", "route", "stream", "http_status", "completion_to
 FAMILIES = 40
 # Clocks of one machine are read a little before or after what they tell the time of.
 SLACK_SECS = 0.5
-# How long a trace may take to end after its client has seen the end.
-SETTLE_SECS = 10.0
-# How long programs may take to start and to end.
-START_SECS = 30.0
 # Later than this, the load was not the one asked for.
 LATE_SECS = 5.0
 # In a shorter run memory has not come to rest.
 JUDGED_SECS = 120
-LINES_SHOWN = 10
-
-
-class Failure(Exception):
-    """The run could not be made."""
-
-
-# --- processes ------------------------------------------------------------------------------------------------------
-
-
-class Processes:
-    """The programs of this run; none outlives the with-block."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.started: list[subprocess.Popen[bytes]] = []
-
-    def start(self, name: str, command: list[str]) -> subprocess.Popen[bytes]:
-        """Start a program that writes to ``name.log``, out of reach of the terminal's Ctrl-C."""
-        with (self.directory / f"{name}.log").open("ab") as log:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
-        self.started = [*(it for it in self.started if it.poll() is None), process]
-        return process
-
-    def __enter__(self) -> Processes:
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        for process in self.started:
-            process.kill()
-        for process in self.started:
-            process.wait()
-
-
-def free_ports(count: int) -> list[int]:
-    """Free ports in a row, below those the system gives to connections: a worker comes back to its port."""
-    for _ in range(1000):
-        first = random.randrange(10_000, 32_000 - count)
-        with contextlib.ExitStack() as held, contextlib.suppress(OSError):
-            for port in range(first, first + count):
-                held.enter_context(socket.socket()).bind(("127.0.0.1", port))
-            return list(range(first, first + count))
-    raise Failure(f"no {count} free ports in a row between 10000 and 32000")
-
-
-async def until_open(port: int, process: subprocess.Popen[bytes]) -> None:
-    """Wait until a program listens."""
-    deadline = time.monotonic() + START_SECS
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(OSError):
-            _, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.close()
-            return
-        await asyncio.sleep(0.02)
-    command = " ".join(map(str, process.args)) if isinstance(process.args, list) else process.args
-    raise Failure(f"nothing listens on port {port}, exit status {process.poll()}: {command!r}")
-
-
-async def ended(process: subprocess.Popen[bytes]) -> bool:
-    """Wait for a program's end; false when that takes too long."""
-    deadline = time.monotonic() + START_SECS
-    while process.poll() is None:
-        if time.monotonic() > deadline:
-            return False
-        await asyncio.sleep(0.01)
-    return True
 
 
 @dataclass
@@ -446,18 +386,11 @@ class Memory:
 
     async def run(self) -> None:
         """Take a sample each second, until cancelled or until the process is gone."""
-        while (kib := self.kib()) is not None:
+        while (kib := resident_kib(self.pid)) is not None:
             self.samples.append((time.monotonic(), kib))
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(f"{self.samples[-1][0] - self.samples[0][0]:.1f},{kib:.0f}\n")
             await asyncio.sleep(1.0)
-
-    def kib(self) -> float | None:
-        """The resident memory now, in KiB."""
-        with contextlib.suppress(OSError):
-            found = re.search(r"^VmRSS:\s*(\d+) kB", Path(f"/proc/{self.pid}/status").read_text(), re.MULTILINE)
-            return float(found[1]) if found else None
-        return None
 
     def slope(self) -> float:
         """KiB per second over the second half, by least squares."""
@@ -475,32 +408,14 @@ class WorkerLogs:
         self.arrivals: Counter[tuple[str, str]] = Counter()
         self.answers: defaultdict[str, list[tuple[float, str]]] = defaultdict(list)
         for worker in workers:
-            for line in self.lines(worker.log):
+            for line in request_log(worker.log):
                 if line["event"] == "arrived":
                     self.arrivals[line["request_id"], worker.url] += 1
                 elif line["ending"] == "completed" and line["status"] == 200:
                     bisect.insort(self.answers[line["request_id"]], (line["at"], worker.url))
 
-    @staticmethod
-    def lines(path: Path) -> Iterator[dict[str, Any]]:
-        """The lines about requests with an id."""
-        for text in path.read_text(encoding="utf-8").splitlines():
-            line = json.loads(text)
-            if line["request_id"] is not None:
-                yield line
-
 
 # --- the verdict ----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Rule:
-    """Something that must hold, and what speaks against it."""
-
-    name: str
-    against: list[str]
-    note: str = ""
-    is_judged: bool = True
 
 
 @dataclass
@@ -608,33 +523,6 @@ class Records:
                     yield f"{request_id}: answered by {url}, then by {other} {later - at:.3f} s later"
 
 
-async def at_rest(url: str, client: AsyncRouterTraceClient, session: aiohttp.ClientSession) -> list[str]:
-    """What the router still counts as in flight when all clients have their answers."""
-    deadline = time.monotonic() + SETTLE_SECS
-    while True:
-        async with session.get(f"{url}/metrics") as response:
-            metrics = await response.text()
-        running = re.findall(r'^sgl_router_running_requests\{worker="([^"]*)"\} (\S+)$', metrics, re.MULTILINE)
-        counted = [f"{count} in flight at {worker}" for worker, count in running if float(count) != 0]
-        if in_flight := (await client.get_trace_stats())["in_flight"]:
-            counted.append(f"{in_flight} in the statistics of traces")
-        if not running:
-            counted.append("/metrics has no sgl_router_running_requests")
-        if not counted or time.monotonic() > deadline:
-            return counted
-        await asyncio.sleep(0.2)
-
-
-async def stopped(router: subprocess.Popen[bytes]) -> list[str]:
-    """What is wrong with how the router ends on SIGTERM."""
-    if router.poll() is not None:
-        return [f"it ended by itself with exit status {router.returncode}"]
-    router.terminate()
-    if not await ended(router):
-        return [f"it has not ended {START_SECS:.0f} s after SIGTERM"]
-    return [f"its exit status is {router.returncode}"] if router.returncode != 0 else []
-
-
 # --- the run --------------------------------------------------------------------------------------------------------
 
 
@@ -671,14 +559,6 @@ async def report(load: Load, disturbance: Disturbance, memory: Memory) -> None:
             f"|  RSS {rss:.1f} MiB  |  {disturbance.last}",
             flush=True,
         )
-
-
-async def cancel_others() -> None:
-    """End all other tasks, so that none uses what is closed next."""
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
 
 
 async def run(settings: argparse.Namespace, processes: Processes) -> list[Rule]:
@@ -718,7 +598,7 @@ async def run(settings: argparse.Namespace, processes: Processes) -> list[Rule]:
         await sending
         await disturbance.end()
         await traces.settle()
-        resting = await at_rest(url, client, session)
+        resting = await at_rest(lambda: in_flight(url, session))
 
     ending = await stopped(router)
     records = Records(load.all, traces.found, WorkerLogs(workers), {worker.url: worker for worker in workers})
@@ -746,45 +626,10 @@ async def run(settings: argparse.Namespace, processes: Processes) -> list[Rule]:
     ]
 
 
-def show(rules: list[Rule]) -> bool:
-    """Print the table; whether everything held."""
-    print(f"\n{'must hold':<66} {'held':<6} note")
-    for rule in rules:
-        held = f"NO, {len(rule.against)}" if rule.against else "yes" if rule.is_judged else "-"
-        print(f"{rule.name:<66} {held:<6} {rule.note}".rstrip())
-    for rule in rules:
-        if rule.against:
-            print(f"\n{rule.name}: NO")
-            # One of each kind, the most frequent first; what differs only in its numbers is of one kind.
-            kinds: defaultdict[str, list[str]] = defaultdict(list)
-            for line in rule.against:
-                kinds[re.sub(r"\d+", "0", line)].append(line)
-            for lines in sorted(kinds.values(), key=len, reverse=True)[:LINES_SHOWN]:
-                print(f"  {len(lines)} like {lines[0]}")
-    return not any(rule.against for rule in rules)
-
-
-def positive(text: str) -> float:
-    """A number above 0."""
-    value = float(text)
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1000000")
-    return value
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help that shows defaults, and the text above as it is."""
-
-
 def parse() -> argparse.Namespace:
     """The command line."""
-    first, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=first,
-        epilog=rest,
-        formatter_class=Help,
-    )
-    add = parser.add_argument
+    made = parser(__doc__)
+    add = made.add_argument
     add("--seconds", type=positive, default=300, help="how long requests are sent")
     add("--rate", type=positive, default=200, help="requests per second, on average; half of them streamed")
     add("--workers", type=int, default=8, choices=range(4, 65), metavar="N", help="simulated workers, 4 to 64")
@@ -802,50 +647,8 @@ def parse() -> argparse.Namespace:
         metavar="=--FLAG=VALUE",
         help="a further flag of the router; repeatable",
     )
-    add("--program", default=str(Path(sys.executable).with_name("sglang-router-rs")), help="the program under test")
-    add("--directory", type=Path, help="where logs go, and stay; without it they are kept when something did not hold")
-    settings = parser.parse_args()
-    if not Path(settings.program).is_file():
-        parser.error(f"--program: there is no {settings.program}; make install builds it")
-    if settings.directory and settings.directory.exists() and any(settings.directory.iterdir()):
-        parser.error(f"--directory: {settings.directory} is not empty")
-    return settings
-
-
-async def interruptible(settings: argparse.Namespace, processes: Processes) -> list[Rule]:
-    """The run, which SIGTERM ends like Ctrl-C."""
-    task = asyncio.current_task()
-    assert task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    return await run(settings, processes)
-
-
-def main() -> int:
-    """Make one run; returns the exit status."""
-    settings = parse()
-    for name, value in vars(settings).items():
-        print(f"--{name.replace('_', '-'):<16} {value}")
-    directory = settings.directory or Path(tempfile.mkdtemp(prefix="chaos-"))
-    directory.mkdir(parents=True, exist_ok=True)
-    print(f"\nlogs in {directory}", flush=True)
-    status = 2
-    try:
-        with Processes(directory) as processes:
-            rules = asyncio.run(interruptible(settings, processes))
-        status = 0 if show(rules) else 1
-    except Failure as failure:
-        print(f"error: {failure}", file=sys.stderr)
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        print("interrupted", file=sys.stderr)
-        status = 130
-    except Exception:
-        traceback.print_exc()
-    if status in (0, 130) and settings.directory is None:
-        shutil.rmtree(directory)
-    else:
-        print(f"\nlogs are in {directory}")
-    return status
+    return parsed(made)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(carry_out("chaos", parse(), run))

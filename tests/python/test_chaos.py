@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import chaos
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
 A, B = "http://127.0.0.1:1", "http://127.0.0.1:2"
 
 
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("chaos", ROOT / "tools" / "chaos.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Its dataclasses look themselves up there.
-    sys.modules["chaos"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-chaos = load()
-
-
-class Worker(chaos.Worker):  # type: ignore[misc,name-defined]
+class Worker(chaos.Worker):
     """A worker of which only the deaths are known."""
 
     def __init__(self, *downs: tuple[float, float]) -> None:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import json
 import signal
+import socket
 import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
 
 import pytest
-from running import Program, Sim, generate, until
+from running import DEADLINE_SECS, Program, Sim, generate, module, until
+
+STREAMS = 100
 
 # Prints the URL once the router serves; signals are handled from then on at the latest.
 SCRIPT = """
@@ -93,6 +102,104 @@ def test_a_request_in_flight_at_a_signal_is_answered() -> None:
         assert program.end() == 0
         client.join(30)
         assert statuses == [200]
+
+
+FRAMES = [b"data: {}\n\n", b"data: [DONE]\n\n"]
+
+
+class Streaming(BaseHTTPRequestHandler):
+    """A worker that sends the first frame of a stream at once, and the last one when it is told to."""
+
+    protocol_version = "HTTP/1.1"
+    released: threading.Event
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("content-length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.send_header("transfer-encoding", "chunked")
+        self.end_headers()
+        self.send(FRAMES[0])
+        self.released.wait(DEADLINE_SECS)
+        self.send(FRAMES[1])
+        self.send(b"")
+
+    def send(self, chunk: bytes) -> None:
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
+
+    def log_message(self, *_arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def streaming() -> Iterator[tuple[str, threading.Event]]:
+    """The URL of such a worker, and what tells it to send the last frames."""
+    released = threading.Event()
+
+    class Server(ThreadingHTTPServer):
+        request_queue_size = STREAMS
+
+    with Server(("127.0.0.1", 0), type("Handler", (Streaming,), {"released": released})) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", released
+        finally:
+            released.set()
+            server.shutdown()
+            thread.join()
+
+
+def started(url: str) -> Program:
+    return serving(START, [url])
+
+
+def launched(url: str) -> Program:
+    return module("launch", "--port=0", "--worker-urls", url)
+
+
+@pytest.mark.parametrize(("start", "tells"), [(started, r"serving on (\S+)"), (launched, r" on (http://\S+),")])
+def test_sigterm_among_a_hundred_streams_cuts_none(
+    start: Callable[[str], Program], tells: str, streaming: tuple[str, threading.Event]
+) -> None:
+    worker, released = streaming
+    with start(worker) as program, contextlib.ExitStack() as opened:
+        router = urlsplit(program.find(tells)[1])
+        address = (router.hostname or "", router.port or 0)
+        # The check of a load balancer that is on its way when the signal comes: its last line is still to come.
+        check = opened.enter_context(socket.create_connection(address, DEADLINE_SECS))
+        check.sendall(b"GET /readiness HTTP/1.1\r\nhost: router\r\n")
+
+        answers = []
+        for _ in range(STREAMS):
+            client = opened.enter_context(
+                contextlib.closing(http.client.HTTPConnection(*address, timeout=DEADLINE_SECS))
+            )
+            client.request("POST", "/generate", b'{"text": "x", "stream": true}')
+            answers.append(client.getresponse())
+            assert answers[-1].read(len(FRAMES[0])) == FRAMES[0]
+
+        program.send(signal.SIGTERM)
+        program.find(f"draining {STREAMS + 1} connections")
+        check.sendall(b"\r\n")
+        ready = http.client.HTTPResponse(check)
+        ready.begin()
+        assert (ready.status, json.loads(ready.read())["reason"]) == (503, "draining")
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address, DEADLINE_SECS)
+        assert program.process.poll() is None
+
+        released.set()
+        for answer in answers:
+            # Raises if the stream is cut.
+            assert answer.read() == FRAMES[1]
+        assert program.end() == 0, program.output
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
