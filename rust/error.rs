@@ -67,8 +67,10 @@ kinds! {
     TooManyWorkers "too_many_workers" 409 Router "No further worker can join.";
     UnknownTargetWorker "unknown_target_worker" 400 Client "`x-sglang-target-worker` names no worker of this router.";
     Unauthorized "unauthorized" 401 Client "The route asks for a key that the request does not have: see [keys.md](keys.md).";
+    ForbiddenOrigin "forbidden_origin" 403 Client "A page of another origin, which `cors_allowed_origins` does not name, would manage a router without a key.";
     NotFound "not_found" 404 Client "No such route, trace or worker.";
     MethodNotAllowed "method_not_allowed" 405 Client "The route exists, but not for this method.";
+    UriTooLong "uri_too_long" 414 Client "The request's target is longer than 63,000 bytes.";
     PayloadTooLarge "payload_too_large" 413 Client "The request body is larger than `max_payload_size`, or a batch names too many ids.";
     IncompleteBody "incomplete_body" 400 Client "The request body is not framed as HTTP asks.";
     Aborted "aborted" 499 Client "The request was ended by `POST /abort_request`, or its client left.";

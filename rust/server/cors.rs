@@ -8,7 +8,7 @@ use super::headers::{X_NODE, X_ROUTER_ERROR_CODE, X_WORKER};
 use super::request_id::X_REQUEST_ID;
 use super::traces::X_NEXT_CURSOR;
 
-const ANY: &str = "*";
+pub(super) const ANY: &str = "*";
 
 /// Headers of the router's that a page may read.
 const EXPOSED: [HeaderName; 6] =

@@ -8,6 +8,9 @@
 //! Invariant: a key of the router's goes no further than here. It is taken off the request, and a worker is sent the
 //! key that the worker asks for (`Worker::authorize`); so the key of the administrators reaches no worker.
 //!
+//! Where no key is asked for, a browser must still not be made to manage a router: a page of another origin may send a
+//! POST without asking first, and is refused.
+//!
 //! What is refused here never becomes a request of the router's: it is counted, and leaves no trace.
 
 use std::sync::Arc;
@@ -16,12 +19,12 @@ use axum::extract::{MatchedPath, Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use hyper::HeaderMap;
-use hyper::header::{AUTHORIZATION, HeaderValue};
+use hyper::header::{AUTHORIZATION, HOST, HeaderValue, ORIGIN};
 use subtle::ConstantTimeEq;
 
 use super::secret::{KEY_BYTES_MAX, Secret};
-use super::{App, Options, body, routes};
-use crate::error::{Error, Kind};
+use super::{App, Options, body, cors, routes};
+use crate::error::{Error, Kind, shown};
 
 /// What a route asks of who uses it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +52,7 @@ impl Door {
 pub(super) struct Doors {
     api: Option<Lock>,
     admin: Option<Lock>,
+    origins: Vec<HeaderValue>,
 }
 
 /// What one key opens.
@@ -62,12 +66,8 @@ impl Doors {
         Self {
             api: options.api_key.as_ref().map(|key| Lock::new("api_key", key)),
             admin: options.admin_api_key.as_ref().map(|key| Lock::new("admin_api_key", key)),
+            origins: options.cors_allowed_origins.clone(),
         }
-    }
-
-    /// Whether there is any key.
-    pub(super) fn have_locks(&self) -> bool {
-        self.api.is_some() || self.admin.is_some()
     }
 
     fn lock(&self, door: Door) -> Option<&Lock> {
@@ -76,6 +76,23 @@ impl Doors {
             Door::Api => self.api.as_ref(),
             Door::Admin => self.admin.as_ref().or(self.api.as_ref()),
         }
+    }
+
+    /// Refuses what a page of a foreign origin makes a browser do to the router, where no key would.
+    fn check_origin(&self, door: Door, request: &Request) -> Result<(), Error> {
+        // Requests to workers may well come by way of a page's own server, which changes the host and not the origin.
+        let is_safe = door != Door::Admin || request.method().is_safe();
+        let Some(origin) = request.headers().get(ORIGIN) else { return Ok(()) };
+        let is_allowed = |allowed: &HeaderValue| allowed == origin || allowed == cors::ANY;
+        let is_own = request.headers().get(HOST).is_some_and(|host| is_at(origin, host));
+        if is_safe || self.lock(door).is_some() || is_own || self.origins.iter().any(is_allowed) {
+            return Ok(());
+        }
+        let message = format!(
+            "pages of {} may not manage this router: name their origin in cors_allowed_origins, or set api_key",
+            shown(&String::from_utf8_lossy(origin.as_bytes()))
+        );
+        Err(Error::new(Kind::ForbiddenOrigin, message))
     }
 
     /// Lets a request through a door and takes the router's keys off it.
@@ -123,6 +140,13 @@ impl Lock {
     }
 }
 
+/// Whether pages of this origin come from this host, which is the router's own.
+fn is_at(origin: &HeaderValue, host: &HeaderValue) -> bool {
+    let authority = |origin: &'_ str| origin.split_once("://").map(|(_, rest)| rest.to_owned());
+    let origin = origin.to_str().ok().and_then(authority);
+    origin.is_some_and(|authority| authority.as_bytes().eq_ignore_ascii_case(host.as_bytes()))
+}
+
 /// A key with zeros behind it, which neither a key nor a header has inside.
 fn padded(key: &[u8]) -> [u8; KEY_BYTES_MAX] {
     let mut padded = [0; KEY_BYTES_MAX];
@@ -137,14 +161,15 @@ fn bearer(given: &HeaderValue) -> Option<&[u8]> {
     scheme.eq_ignore_ascii_case(SCHEME).then(|| key.trim_ascii())
 }
 
-/// Stands before all routes when there is a key.
+/// Stands before all routes.
 pub(super) async fn ask_for_key(
     State(app): State<Arc<App>>,
     mut request: Request,
     next: Next,
 ) -> Response {
     let door = routes::door(request.extensions().get::<MatchedPath>().map(MatchedPath::as_str));
-    if let Err(error) = app.doors.enter(door, request.headers_mut()) {
+    let entered = app.doors.check_origin(door, &request);
+    if let Err(error) = entered.and_then(|()| app.doors.enter(door, request.headers_mut())) {
         app.metrics.unauthorized.inc();
         tracing::debug!("refused: {error}");
         let (head, body) = request.into_parts();
@@ -176,10 +201,14 @@ mod tests {
 
     #[test]
     fn each_door_has_its_key() {
-        let both = Doors { api: lock("api_key", "user"), admin: lock("admin_api_key", "boss") };
-        let api = Doors { api: lock("api_key", "user"), admin: None };
-        let admin = Doors { api: None, admin: lock("admin_api_key", "boss") };
-        let none = Doors { api: None, admin: None };
+        let both = Doors {
+            api: lock("api_key", "user"),
+            admin: lock("admin_api_key", "boss"),
+            origins: Vec::new(),
+        };
+        let api = Doors { api: lock("api_key", "user"), admin: None, origins: Vec::new() };
+        let admin = Doors { api: None, admin: lock("admin_api_key", "boss"), origins: Vec::new() };
+        let none = Doors { api: None, admin: None, origins: Vec::new() };
         let opens = |doors, key: &str| {
             let key = format!("Bearer {key}");
             [Door::Open, Door::Api, Door::Admin].map(|door| enter(doors, door, &[&key]).is_some())
@@ -194,8 +223,39 @@ mod tests {
     }
 
     #[test]
+    fn without_a_key_a_page_of_another_origin_changes_nothing() {
+        let none = |origins: &[&'static str]| Doors {
+            api: None,
+            admin: None,
+            origins: origins.iter().map(|origin| HeaderValue::from_static(origin)).collect(),
+        };
+        let enters = |doors: &Doors, method: &str, origin: &str| {
+            let request = hyper::Request::builder()
+                .method(method)
+                .header(HOST, "router:30001")
+                .header(ORIGIN, origin)
+                .body(axum::body::Body::empty())
+                .expect("a request");
+            doors.check_origin(Door::Admin, &request).is_ok()
+        };
+        for (method, origin, is_let_in) in [
+            ("POST", "https://evil.example", false),
+            ("DELETE", "null", false),
+            ("POST", "http://router:30001.evil.example", false),
+            ("POST", "http://Router:30001", true),
+            ("GET", "https://evil.example", true),
+        ] {
+            assert_eq!(enters(&none(&[]), method, origin), is_let_in, "{method} {origin}");
+        }
+        assert!(enters(&none(&["https://chat.example"]), "POST", "https://chat.example"));
+        assert!(enters(&none(&["*"]), "POST", "https://evil.example"));
+        let locked = Doors { admin: lock("admin_api_key", "boss"), ..none(&[]) };
+        assert!(enters(&locked, "POST", "https://evil.example"), "its key will say");
+    }
+
+    #[test]
     fn a_key_fits_as_a_whole_or_not_at_all() {
-        let doors = Doors { api: lock("api_key", "open-sesame"), admin: None };
+        let doors = Doors { api: lock("api_key", "open-sesame"), admin: None, origins: Vec::new() };
         let too_long = format!("Bearer {}", "x".repeat(KEY_BYTES_MAX + 1));
         for good in ["Bearer open-sesame", "bearer open-sesame", "BEARER  open-sesame "] {
             assert_eq!(enter(&doors, Door::Api, &[good]), Some(0), "{good}");
@@ -223,7 +283,7 @@ mod tests {
 
     #[test]
     fn only_the_routers_own_keys_are_taken_off() {
-        let doors = Doors { api: None, admin: lock("admin_api_key", "boss") };
+        let doors = Doors { api: None, admin: lock("admin_api_key", "boss"), origins: Vec::new() };
         assert_eq!(enter(&doors, Door::Api, &["Bearer boss"]), Some(0));
         assert_eq!(enter(&doors, Door::Api, &["Bearer a", "Bearer boss"]), Some(0));
         assert_eq!(enter(&doors, Door::Api, &["Bearer a", "Basic b"]), Some(2));
@@ -231,7 +291,11 @@ mod tests {
 
     #[test]
     fn a_refusal_names_the_option_and_not_the_key() {
-        let doors = Doors { api: lock("api_key", "user"), admin: lock("admin_api_key", "boss") };
+        let doors = Doors {
+            api: lock("api_key", "user"),
+            admin: lock("admin_api_key", "boss"),
+            origins: Vec::new(),
+        };
         for (door, given, words) in [
             (Door::Api, vec![], "api_key; the request has no"),
             (Door::Admin, vec!["Bearer user"], "admin_api_key; the key given is another"),

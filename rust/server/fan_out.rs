@@ -44,7 +44,7 @@ pub(super) async fn abort(
     request: Request,
 ) -> Result<Response, Error> {
     let (head, body) = request.into_parts();
-    let body = body::read(&head.headers, body, ABORT_BYTES_MAX, &app.budget).await?;
+    let body = body::read(&head.headers, body, ABORT_BYTES_MAX, &app.own_budget).await?;
     let asked: Aborted = serde_json::from_slice(&body).map_err(|error| {
         let message =
             format!(r#"the body is not {{"rid": "..."}} nor {{"abort_all": true}}: {error}"#);

@@ -36,6 +36,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// How long a client may take for the head of its next request. Longer than clients keep idle connections.
 const HEAD_WITHIN: Duration = Duration::from_secs(120);
 
+/// A longer target would leave no room for the base path of a worker: hyper takes 65,534 bytes in all.
+const TARGET_BYTES_MAX: usize = 63_000;
+
 /// What a server was told about its end.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Order {
@@ -161,7 +164,7 @@ where
         let exchange = Exchange { deadline: now() + request_timeout, abort: Arc::default() };
         exchanges.begin(exchange.clone());
         request.extensions_mut().insert(exchange);
-        match check_host(&request) {
+        match check_head(&request) {
             Ok(()) => router.call(request).left_future(),
             Err(error) => ready(Ok(error.into_response())).right_future(),
         }
@@ -181,7 +184,13 @@ where
 
 /// A request names the host it is for, and only one (RFC 9112, section 3.2). Two parties that read two of them
 /// differently would disagree about whose request it is.
-fn check_host<Body>(request: &Request<Body>) -> Result<(), Error> {
+fn check_head<Body>(request: &Request<Body>) -> Result<(), Error> {
+    let target_bytes = request.uri().path_and_query().map_or(0, |target| target.as_str().len());
+    if target_bytes > TARGET_BYTES_MAX {
+        let message =
+            format!("a target of {target_bytes} bytes; at most {TARGET_BYTES_MAX} are taken");
+        return Err(Error::new(Kind::UriTooLong, message));
+    }
     let hosts = request.headers().get_all(HOST).iter().count();
     if hosts == 1 || (hosts == 0 && request.version() < Version::HTTP_11) {
         return Ok(());

@@ -51,7 +51,7 @@ type Pairs = Result<Query<Vec<(String, String)>>, QueryRejection>;
 /// POST /workers
 pub(super) async fn join(State(app): State<Arc<App>>, request: Request) -> Result<Response, Error> {
     let (head, body) = request.into_parts();
-    let body = body::read(&head.headers, body, BODY_BYTES_MAX, &app.budget).await?;
+    let body = body::read(&head.headers, body, BODY_BYTES_MAX, &app.own_budget).await?;
     let Asked { joining, without_effect } = Asked::parse(&body).map_err(invalid)?;
     let joined = app.take_in(joining)?;
     let mut message = joining_message(&joined);

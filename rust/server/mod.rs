@@ -63,6 +63,9 @@ fn aborted() -> Error {
     Error::new(Kind::Aborted, "ended by POST /abort_request")
 }
 
+/// Bytes that the bodies of requests to the router's own routes may take together.
+const OWN_BYTES_MAX: u64 = 64 << 20;
+
 /// One router: what its handlers share.
 pub(crate) struct App {
     options: Options,
@@ -76,6 +79,8 @@ pub(crate) struct App {
     request_ids: RequestIds,
     admission: Admission,
     budget: Arc<Budget>,
+    /// For the small bodies of the router's own routes, so that those who manage it are let in when it is full.
+    own_budget: Arc<Budget>,
     in_flight: Arc<InFlight>,
     doors: Doors,
     is_draining: AtomicBool,
@@ -94,6 +99,7 @@ impl App {
             request_ids: RequestIds::new(&options.request_id_headers),
             admission: Admission::new(&options.admission),
             budget: Budget::new(options.max_buffered_bytes),
+            own_budget: Budget::new(OWN_BYTES_MAX),
             in_flight: Arc::default(),
             doors: Doors::new(&options),
             metrics: Arc::new(Metrics::new(&options.metrics)),

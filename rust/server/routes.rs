@@ -146,9 +146,7 @@ pub(crate) fn router(app: &Arc<App>) -> Router {
         router = router.route(path, handler(app, &Method::POST, path, Purpose::Routed));
     }
     router = router.fallback(not_found).method_not_allowed_fallback(not_allowed);
-    if app.doors.have_locks() {
-        router = router.layer(from_fn_with_state(app.clone(), doors::ask_for_key));
-    }
+    router = router.layer(from_fn_with_state(app.clone(), doors::ask_for_key));
     // Outermost: a preflight has no key, and a page may read why it was refused.
     if let Some(cors) = cors::layer(&app.options.cors_allowed_origins) {
         router = router.layer(cors);

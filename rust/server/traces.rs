@@ -49,7 +49,7 @@ pub(super) async fn batch(
 ) -> Result<Json<Vec<Trace>>, Error> {
     let tracker = app.traces()?;
     let (head, body) = request.into_parts();
-    let body = body::read(&head.headers, body, BATCH_BYTES_MAX, &app.budget).await?;
+    let body = body::read(&head.headers, body, BATCH_BYTES_MAX, &app.own_budget).await?;
     let batch: Batch = serde_json::from_slice(&body).map_err(|error| {
         let message = format!(r#"the body is not {{"request_ids": ["...", ...]}}: {error}"#);
         Error::new(Kind::InvalidQuery, message)

@@ -109,7 +109,9 @@ impl Worker {
             return match self.gate.state() {
                 breaker::State::Closed => "has just become healthy".to_owned(),
                 breaker::State::Open => "has its circuit breaker open".to_owned(),
-                breaker::State::HalfOpen => "has its circuit breaker half_open and a probe on its way".to_owned(),
+                breaker::State::HalfOpen => {
+                    "has its circuit breaker half_open and a probe on its way".to_owned()
+                }
             };
         }
         let why = self.last_error().map(|why| format!(" ({why})")).unwrap_or_default();
@@ -122,7 +124,7 @@ impl Worker {
             return path.clone().into();
         }
         let whole = format!("{}{path}", self.url.base_path());
-        // Both parts were parsed before, each beginning with a slash.
+        // Both parts were parsed before, each beginning with a slash, and the server takes no target too long for both.
         whole.parse().unwrap_or_else(|_| path.clone().into())
     }
 

@@ -2,7 +2,7 @@
 
 use sglang_router_rs::server::{Door, routes::ROUTES};
 
-use crate::support::{Message, Router, ScriptedWorker, Simulated, ok, request};
+use crate::support::{Message, Router, ScriptedWorker, Simulated, encoded, ok, request};
 
 const API: &str = "--api-key=open-sesame";
 const ADMIN: &str = "--admin-api-key=master-key";
@@ -261,6 +261,19 @@ async fn without_allowed_origins_no_answer_has_cors_headers() {
     let head = "HTTP/1.1 200 OK\r\naccess-control-allow-origin: *\r\naccess-control-allow-credentials: true\r\n";
     worker.request().await.answer(format!("{head}content-length: 0\r\n\r\n")).await;
     assert!(cors(&client.answer().await).is_empty());
+}
+
+#[tokio::test]
+async fn a_page_of_another_origin_does_not_manage_a_router_without_a_key() {
+    let worker = ScriptedWorker::start().await;
+    let router = Router::ready(&[&worker.url], &[]).await;
+    let path = format!("POST /remove_worker?url={}", encoded(&worker.url));
+    let refusal = router.ask(request(&path, &[("origin", PAGE)], "")).await;
+    assert_eq!((refusal.status(), &*refusal.error_code()), (403, "forbidden_origin"));
+    assert!(refusal.error_message().contains("cors_allowed_origins"), "{}", refusal.text());
+    router.until_healthy(1).await;
+    let own = [("origin", "http://router.test")];
+    assert_eq!(router.ask(request(&path, &own, "")).await.status(), 200);
 }
 
 #[tokio::test]

@@ -118,6 +118,23 @@ async fn heads_that_are_malformed_are_refused() {
 }
 
 #[tokio::test]
+async fn a_target_that_leaves_no_room_for_a_base_path_is_refused() {
+    let mut worker = ScriptedWorker::start().await;
+    let url = format!("{}/tenant-a", worker.url);
+    let router = Router::ready(&[&url], &[]).await;
+    let target = |bytes: usize| format!("/generate?{}", "a".repeat(bytes - "/generate?".len()));
+    let mut client = router.connect().await;
+    client.send(request(&format!("POST {}", target(63_000)), &[], "{}")).await;
+    let exchange = worker.request().await;
+    assert!(exchange.request.first_line().starts_with("POST /tenant-a/generate?aaa"));
+    exchange.answer(ok("{}")).await;
+    assert_eq!(client.answer().await.status(), 200);
+    client.send(request(&format!("POST {}", target(63_001)), &[], "{}")).await;
+    let answer = client.answer().await;
+    assert_eq!((answer.status(), &*answer.error_code()), (414, "uri_too_long"));
+}
+
+#[tokio::test]
 async fn a_request_names_one_host() {
     let (mut worker, router) = pair(&[]).await;
     for (line, hosts, is_fine) in [
