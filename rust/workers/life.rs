@@ -17,8 +17,7 @@ use super::{FirstRound, ServerInfo, Worker, Workers};
 /// A check's answer is read up to here and thrown away.
 const ANSWER_BYTES_MAX: usize = 4 << 20;
 const CLOSE_IDLE_EVERY: Duration = Duration::from_millis(500);
-/// How often a worker that leaves is looked at. Longer than a pick takes, so that one that still saw the worker in its
-/// snapshot is in flight by then.
+/// How often a worker that leaves is looked at.
 const DRAINED_EVERY: Duration = Duration::from_millis(50);
 /// Where a worker says what it is, newest first: SGLang warns in its log of the older path.
 const INFO_PATHS: [&str; 2] = ["/server_info", "/get_server_info"];
@@ -35,7 +34,7 @@ pub(super) async fn live(
     }
     loop {
         tokio::time::sleep(DRAINED_EVERY).await;
-        if worker.target.in_flight() == 0 {
+        if !worker.is_held() {
             return workers.gone(&worker);
         }
     }
