@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 use tokio::runtime::Runtime;
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 use tracing::Dispatch;
 
 use crate::options::Options;
 use crate::routing::{self, Policy};
 use crate::server::{self, App, Order, Secret, routes};
-use crate::telemetry::logging::{self, LogFiles};
+use crate::telemetry::logging::{self, LogWriters};
 use crate::tracking::Tracker;
 use crate::upstream::{self, Network};
 use crate::workers::Workers;
@@ -26,8 +27,8 @@ pub struct Running {
     app: Arc<App>,
     orders: watch::Sender<Order>,
     ended: Arc<Ended>,
-    /// Its threads and its files of log lines; None once the router has ended.
-    threads: Mutex<Option<(Runtime, Option<LogFiles>)>>,
+    /// Its threads and those that write its log lines; None once the router has ended.
+    threads: Mutex<Option<(Runtime, LogWriters)>>,
 }
 
 #[derive(Default)]
@@ -43,7 +44,7 @@ impl Running {
     /// The port is taken, the address is not one of this machine, or a file or directory of logs cannot be made; the
     /// message names it.
     pub fn start(options: Options) -> io::Result<Self> {
-        let (log, log_files) = logging::subscriber(&options.logging)?;
+        let (log, log_writers) = logging::subscriber(&options.logging)?;
         let runtime = runtime(&options, &log)?;
         let in_runtime = runtime.enter();
         let _logged = tracing::dispatcher::set_default(&log);
@@ -64,17 +65,20 @@ impl Running {
             tokio::spawn(remove_expired_forever(tracker.clone()));
         }
         let orders = watch::Sender::new(Order::Serve);
+        // Readings of a drain are wanted too, so it serves until that has ended.
+        let metrics_orders = watch::Sender::new(Order::Serve);
         if let Some(listener) = metrics_listener {
             tracing::info!("metrics on http://{}/metrics too", listener.local_addr()?);
             let router = routes::metrics_only(&app);
-            tokio::spawn(server::serve(listener, router, orders.subscribe(), request_timeout));
+            let orders = metrics_orders.subscribe();
+            tokio::spawn(server::serve(listener, router, orders, request_timeout));
         }
         let ended = Arc::new(Ended::default());
         let router = routes::router(&app);
         let serving = server::serve(listener, router, orders.subscribe(), request_timeout);
-        tokio::spawn(ring_when_ended(serving, app.clone(), ended.clone()));
+        tokio::spawn(ring_when_ended(serving, metrics_orders, app.clone(), ended.clone()));
         drop(in_runtime);
-        let threads = Mutex::new(Some((runtime, log_files)));
+        let threads = Mutex::new(Some((runtime, log_writers)));
         Ok(Self { address, app, orders, ended, threads })
     }
 
@@ -120,8 +124,9 @@ impl Running {
         self.orders.send_replace(Order::Stop);
     }
 
-    /// Waits for the end, at most this long. Returns whether the router has ended; then its port is free and
-    /// its threads are gone.
+    /// Waits for the end, at most this long. Returns whether the router has ended; then its port is free, its log lines
+    /// and trace log are written, and its threads are gone. Those may take three seconds more: a look-up of a name that
+    /// hangs, or a standard error that nobody reads, is not waited for any longer, and its thread stays behind.
     pub fn wait(&self, timeout: Duration) -> bool {
         let until = Instant::now() + timeout;
         let mut is_ended = self.ended.is_ended.lock();
@@ -137,14 +142,14 @@ impl Running {
 
     fn end(&self) {
         self.app.stop();
-        if let Some((runtime, log_files)) = self.threads.lock().take() {
+        if let Some((runtime, log_writers)) = self.threads.lock().take() {
             // A name look-up that hangs in a blocking thread is not waited for.
             runtime.shutdown_timeout(Duration::from_secs(1));
             // Now that every request has ended, and so that what goes wrong can be logged.
             if let Some(tracker) = self.app.tracker() {
                 tracker.close_log();
             }
-            drop(log_files);
+            drop(log_writers);
         }
     }
 }
@@ -182,13 +187,18 @@ fn raise_descriptor_limit() {
 }
 
 async fn ring_when_ended(
-    serving: impl Future<Output = ()> + Send + 'static,
+    serving: impl Future<Output = JoinSet<()>> + Send + 'static,
+    metrics_orders: watch::Sender<Order>,
     app: Arc<App>,
     ended: Arc<Ended>,
 ) {
     // Also a server that ended in a panic has ended.
-    let _ = tokio::spawn(serving).await;
+    let left = tokio::spawn(serving).await;
     app.stop();
+    // Cuts the connections that are left, now that their requests can tell why.
+    drop(left);
+    // The end of its orders is the end of the other listener.
+    drop(metrics_orders);
     *ended.is_ended.lock() = true;
     ended.rung.notify_all();
 }

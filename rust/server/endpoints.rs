@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use axum::Json;
 use axum::body::Body;
@@ -15,10 +16,14 @@ use serde_json::{Value, json};
 
 use super::ask::{Question, ask, ask_each};
 use super::engine_metrics::Merge;
-use super::{App, headers, scrape};
+use super::{App, headers, now, scrape};
 use crate::error::{Error, Kind, shown};
 use crate::telemetry::metrics::CONTENT_TYPE;
+use crate::workers::breaker::Fitness;
 use crate::workers::{State as Health, Worker};
+
+/// How long one worker after another is asked for a single answer.
+const ONE_ANSWER_WITHIN: Duration = Duration::from_secs(30);
 
 pub(super) async fn alive() -> &'static str {
     "OK"
@@ -89,7 +94,7 @@ fn describe(worker: &Worker) -> Value {
     })
 }
 
-/// Passes a GET on to the first healthy worker that answers.
+/// Passes a GET on to the first worker that answers, of those that may be picked.
 pub(super) async fn from_worker(
     State(app): State<Arc<App>>,
     request: Request,
@@ -98,41 +103,48 @@ pub(super) async fn from_worker(
     let root = PathAndQuery::from_static("/");
     let path = head.uri.path_and_query().cloned().unwrap_or(root);
     let question = Question::get(path, headers::towards_worker(head.headers));
+    let mut workers = app.workers.snapshot().routable.clone();
+    workers.retain(|worker| worker.gate.fitness(now()) != Fitness::Barred);
     let mut failure = None;
-    for worker in &app.workers.snapshot().routable {
-        match ask(&app, worker, &question).await {
-            Ok(answer) => {
-                let mut answer = answer.map(Body::from);
-                headers::towards_client(answer.headers_mut());
-                app.name_worker(answer.headers_mut(), worker);
-                return Ok(answer);
+    let asking = async {
+        for worker in &workers {
+            match ask(&app, worker, &question).await {
+                Ok(answer) => return Some((worker, answer)),
+                Err(why) => failure = Some(format!("{}: {why}", worker.url)),
             }
-            Err(why) => failure = Some(format!("{}: {why}", worker.url)),
         }
-    }
-    Err(match failure {
-        Some(failure) => Error::new(Kind::WorkerUnreachable, failure),
-        None => app.no_available_workers(),
-    })
+        None
+    };
+    let answered = tokio::time::timeout(ONE_ANSWER_WITHIN, asking).await.unwrap_or_default();
+    let Some((worker, answer)) = answered else {
+        return Err(match failure {
+            Some(failure) => Error::new(Kind::WorkerUnreachable, failure),
+            None => app.no_available_workers(),
+        });
+    };
+    let mut answer = answer.map(Body::from);
+    headers::towards_client(answer.headers_mut());
+    app.name_worker(answer.headers_mut(), worker);
+    Ok(answer)
 }
 
 /// The Prometheus texts of all healthy workers as one, each sample labelled with its worker.
 pub(super) async fn engine_metrics(State(app): State<Arc<App>>) -> Result<Response, Error> {
-    let snapshot = app.workers.snapshot();
-    if snapshot.routable.is_empty() {
+    let workers = app.workers.snapshot().routable.clone();
+    if workers.is_empty() {
         return Err(app.no_available_workers());
     }
     let question = Question::get(PathAndQuery::from_static("/metrics"), HeaderMap::new());
-    let texts = ask_each(&app, &snapshot.routable, &question, |_, text| text).await;
+    let texts = ask_each(&app, &workers, &question, |_, text| text).await;
     let mut merge = Merge::default();
     let mut failures = Vec::new();
-    for (worker, text) in snapshot.routable.iter().zip(texts) {
+    for (worker, text) in workers.iter().zip(texts) {
         match text {
             Ok(text) => merge.add(worker.url.as_str(), &String::from_utf8_lossy(&text)),
             Err(why) => failures.push(format!("{}: {why}", worker.url)),
         }
     }
-    if failures.len() == snapshot.routable.len() {
+    if failures.len() == workers.len() {
         let message = format!(
             "no worker gave its metrics (SGLang needs --enable-metrics): {}",
             failures.join("; ")

@@ -21,6 +21,7 @@ use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::client_stream::ClientStream;
@@ -32,6 +33,7 @@ use crate::error::{Error, Kind};
 const BACKLOG: u32 = 4096;
 /// A failed accept, for instance for want of file descriptors, would fail again at once.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+const WARN_EVERY: Duration = Duration::from_secs(60);
 
 /// How long a client may take for the head of its next request. Longer than clients keep idle connections.
 const HEAD_WITHIN: Duration = Duration::from_secs(120);
@@ -91,14 +93,18 @@ pub(crate) async fn listen(host: &str, port: u16) -> io::Result<TcpListener> {
     ))
 }
 
-/// Serves until told to drain, then waits for what is in flight. Returns when all has ended or is to be cut.
+/// Serves until told to drain, then waits for what is in flight. Returns when all has ended or is to be cut, with the
+/// connections that are left; dropping them cuts them.
 pub(crate) async fn serve(
     listener: TcpListener,
     router: Router,
     mut orders: watch::Receiver<Order>,
     request_timeout: Duration,
-) {
+) -> JoinSet<()> {
     let graceful = GracefulShutdown::new();
+    // As many as clients open, which the system's limit of file descriptors bounds.
+    let mut connections = JoinSet::new();
+    let mut warned_at = None;
     loop {
         let order = *orders.borrow_and_update();
         let closing = async {
@@ -111,10 +117,14 @@ pub(crate) async fn serve(
         tokio::select! {
             biased;
             () = closing => break,
-            changed = orders.changed() => if changed.is_err() { return },
+            changed = orders.changed() => if changed.is_err() { return connections },
+            // One that panicked has told about itself.
+            Some(_) = connections.join_next() => {}
             accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => accept(stream, router.clone(), &graceful, request_timeout),
-                Err(error) => refused(&error).await,
+                Ok((stream, _)) => {
+                    accept(stream, router.clone(), &graceful, request_timeout, &mut connections);
+                }
+                Err(error) => refused(&error, &mut warned_at).await,
             },
         }
     }
@@ -123,12 +133,17 @@ pub(crate) async fn serve(
     let mut drained = pin!(graceful.shutdown());
     loop {
         let Order::Drain { until, .. } = *orders.borrow_and_update() else {
-            return tracing::warn!("told to stop at once: cutting what is left");
+            tracing::warn!("told to stop at once: cutting what is left");
+            return connections;
         };
         tokio::select! {
-            () = &mut drained => return tracing::info!("drained"),
+            () = &mut drained => {
+                tracing::info!("drained");
+                return connections;
+            }
             () = tokio::time::sleep_until(until) => {
-                return tracing::warn!("grace period over: cutting what is left");
+                tracing::warn!("grace period over: cutting what is left");
+                return connections;
             }
             _ = orders.changed() => {}
         }
@@ -140,9 +155,12 @@ fn accept(
     router: Router,
     graceful: &GracefulShutdown,
     request_timeout: Duration,
+    connections: &mut JoinSet<()>,
 ) {
     match stream.set_nodelay(true) {
-        Ok(()) => drop(tokio::spawn(serve_connection(stream, router, graceful, request_timeout))),
+        Ok(()) => {
+            connections.spawn(serve_connection(stream, router, graceful, request_timeout));
+        }
         Err(error) => tracing::debug!("a client was gone before it was served: {error}"),
     }
 }
@@ -200,8 +218,11 @@ fn check_head<Body>(request: &Request<Body>) -> Result<(), Error> {
 }
 
 /// Out of file descriptors, or a client that left again: neither ends the router.
-async fn refused(error: &io::Error) {
-    tracing::warn!("cannot accept a connection: {error}");
+async fn refused(error: &io::Error, warned_at: &mut Option<Instant>) {
+    if warned_at.is_none_or(|at| at.elapsed() >= WARN_EVERY) {
+        *warned_at = Some(Instant::now());
+        tracing::warn!("cannot accept a connection: {error} (said at most once a minute)");
+    }
     tokio::time::sleep(ACCEPT_PAUSE).await;
 }
 

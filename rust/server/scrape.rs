@@ -1,5 +1,6 @@
 //! What `/metrics` shows of things that are there anyway, read when somebody asks.
 
+use std::collections::HashSet;
 use std::sync::atomic::Ordering;
 
 use super::App;
@@ -28,13 +29,14 @@ pub(super) async fn read(app: &App) -> Reading {
 
 fn read_workers(workers: &Workers, reading: &Reading) {
     let all = &workers.snapshot().all;
-    for (place, worker) in all.iter().enumerate() {
+    let mut urls = HashSet::with_capacity(all.len());
+    for worker in all.iter().rev() {
         let labels = WorkerLabels { worker: worker.url.as_str().into() };
         let in_flight = i64::from(worker.target.in_flight());
         reading.requests_active.get_or_create(&labels).inc_by(in_flight);
         reading.running.get_or_create(&labels).inc_by(in_flight);
         // Of two workers of one URL the older one is on its way out, and the newer one's counts begin anew.
-        if all[place + 1..].iter().all(|other| other.url != worker.url) {
+        if urls.insert(worker.url.as_str()) {
             read_worker(worker, &labels, reading);
             read_breaker(worker, &labels, reading);
         }
@@ -103,6 +105,10 @@ fn read_tracker(tracker: &Tracker, reading: &Reading) {
     reading.traces_bytes.now().set(whole(stats.memory_bytes as u64));
     reading.traces_evicted.now().inc_by(stats.evicted);
     reading.traces_expired.now().inc_by(stats.expired);
+    if tracker.options().trace_log.is_some() {
+        reading.trace_log_written.now().inc_by(tracker.log_written());
+        reading.trace_log_lost.now().inc_by(tracker.log_lost());
+    }
 }
 
 /// Nothing is said where the system does not tell.

@@ -1,11 +1,11 @@
 //! Log lines on standard error, and in files if a directory is named.
 //!
 //! Each router has its own subscriber, set on the threads of its own runtime, so that several routers in one
-//! process log each at its own level and an embedding program's logging is left alone. A thread of the files' own
-//! writes them, so that a slow disk holds up no request.
+//! process log each at its own level and an embedding program's logging is left alone. Standard error and the files
+//! have a thread each that writes to them, so that neither a slow disk nor a pipe that nobody reads holds up a request.
 
 use std::error::Error as _;
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
 use tracing::level_filters::LevelFilter;
@@ -17,8 +17,10 @@ use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::{LookupSpan, Registry};
 
-/// Lines waiting to be written to a file; more are left out there.
+/// Lines waiting to be written to standard error, and to a file; more are left out there.
 const WAITING_LINES_MAX: usize = 65_536;
+/// A file for each day; older ones are removed.
+const FILES_MAX: usize = 30;
 
 #[derive(clap::Args, Clone, Debug)]
 #[group(skip)]
@@ -27,7 +29,7 @@ pub struct Options {
     #[arg(long, default_value = "info", value_name = "LEVEL", value_parser = parse_level)]
     pub log_level: LevelFilter,
 
-    /// Directory where log lines go too, into a file for each day (UTC); made if it is not there
+    /// Directory where log lines go too, into a file for each day (UTC), the last 30 of which stay; made if it is not there
     #[arg(long, value_name = "DIR")]
     pub log_dir: Option<PathBuf>,
 
@@ -46,26 +48,30 @@ fn parse_level(text: &str) -> Result<LevelFilter, String> {
     }
 }
 
-/// The files of one router. Dropped, it writes what is waiting; lines that come later are left out of the files.
+/// The threads that write one router's lines. Dropped, it writes what is waiting, as far as a second for each allows;
+/// lines that come later are left out.
 #[must_use]
 #[derive(Debug)]
-pub struct LogFiles(#[allow(dead_code, reason = "its drop is its use")] WorkerGuard);
+pub struct LogWriters(#[allow(dead_code, reason = "its drop is its use")] Vec<WorkerGuard>);
 
-/// The subscriber of one router, and the files it writes.
+/// The subscriber of one router, and what writes its lines.
 ///
 /// # Errors
 /// The directory or the first file in it cannot be made; the message names the directory.
-pub fn subscriber(options: &Options) -> io::Result<(Dispatch, Option<LogFiles>)> {
-    let (file, files) = match &options.log_dir {
-        None => (None, None),
-        Some(directory) => {
-            let (writer, files) = open_files(directory)?;
-            (Some(lines(options, writer, false)), Some(files))
-        }
-    };
-    let terminal = lines(options, io::stderr, io::stderr().is_terminal());
+pub fn subscriber(options: &Options) -> io::Result<(Dispatch, LogWriters)> {
+    let files = options.log_dir.as_deref().map(open_files).transpose()?;
+    let (file, file_guard) = files.map(in_background).unzip();
+    let (terminal, terminal_guard) = in_background(io::stderr());
+    let file = file.map(|writer| lines(options, writer, false));
+    let terminal = lines(options, terminal, io::stderr().is_terminal());
     let subscriber = Registry::default().with(options.log_level).with(file).with(terminal);
-    Ok((Dispatch::new(subscriber), files))
+    let guards = file_guard.into_iter().chain([terminal_guard]).collect();
+    Ok((Dispatch::new(subscriber), LogWriters(guards)))
+}
+
+fn in_background(writer: impl Write + Send + 'static) -> (NonBlocking, WorkerGuard) {
+    let builder = NonBlockingBuilder::default().buffered_lines_limit(WAITING_LINES_MAX);
+    builder.thread_name("router-log").finish(writer)
 }
 
 fn lines<S, W>(options: &Options, writer: W, has_colours: bool) -> Box<dyn Layer<S> + Send + Sync>
@@ -82,16 +88,14 @@ where
     if options.log_json { layer.json().flatten_event(true).boxed() } else { layer.boxed() }
 }
 
-fn open_files(directory: &Path) -> io::Result<(NonBlocking, LogFiles)> {
-    let appender = RollingFileAppender::builder()
+fn open_files(directory: &Path) -> io::Result<RollingFileAppender> {
+    RollingFileAppender::builder()
         .rotation(Rotation::DAILY)
         .filename_prefix("sglang-router")
         .filename_suffix("log")
+        .max_log_files(FILES_MAX)
         .build(directory)
-        .map_err(|error| unusable(directory, &error))?;
-    let builder = NonBlockingBuilder::default().buffered_lines_limit(WAITING_LINES_MAX);
-    let (writer, guard) = builder.thread_name("router-log").finish(appender);
-    Ok((writer, LogFiles(guard)))
+        .map_err(|error| unusable(directory, &error))
 }
 
 fn unusable(directory: &Path, error: &InitError) -> io::Error {

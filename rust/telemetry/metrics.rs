@@ -335,6 +335,10 @@ metrics! {
         "Records that outlived `trace_ttl_seconds`";
     traces_bytes: Known<Gauge> = Known::default(), "sgl_router_traces_bytes",
         "Memory that the records take, an estimate";
+    trace_log_written: Known<Counter> = Known::default(), "sgl_router_trace_log_written",
+        "Records written to `trace_log`";
+    trace_log_lost: Known<Counter> = Known::default(), "sgl_router_trace_log_lost",
+        "Records that could not be, or not as fast as they came";
     build_info: Gauges<BuildLabels> = Family::default(), "sgl_router_build_info",
         "1, with the router's version and policy";
     open_fds: Known<Gauge> = Known::default(), "process_open_fds",

@@ -31,7 +31,7 @@ use crate::error::with_causes;
 
 /// uvicorn, SGLang's server, closes a connection that was idle for 5 s; ours are gone before.
 const IDLE_MAX: Duration = Duration::from_millis(2500);
-/// How long a connection whose answer has ended may take to be ready for the next request.
+/// How long is waited for connections whose answers have ended to be ready for the next request.
 const READY_WITHIN: Duration = Duration::from_millis(5);
 /// How much of a body's head is shown to who asks before it is relayed.
 const BEGUN_BYTES_MAX: usize = 400;
@@ -185,6 +185,7 @@ impl Connections {
 
     /// The connection that was given back last among those that can take a request.
     async fn reusable(&self) -> Option<Connection> {
+        let until = Instant::now() + READY_WITHIN;
         loop {
             let mut connection = self.newest_usable()?;
             if connection.sender.is_ready() {
@@ -192,7 +193,7 @@ impl Connections {
             }
             // It was given back when the last byte of its answer was read, which may be a moment before hyper has
             // declared it ready, or closed. One whose request is still being sent, though it was answered, is dropped.
-            let ready = tokio::time::timeout(READY_WITHIN, connection.sender.ready()).await;
+            let ready = tokio::time::timeout_at(until, connection.sender.ready()).await;
             if ready.is_ok_and(|ready| ready.is_ok()) {
                 return Some(connection);
             }

@@ -1,9 +1,9 @@
 //! Workers that come and go with the addresses of a name.
 //!
 //! The one idea: the addresses of the last good answer are remembered, and only what differs in the next one joins or
-//! leaves. An answer that fails or is empty says nothing, so a resolver's trouble removes nobody. Whoever joined in
-//! another way stays when the name loses its address, and whoever was removed by hand stays away until the name has
-//! lost it.
+//! leaves. An answer that fails or is empty says nothing, so a resolver's trouble removes nobody. Whoever is named by its
+//! URL too, or has another name, stays when the name loses its address, and whoever was removed by hand stays away until
+//! the name has lost it.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::source::{DnsName, change};
+use super::wanted::WantedBy;
 use super::{FirstRound, Joining, WORKERS_MAX, Worker, Workers};
 
 const RESOLVE_EVERY: Duration = Duration::from_secs(5);
@@ -21,7 +22,7 @@ const RESOLVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// and the first checks of the workers it brought.
 pub(super) async fn follow(workers: Arc<Workers>, name: DnsName, round: Arc<FirstRound>) {
     let mut round = Some(round);
-    let mut followed = Followed { workers, name, brought: BTreeMap::new() };
+    let mut followed = Followed { workers, name, has: BTreeMap::new() };
     let mut trouble = None;
     loop {
         let outcome = match followed.resolve().await {
@@ -45,8 +46,8 @@ pub(super) async fn follow(workers: Arc<Workers>, name: DnsName, round: Arc<Firs
 struct Followed {
     workers: Arc<Workers>,
     name: DnsName,
-    /// The addresses of the last good answer, at most [`WORKERS_MAX`]; with the worker, where this name brought it.
-    brought: BTreeMap<SocketAddr, Option<Arc<Worker>>>,
+    /// The addresses of the last good answer, at most [`WORKERS_MAX`], and the worker at each.
+    has: BTreeMap<SocketAddr, Arc<Worker>>,
 }
 
 impl Followed {
@@ -69,12 +70,12 @@ impl Followed {
         found: &[SocketAddr],
         round: Option<&Arc<FirstRound>>,
     ) -> Result<(), String> {
-        let had: Vec<SocketAddr> = self.brought.keys().copied().collect();
+        let had: Vec<SocketAddr> = self.has.keys().copied().collect();
         let change = change(&had, found);
         for address in &change.went {
-            if let Some(worker) = self.brought.remove(address).flatten() {
+            if let Some(worker) = self.has.remove(address) {
                 tracing::info!(worker = %worker.url, "{} has lost this address", self.name);
-                self.workers.leave(&worker);
+                self.workers.lost_by_name(&worker);
             }
         }
         let (places, joining): (Vec<SocketAddr>, Vec<Joining>) = change
@@ -83,10 +84,11 @@ impl Followed {
             .filter_map(|address| Some((*address, Joining::at(self.name.worker_at(*address)?))))
             .unzip();
         let mut refused = None;
-        for (address, joined) in places.into_iter().zip(self.workers.join_all(joining, round)) {
+        let joined = self.workers.join_all(joining, WantedBy::Name, round);
+        for (address, joined) in places.into_iter().zip(joined) {
             match joined {
                 Ok(joined) => {
-                    self.brought.insert(address, joined.is_new.then_some(joined.worker));
+                    self.has.insert(address, joined.worker);
                 }
                 Err(full) => refused = Some(full.to_string()),
             }

@@ -17,8 +17,7 @@ use super::{FirstRound, ServerInfo, Worker, Workers};
 /// A check's answer is read up to here and thrown away.
 const ANSWER_BYTES_MAX: usize = 4 << 20;
 const CLOSE_IDLE_EVERY: Duration = Duration::from_millis(500);
-/// How often a worker that leaves is looked at. Longer than a pick takes, so that one that still saw the worker in its
-/// snapshot is in flight by then.
+/// How often a worker that leaves is looked at.
 const DRAINED_EVERY: Duration = Duration::from_millis(50);
 /// Where a worker says what it is, newest first: SGLang warns in its log of the older path.
 const INFO_PATHS: [&str; 2] = ["/server_info", "/get_server_info"];
@@ -35,7 +34,7 @@ pub(super) async fn live(
     }
     loop {
         tokio::time::sleep(DRAINED_EVERY).await;
-        if worker.target.in_flight() == 0 {
+        if !worker.is_held() {
             return workers.gone(&worker);
         }
     }
@@ -62,13 +61,18 @@ async fn check_forever(workers: &Workers, worker: &Worker, mut round: Option<Arc
                 learn(workers, worker).await;
             }
             let waited = began.elapsed().as_secs();
-            if let (Err(why), State::Starting) = (&outcome, worker.state())
+            if let (Err(CheckError { why, .. }), State::Starting) = (&outcome, worker.state())
                 && waited >= options.worker_startup_timeout_secs
                 && !std::mem::replace(&mut is_reported, true)
             {
                 tracing::error!(worker = %worker.url, "not healthy within {waited} s: {why}");
             }
-            workers.checked(worker, outcome.map(|_| ()));
+            match outcome {
+                Err(CheckError { why, is_ours: true }) => {
+                    tracing::debug!(worker = %worker.url, "not checked: {why}");
+                }
+                outcome => workers.checked(worker, outcome.map(drop).map_err(|error| error.why)),
+            }
             round = None;
             if is_good && !is_asked_first {
                 learn(workers, worker).await;
@@ -114,13 +118,26 @@ async fn learn(workers: &Workers, worker: &Worker) {
                     return workers.told(worker, info);
                 }
             }
-            Err(why) => tracing::debug!(worker = %worker.url, "{path}: {why}"),
+            Err(error) => tracing::debug!(worker = %worker.url, "{path}: {}", error.why),
         }
     }
 }
 
-/// The body of a 2xx answer, or in words why there is none.
-async fn get(worker: &Worker, path: &str, timeout: Duration) -> Result<Bytes, String> {
+/// Why a question was not answered well.
+struct CheckError {
+    why: String,
+    /// For want of file descriptors, for instance: it says nothing of the worker.
+    is_ours: bool,
+}
+
+impl From<String> for CheckError {
+    fn from(why: String) -> Self {
+        Self { why, is_ours: false }
+    }
+}
+
+/// The body of a 2xx answer.
+async fn get(worker: &Worker, path: &str, timeout: Duration) -> Result<Bytes, CheckError> {
     let path_and_query: PathAndQuery = path.parse().map_err(|error| format!("{path}: {error}"))?;
     let mut request = Request::get(worker.uri(&path_and_query))
         .header(header::HOST, worker.url.authority())
@@ -128,15 +145,19 @@ async fn get(worker: &Worker, path: &str, timeout: Duration) -> Result<Bytes, St
         .map_err(|error| error.to_string())?;
     worker.authorize(request.headers_mut());
     let exchange = async {
-        let answer = worker.connections.send(request).await.map_err(|error| error.to_string())?;
+        let answer = worker
+            .connections
+            .send(request)
+            .await
+            .map_err(|error| CheckError { why: error.to_string(), is_ours: error.is_ours() })?;
         let status = answer.status();
         let body = Limited::new(answer.into_body(), ANSWER_BYTES_MAX).collect().await;
         let body = body.map_err(|error| format!("the answer broke off: {error}"))?.to_bytes();
-        if status.is_success() { Ok(body) } else { Err(refused(path, status)) }
+        if status.is_success() { Ok(body) } else { Err(refused(path, status).into()) }
     };
-    tokio::time::timeout(timeout, exchange)
-        .await
-        .unwrap_or_else(|_| Err(format!("{path} not answered within {} s", timeout.as_secs())))
+    tokio::time::timeout(timeout, exchange).await.unwrap_or_else(|_| {
+        Err(format!("{path} not answered within {} s", timeout.as_secs()).into())
+    })
 }
 
 fn refused(path: &str, status: StatusCode) -> String {

@@ -17,8 +17,9 @@ mod options;
 mod server_info;
 mod source;
 mod url;
+mod wanted;
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -41,6 +42,7 @@ pub use options::Options;
 pub use server_info::ServerInfo;
 pub use source::{DnsName, Source};
 pub use url::WorkerUrl;
+use wanted::{Wanted, WantedBy};
 
 /// Most workers at a time, those that drain among them.
 pub const WORKERS_MAX: usize = 4096;
@@ -69,6 +71,8 @@ pub struct Worker {
     info: ArcSwapOption<ServerInfo>,
     /// Whether it has said which process it is since it was last unreachable.
     is_known: AtomicBool,
+    /// Changes only under the lock of the roster, as does whether it was told to leave.
+    wanted: Mutex<Wanted>,
     health: Mutex<Health>,
     /// Why its last check failed; None after a good one.
     last_error: Mutex<Option<String>>,
@@ -143,6 +147,16 @@ impl Worker {
     /// Whether it was told to leave.
     pub fn is_draining(&self) -> bool {
         self.state() == State::Draining
+    }
+
+    /// Whether a request is in flight there, or may still come to be: a pick that began before it was told to leave has
+    /// a snapshot in which it is routable, however long it takes.
+    fn is_held(&self) -> bool {
+        // Both hold the target beside the worker itself.
+        let is_held = Arc::strong_count(&self.target) > 1;
+        // What they did while they held it, as telling the policy, is seen by whoever was told that it is over.
+        fence(Ordering::Acquire);
+        is_held
     }
 
     /// Another process is behind its URL: what is known of the one before is void.
@@ -279,7 +293,7 @@ impl Workers {
             policy,
         });
         // The options hold no more than may join.
-        workers.enter(joining);
+        workers.enter(joining, WantedBy::Url);
         workers
     }
 
@@ -325,16 +339,17 @@ impl Workers {
     /// # Errors
     /// There are [`WORKERS_MAX`] already.
     pub fn join(self: &Arc<Self>, joining: Joining) -> Result<Joined, TooManyWorkers> {
-        self.join_all(vec![joining], None).pop().unwrap_or(Err(TooManyWorkers))
+        self.join_all(vec![joining], WantedBy::Url, None).pop().unwrap_or(Err(TooManyWorkers))
     }
 
     /// Takes workers in together: none of those that would share a name keeps it.
     fn join_all(
         self: &Arc<Self>,
         joining: Vec<Joining>,
+        by: WantedBy,
         round: Option<&Arc<FirstRound>>,
     ) -> Vec<Result<Joined, TooManyWorkers>> {
-        let outcomes = self.enter(joining);
+        let outcomes = self.enter(joining, by);
         for Joined { worker, is_new } in outcomes.iter().flatten() {
             if *is_new {
                 tracing::info!(node = worker.node_id(), worker = %worker.url, "worker joined");
@@ -346,10 +361,22 @@ impl Workers {
 
     /// Tells a worker to leave: it is not picked from now on, and gone when nothing is in flight there.
     pub fn leave(&self, worker: &Worker) {
+        self.tell_to_leave(&self.roster.lock(), worker);
+    }
+
+    /// A name has lost the worker's address: tells it to leave, unless somebody else wants it.
+    fn lost_by_name(&self, worker: &Worker) {
+        let roster = self.roster.lock();
+        if worker.wanted.lock().lost_by_name() {
+            self.tell_to_leave(&roster, worker);
+        }
+    }
+
+    fn tell_to_leave(&self, locked: &Roster, worker: &Worker) {
         let in_flight = worker.target.in_flight();
         if worker.health.lock().leave() {
             tracing::info!(node = worker.node_id(), worker = %worker.url, in_flight, "worker leaves");
-            self.publish();
+            self.store(locked, self.snapshot().all.clone());
             worker.told_to_leave.notify_one();
         }
     }
@@ -464,13 +491,14 @@ impl Workers {
     }
 
     /// Puts workers on the roster, and those that are not there yet into the snapshot.
-    fn enter(&self, joining: Vec<Joining>) -> Vec<Result<Joined, TooManyWorkers>> {
+    fn enter(&self, joining: Vec<Joining>, by: WantedBy) -> Vec<Result<Joined, TooManyWorkers>> {
         let mut roster = self.roster.lock();
         let mut all = self.snapshot().all.clone();
         let mut enter_one = |joining: Joining| {
             let is_there =
                 |worker: &&Arc<Worker>| worker.url == joining.url && !worker.is_draining();
             if let Some(worker) = all.iter().find(is_there) {
+                worker.wanted.lock().add(by);
                 return Ok(Joined { worker: worker.clone(), is_new: false });
             }
             if all.len() >= WORKERS_MAX || roster.next_index == u32::MAX {
@@ -478,6 +506,7 @@ impl Workers {
             }
             let worker = Arc::new(self.new_worker(roster.next_index, joining));
             roster.next_index += 1;
+            worker.wanted.lock().add(by);
             all.push(worker.clone());
             Ok(Joined { worker, is_new: true })
         };
@@ -547,6 +576,7 @@ impl Workers {
             name: OnceLock::new(),
             info: ArcSwapOption::empty(),
             is_known: AtomicBool::new(false),
+            wanted: Mutex::default(),
             health: Mutex::new(Health::new(&self.options)),
             last_error: Mutex::new(None),
             check_now: Notify::new(),

@@ -42,6 +42,8 @@ struct Scripted {
     does: Mutex<HashMap<String, Does>>,
     /// None: the resolver fails.
     addresses: Mutex<Option<Vec<SocketAddr>>>,
+    /// Of names that have addresses of their own.
+    of_name: Mutex<HashMap<String, Vec<SocketAddr>>>,
     dialled_at: Mutex<Vec<Instant>>,
     resolved: AtomicU64,
 }
@@ -58,13 +60,20 @@ impl Scripted {
     }
 
     fn resolves_to(&self, addresses: &[&str]) {
-        let parse = |address: &&str| address.parse().expect("an address");
-        *self.addresses.lock() = Some(addresses.iter().map(parse).collect());
+        *self.addresses.lock() = Some(parsed(addresses));
+    }
+
+    fn resolves_name_to(&self, name: &str, addresses: &[&str]) {
+        self.of_name.lock().insert(name.to_owned(), parsed(addresses));
     }
 
     fn dials(&self) -> usize {
         self.dialled_at.lock().len()
     }
+}
+
+fn parsed(addresses: &[&str]) -> Vec<SocketAddr> {
+    addresses.iter().map(|address| address.parse().expect("an address")).collect()
 }
 
 impl Network for Scripted {
@@ -84,9 +93,10 @@ impl Network for Scripted {
         })
     }
 
-    fn resolve<'a>(&'a self, _: &'a str, _: u16) -> BoxFuture<'a, io::Result<Vec<SocketAddr>>> {
+    fn resolve<'a>(&'a self, name: &'a str, _: u16) -> BoxFuture<'a, io::Result<Vec<SocketAddr>>> {
         self.resolved.fetch_add(1, Ordering::Relaxed);
-        let addresses = self.addresses.lock().clone();
+        let own = self.of_name.lock().get(name).cloned();
+        let addresses = own.or_else(|| self.addresses.lock().clone());
         Box::pin(async move { addresses.ok_or_else(|| io::Error::other("no such name")) })
     }
 }
@@ -307,10 +317,28 @@ async fn who_is_gone_is_not_checked_any_more() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn who_leaves_is_forgotten_after_the_last_pick_that_could_see_it() {
+    let fleet = fleet(&ONE);
+    fleet.network.set("a:30001", good("{}"));
+    fleet.workers.start_checks();
+    fleet.until_routable(1).await;
+    let picking = fleet.workers.snapshot();
+    fleet.workers.leave(&picking.all[0]);
+    seconds(60).await;
+    let in_flight = picking.targets[0].begin();
+    drop(picking);
+    seconds(60).await;
+    assert_eq!((fleet.all().len(), fleet.forgotten()), (1, vec![]));
+    drop(in_flight);
+    fleet.until(|snapshot| snapshot.all.is_empty()).await;
+    assert_eq!(fleet.forgotten(), [0]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn there_is_a_most_of_workers() {
     let fleet = fleet(&["--disable-health-check"]);
     let at = |number| Joining::at(format!("http://h{number}:1").parse().expect("a URL"));
-    let joined = fleet.workers.join_all((0..WORKERS_MAX).map(at).collect(), None);
+    let joined = fleet.workers.join_all((0..WORKERS_MAX).map(at).collect(), WantedBy::Url, None);
     assert!(joined.iter().all(|joined| joined.as_ref().is_ok_and(|joined| joined.is_new)));
     let one_more = || fleet.workers.join(Joining::at("http://more:1".parse().expect("a URL")));
     assert!(one_more().expect_err("full").to_string().starts_with("4096 workers"));
@@ -501,4 +529,48 @@ async fn who_was_removed_by_hand_stays_away_until_the_name_has_lost_it() {
     fleet.network.resolves_to(&["10.0.0.1:30001", "10.0.0.2:30001"]);
     seconds(10).await;
     assert_eq!(fleet.routable(), [1, 2]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_is_an_address_of_two_names_stays_until_both_have_lost_it() {
+    let fleet = fleet(&["--worker-urls", "dns+http://a:30001", "dns+http://b:30001"]);
+    let (one, two, three) = ("10.0.0.1:30001", "10.0.0.2:30001", "10.0.0.3:30001");
+    for address in [one, two, three] {
+        fleet.network.set(address, good("{}"));
+    }
+    fleet.network.resolves_name_to("a", &[one, two]);
+    fleet.network.resolves_name_to("b", &[one]);
+    fleet.workers.start_checks();
+    fleet.until_routable(2).await;
+    let worker = |address: &str| {
+        let url = format!("http://{address}");
+        fleet.workers.snapshot().routable.iter().find(|it| it.url.as_str() == url).cloned()
+    };
+    let first = worker(one).expect("it is there").index;
+    for (name, address) in [("a", two), ("b", three)] {
+        // The other name has it still, whichever was there first.
+        fleet.network.resolves_name_to(name, &[address]);
+        seconds(20).await;
+        assert_eq!(worker(one).map(|it| it.index), (name == "a").then_some(first), "{name}");
+        assert!(worker(address).is_some());
+    }
+    fleet.network.resolves_name_to("b", &[one]);
+    seconds(20).await;
+    assert_ne!(worker(one).expect("it is back").index, first);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_joined_by_hand_too_does_not_leave_with_the_name() {
+    let fleet = fleet(&DNS);
+    fleet.network.set("10.0.0.1:30001", good("{}"));
+    fleet.network.set("10.0.0.2:30001", good("{}"));
+    fleet.network.resolves_to(&["10.0.0.1:30001", "10.0.0.2:30001"]);
+    fleet.workers.start_checks();
+    fleet.until_routable(2).await;
+    assert!(!fleet.joins("http://10.0.0.1:30001").is_new);
+    fleet.network.resolves_to(&["10.0.0.2:30001"]);
+    seconds(20).await;
+    assert_eq!(fleet.routable(), [0, 1]);
+    fleet.workers.leave(&fleet.all()[0]);
+    assert_eq!(fleet.routable(), [1]);
 }

@@ -106,6 +106,7 @@ async fn the_only_worker_with_an_open_breaker_is_no_worker() {
     }
     assert_eq!(trace["http_status"], 503);
     assert_eq!(trace["error_message"].as_str(), Some(refusal.error_message().as_str()));
+    assert_barred(&router.get("/v1/models").await, &worker, "open");
     assert!(worker.request_now().is_none());
 }
 

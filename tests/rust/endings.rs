@@ -372,3 +372,27 @@ async fn what_waits_for_its_answer_while_the_router_drains_is_answered() {
     assert_eq!(second.answer().await.text(), "2");
     until("the end", async || router.has_ended().then_some(())).await;
 }
+
+#[tokio::test]
+async fn a_router_told_to_stop_cuts_what_is_open_at_once() {
+    let (mut worker, router) = pair(&[]).await;
+    let mut streaming = begin(&router, "streaming").await;
+    let mut begun = worker.request().await;
+    begun.send(stream("data: 1\n\n")).await;
+    let head = streaming.head().await.expect("a head");
+    let mut waiting = begin(&router, "waiting").await;
+    let mut asked = worker.request().await;
+    let mut idle = router.connect().await;
+    assert_eq!(idle.ask(request("GET /health", &[], "")).await.status(), 200);
+    router.drain();
+    // Nobody waits for its end.
+    router.stop();
+    assert!(!streaming.body_of(head).await.is_whole);
+    for client in [&mut waiting, &mut idle] {
+        assert!(client.rest().await.is_empty());
+    }
+    for exchange in [&mut begun, &mut asked] {
+        exchange.closed().await;
+    }
+    until("the end", async || router.has_ended().then_some(())).await;
+}

@@ -1,8 +1,9 @@
-//! What the program writes to its log about a request: nothing but the pick when all goes well, one line when it fails.
+//! What the program writes to its log: of a request nothing but the pick when all goes well, one line when it fails; all
+//! there is until its end, and no request waits for it.
 
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStderr, Command, Stdio};
 use std::sync::{Arc, Mutex};
 
 use crate::support::{ScriptedWorker, Wire, ok, request, until};
@@ -15,18 +16,11 @@ struct Program {
 
 impl Program {
     fn start(worker: &ScriptedWorker, flags: &[&str]) -> Program {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_sglang-router-rs"))
-            .args(["launch", "--port=0", "--log-level=debug", "--worker-urls", &worker.url])
-            .args(flags)
-            .stderr(Stdio::piped())
-            .stdout(Stdio::null())
-            .spawn()
-            .expect("the program");
-        let log = child.stderr.take().expect("its log");
+        let (child, log) = launch(worker, flags);
         let lines: Arc<Mutex<Vec<String>>> = Arc::default();
         let seen = lines.clone();
         std::thread::spawn(move || {
-            for line in BufReader::new(log).lines().map_while(Result::ok) {
+            for line in log.lines().map_while(Result::ok) {
                 seen.lock().expect("no panic").push(line);
             }
         });
@@ -45,10 +39,12 @@ impl Program {
     }
 
     async fn client(&self) -> Wire {
-        let line = self.lines_with("request tracking off").await.remove(0);
-        let address = line.split("http://").nth(1).and_then(|rest| rest.split(',').next());
-        let address: SocketAddr = address.and_then(|it| it.parse().ok()).expect("an address");
-        Wire::connect(address).await
+        self.client_of("request tracking off").await
+    }
+
+    /// A client of the address in the line that holds this text.
+    async fn client_of(&self, text: &str) -> Wire {
+        Wire::connect(address_in(&self.lines_with(text).await[0])).await
     }
 
     /// Level and message of each line about a request, the pick's left out.
@@ -72,6 +68,34 @@ impl Drop for Program {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+fn launch(worker: &ScriptedWorker, flags: &[&str]) -> (Child, BufReader<ChildStderr>) {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_sglang-router-rs"))
+        .args(["launch", "--port=0", "--log-level=debug", "--worker-urls", &worker.url])
+        .args(flags)
+        .stderr(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("the program");
+    let log = child.stderr.take().expect("its log");
+    (child, BufReader::new(log))
+}
+
+fn address_in(line: &str) -> SocketAddr {
+    let address = line.split("http://").nth(1).and_then(|rest| rest.split([',', '/']).next());
+    address.and_then(|it| it.parse().ok()).expect("an address")
+}
+
+fn terminate(child: &Child) {
+    let kill = format!("kill -TERM {}", child.id());
+    assert!(Command::new("sh").args(["-c", &kill]).status().expect("a shell").success());
+}
+
+/// The program's own end, in good order.
+async fn ends_well(child: &mut Child) {
+    let status = until("the program's end", async || child.try_wait().expect("a child")).await;
+    assert!(status.success(), "{status}");
 }
 
 fn post(id: &str) -> Vec<u8> {
@@ -120,4 +144,43 @@ async fn one_line_for_each_failure_and_none_for_what_went_well() {
     assert!(level == "INFO" && message.contains("nobody"), "{message}");
     let (level, message) = told("left");
     assert!(level == "INFO" && message.contains("client disconnected"), "{message}");
+}
+
+#[tokio::test]
+async fn while_it_drains_its_metrics_are_read_and_its_last_line_is_written() {
+    let mut worker = ScriptedWorker::start().await;
+    let mut program = Program::start(&worker, &["--prometheus-port=0"]);
+    program.lines_with("worker healthy").await;
+    let mut client = program.client().await;
+    client.send(post("open")).await;
+    let exchange = worker.request().await;
+    terminate(&program.child);
+    program.lines_with("draining 1 connections").await;
+    let metrics = program.client_of("metrics on").await.ask(request("GET /metrics", &[], "")).await;
+    assert!(metrics.text().contains("smg_http_connections_active 1\n"), "{}", metrics.text());
+    exchange.answer(ok("{}")).await;
+    assert_eq!(client.answer().await.status(), 200);
+    ends_well(&mut program.child).await;
+    program.lines_with("drained").await;
+}
+
+#[tokio::test]
+async fn a_log_that_nobody_reads_holds_up_nothing() {
+    /// More than a pipe holds, 64 KiB, and than is read of it at once.
+    const REQUESTS: usize = 1000;
+    let worker = ScriptedWorker::start().await;
+    let (child, mut log) = launch(&worker, &["--log-level=info"]);
+    let mut program = Program { child, lines: Arc::default() };
+    let mut line = String::new();
+    while !line.contains("request tracking off") {
+        line.clear();
+        log.read_line(&mut line).expect("a line");
+    }
+    let mut client = Wire::connect(address_in(&line)).await;
+    for _ in 0..REQUESTS {
+        let pin = [("x-sglang-target-worker", "nobody, whose name is told in a line of the log")];
+        assert_eq!(client.ask(request("POST /generate", &pin, "{}")).await.status(), 400);
+    }
+    terminate(&program.child);
+    ends_well(&mut program.child).await;
 }

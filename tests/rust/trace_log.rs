@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::support::{Router, ScriptedWorker, Simulated, request};
+use crate::support::{Router, ScriptedWorker, Simulated, request, until};
 
 fn folder() -> TempDir {
     TempDir::new().expect("a temporary folder")
@@ -40,6 +40,13 @@ async fn each_line_is_what_the_route_answered() {
             let status = if is_good { "completed" } else { "failed" };
             told.push(router.trace_when(&id, status).await);
         }
+        let written = format!("sgl_router_trace_log_written_total {}\n", told.len());
+        until("the lines to be counted", async || {
+            let metrics = router.get("/metrics").await.text();
+            assert!(metrics.contains("sgl_router_trace_log_lost_total 0\n"), "{metrics}");
+            metrics.contains(&written).then_some(())
+        })
+        .await;
         drop(router);
         let written = lines(&path);
         assert_eq!(written[written.len() - told.len()..], told);

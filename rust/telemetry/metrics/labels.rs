@@ -27,7 +27,7 @@ macro_rules! labels {
 }
 
 labels! {
-    RouteLabels { method: &'static str, path: Arc<str>, }
+    RouteLabels { method: &'static str, path: Text, }
 
     StatusLabels {
         status_code: u16,

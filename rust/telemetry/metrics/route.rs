@@ -40,15 +40,24 @@ impl Default for Models {
 
 impl Models {
     fn name(&self, model: &str) -> Arc<str> {
-        if let Some(name) = self.0.read().get(model) {
-            return name.clone();
+        if let Some(name) = known(&self.0.read(), model) {
+            return name;
         }
         let mut names = self.0.write();
-        if model.len() > MODEL_BYTES_MAX || names.len() >= MODELS_MAX + 2 {
-            return names.get(OTHER_MODELS).cloned().unwrap_or_default();
-        }
-        names.entry(model.into()).or_insert_with(|| model.into()).clone()
+        // Others may have taken the last place in between.
+        known(&names, model).unwrap_or_else(|| {
+            let name: Arc<str> = model.into();
+            names.insert(model.into(), name.clone());
+            name
+        })
     }
+}
+
+/// The name of a model that needs no new one.
+fn known(names: &HashMap<Box<str>, Arc<str>>, model: &str) -> Option<Arc<str>> {
+    let is_among_others = model.len() > MODEL_BYTES_MAX || names.len() >= MODELS_MAX + 2;
+    let others = || names.get(OTHER_MODELS).filter(|_| is_among_others);
+    names.get(model).or_else(others).cloned()
 }
 
 /// One metric of a family, looked up when it is first counted.
@@ -125,17 +134,21 @@ impl Route {
     /// What is counted of requests that ask for this model.
     pub fn series(&self, model: Option<&str>) -> Arc<Series> {
         let model = model.unwrap_or(NO_MODEL);
-        if let Some(series) = self.series.read().get(model) {
-            return series.clone();
+        let known = |name: &str| self.series.read().get(name).cloned();
+        if let Some(series) = known(model) {
+            return series;
         }
         let model = self.metrics.models.name(model);
+        if let Some(series) = known(&model) {
+            return series;
+        }
         let mut all = self.series.write();
         let new = || Series::new(self.metrics.clone(), self.endpoint, model.clone());
         all.entry(model.clone()).or_insert_with(|| Arc::new(new())).clone()
     }
 
     fn labels(&self) -> RouteLabels {
-        RouteLabels { method: "POST", path: self.path.clone() }
+        RouteLabels { method: "POST", path: Text(self.path.clone()) }
     }
 
     fn retry_labels(&self) -> RetryLabels {

@@ -4,13 +4,17 @@
 //! `rename`, oldest first, so that every line is under one name at any moment.
 //!
 //! Invariant: the file holds whole lines. One that could not be written whole is taken back; one
-//! that a crash has left unfinished is ended, so that it does not spoil the next.
+//! that a crash has left unfinished is ended, so that it does not spoil the next. A file that cannot
+//! be rotated grows on, and is rotated once that succeeds.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use super::WARN_EVERY;
 
 #[derive(Debug)]
 pub(super) struct LogFile {
@@ -21,13 +25,16 @@ pub(super) struct LogFile {
     file: File,
     /// Where the whole lines end, after a failure that left a part behind.
     whole_bytes: Option<u64>,
+    /// When a failed rotation was last warned of.
+    warned: Option<Instant>,
 }
 
 impl LogFile {
     /// Opens the file to append to it, or makes it.
     pub(super) fn open(path: &Path, max_bytes: u64, keep: u32) -> io::Result<LogFile> {
         let file = open(path)?;
-        Ok(LogFile { path: path.to_owned(), max_bytes, keep, file, whole_bytes: None })
+        let path = path.to_owned();
+        Ok(LogFile { path, max_bytes, keep, file, whole_bytes: None, warned: None })
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -39,7 +46,7 @@ impl LogFile {
         self.take_back_torn()?;
         let mut held_bytes = self.file.metadata()?.len();
         if held_bytes > 0 && held_bytes + lines.len() as u64 > self.max_bytes {
-            self.rotate()?;
+            self.rotate().or_else(|error| self.go_on_unrotated(error))?;
             held_bytes = self.file.metadata()?.len();
         }
         self.file.write_all(lines).inspect_err(|_| {
@@ -53,6 +60,22 @@ impl LogFile {
         if let Some(bytes) = self.whole_bytes {
             self.file.set_len(bytes)?;
             self.whole_bytes = None;
+        }
+        Ok(())
+    }
+
+    /// Lines go on into the file there is, whatever its name and size, unless it has none any more.
+    fn go_on_unrotated(&mut self, error: io::Error) -> io::Result<()> {
+        if self.file.metadata()?.nlink() == 0 {
+            return Err(error);
+        }
+        if self.warned.is_none_or(|at| at.elapsed() >= WARN_EVERY) {
+            self.warned = Some(Instant::now());
+            tracing::warn!(
+                "trace_log {} cannot be rotated and grows beyond trace_log_max_mb: {error} (said at \
+                 most once a minute)",
+                self.path.display()
+            );
         }
         Ok(())
     }

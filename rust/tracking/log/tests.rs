@@ -204,20 +204,35 @@ fn a_file_that_is_there_is_appended_to_after_its_torn_line_was_ended() {
 }
 
 #[test]
-fn a_rotation_that_broke_off_goes_on() {
+fn a_rotation_that_fails_loses_nothing_and_goes_on_later() {
     let (_folder, path) = folder();
     let mut file = LogFile::open(&path, 4, 2).expect("a file");
     file.append(b"one\n").expect("written");
     file.append(b"two\n").expect("written");
     fs::create_dir(older(&path, 2)).expect("a directory in the way");
-    assert!(file.append(b"lost\n").is_err());
+    file.append(b"too\n").expect("written");
+    assert_eq!(text(&path), "two\ntoo\n");
     fs::remove_dir(older(&path, 2)).expect("it is empty");
     // As if it had come so far that only the new file is missing.
     fs::rename(older(&path, 1), older(&path, 2)).expect("a new name");
     fs::rename(&path, older(&path, 1)).expect("a new name");
     file.append(b"three\n").expect("written");
     assert_eq!(text(&older(&path, 2)), "one\n");
-    assert_eq!(text(&older(&path, 1)), "two\n");
+    assert_eq!(text(&older(&path, 1)), "two\ntoo\n");
+    assert_eq!(text(&path), "three\n");
+}
+
+#[test]
+fn lines_go_into_no_file_that_has_no_name() {
+    let (_folder, path) = folder();
+    let mut file = LogFile::open(&path, 4, 0).expect("a file");
+    file.append(b"one\n").expect("written");
+    // The rotation finds nothing to remove and no place for a new file.
+    fs::remove_file(&path).expect("a file");
+    fs::create_dir(&path).expect("a directory in the way");
+    assert!(file.append(b"two\n").is_err());
+    fs::remove_dir(&path).expect("it is empty");
+    file.append(b"three\n").expect("written");
     assert_eq!(text(&path), "three\n");
 }
 

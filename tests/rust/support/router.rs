@@ -149,7 +149,12 @@ impl Router {
         self.running().drain(None);
     }
 
-    /// Whether it has.
+    /// Tells the router to cut everything.
+    pub fn stop(&self) {
+        self.running().stop();
+    }
+
+    /// Whether it has ended.
     pub fn has_ended(&self) -> bool {
         let wait = || self.running().wait(Duration::ZERO);
         // Ending may block, see `drop`.
