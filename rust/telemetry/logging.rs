@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use tracing::level_filters::LevelFilter;
 use tracing::{Dispatch, Subscriber};
 use tracing_appender::non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard};
-use tracing_appender::rolling::{InitError, RollingFileAppender, Rotation};
+use tracing_appender::rolling::{RollingFileAppender, Rotation};
 use tracing_subscriber::Layer;
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt;
@@ -89,18 +89,24 @@ where
 }
 
 fn open_files(directory: &Path) -> io::Result<RollingFileAppender> {
+    // The appender would make it too, but looks for old files in it first, and complains to the terminal.
+    let made = std::fs::create_dir_all(directory);
+    made.map_err(|error| unusable(directory, error.kind(), &error))?;
     RollingFileAppender::builder()
         .rotation(Rotation::DAILY)
         .filename_prefix("sglang-router")
         .filename_suffix("log")
         .max_log_files(FILES_MAX)
         .build(directory)
-        .map_err(|error| unusable(directory, &error))
+        .map_err(|error| {
+            let source = error.source().and_then(|source| source.downcast_ref::<io::Error>());
+            match source {
+                Some(source) => unusable(directory, source.kind(), source),
+                None => unusable(directory, io::ErrorKind::Other, &error),
+            }
+        })
 }
 
-fn unusable(directory: &Path, error: &InitError) -> io::Error {
-    let source = error.source().and_then(|source| source.downcast_ref::<io::Error>());
-    let kind = source.map_or(io::ErrorKind::Other, io::Error::kind);
-    let why = source.map_or_else(|| error.to_string(), ToString::to_string);
+fn unusable(directory: &Path, kind: io::ErrorKind, why: &dyn std::fmt::Display) -> io::Error {
     io::Error::new(kind, format!("cannot write to log_dir {}: {why}", directory.display()))
 }

@@ -106,7 +106,7 @@ def test_a_second_signal_ends_launch_at_once(hanging: Sim) -> None:
 )
 def test_a_router_open_to_everybody_is_warned_of(flags: list[str], is_warned_of: bool) -> None:
     with module("launch", "--port", "0", *flags) as program:
-        program.find("no workers: every request will be refused")
+        program.find("no workers: requests are refused")
         assert ("no key is set" in program.output) == is_warned_of
         assert "open-sesame" not in program.output
 
