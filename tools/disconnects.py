@@ -57,6 +57,8 @@ from trial import (
 CONNECT_SECS = 2.0
 # What must hold, from a client's close to the worker's knowledge.
 KNOWN_WITHIN_MS = 100.0
+# Who stays no longer may be gone before the router has read the request, and then there is no trace of it.
+READ_SECS = 0.1
 # They all come several times over: memory that a storm needed serves the next one too, give or take this much.
 STORMS = 3
 MORE_MEMORY = 1.1
@@ -222,13 +224,14 @@ def judge(clients: list[Client], traces: dict[str, dict[str, Any]], found: dict[
     places = "; ".join(f"{name} {len(those)}, {spread(those)}" for name, those in sorted(delays.items()))
     streaming = sum(it.streamed and it.received_bytes > 0 for it in clients)
     endings = Counter((traces[it.id]["status"], traces[it.id]["error_message"]) for it in clients if it.id in traces)
+    traceless = [it for it in clients if it.id not in traces]
     return [
         Rule(
             "no answer ended before its client left",
             [f"{it.id}: {it.wrong}" for it in clients if it.wrong],
             f"{len(clients)} clients, {streaming} of them within a stream",
         ),
-        Rule("every worker was told", unknown, f"{len(every)} requests; {len(clients) - len(found)} left before that"),
+        Rule("every worker was told", unknown, f"{len(every)} requests; {len(clients) - len(found)} never came to one"),
         Rule(
             f"p99 from close to the worker's knowledge is at most {KNOWN_WITHIN_MS:g} ms",
             [] if slow <= KNOWN_WITHIN_MS else [f"{slow:.2f} ms"],
@@ -237,12 +240,13 @@ def judge(clients: list[Client], traces: dict[str, dict[str, Any]], found: dict[
         Rule("... by where in the worker the request was", [], places, is_judged=False),
         Rule(
             "every trace says that the client disconnected",
-            [f"{it.id}: no trace" for it in clients if it.id not in traces]
+            [f"{it.id}: no trace" for it in traceless if it.id in found or it.stays_secs > READ_SECS]
             + [
                 f"{count} traces: {status}, {message!r}"
                 for (status, message), count in endings.items()
                 if status != "failed" or not (message or "").startswith("client disconnected")
             ],
+            f"{len(traces)} traces; {len(traceless)} left before their request was read",
         ),
     ]
 

@@ -40,6 +40,7 @@ LINKED = [
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "docs/monitoring.md",
+    "docs/performance.md",
     *(f"docs/decisions/{page.name}" for page in sorted((ROOT / "docs/decisions").iterdir())),
 ]
 BLOCK = re.compile(r"^```(\w+)(?: (\w+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
