@@ -63,7 +63,7 @@ macro_rules! kinds {
 
 kinds! {
     InvalidQuery "invalid_query" 400 Client "A parameter of a trace query is unknown or has a bad value.";
-    InvalidRequest "invalid_request" 400 Client "The body or the query of a management request is malformed or has a bad value.";
+    InvalidRequest "invalid_request" 400 Client "The body or the query of a management request is malformed or has a bad value, or a request does not name one host.";
     TooManyWorkers "too_many_workers" 409 Router "No further worker can join.";
     UnknownTargetWorker "unknown_target_worker" 400 Client "`x-sglang-target-worker` names no worker of this router.";
     Unauthorized "unauthorized" 401 Client "The route asks for a key that the request does not have: see [keys.md](keys.md).";
@@ -86,12 +86,19 @@ kinds! {
 #[error("{message}")]
 pub struct Error {
     pub kind: Kind,
+    /// Whose fault it is this time; the kind's, unless something else is known.
+    pub origin: Origin,
     pub message: String,
 }
 
 impl Error {
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into() }
+        Self { kind, origin: kind.origin(), message: message.into() }
+    }
+
+    /// The same error by somebody else's fault.
+    pub fn by(self, origin: Origin) -> Self {
+        Self { origin, ..self }
     }
 }
 

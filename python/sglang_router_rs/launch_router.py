@@ -23,7 +23,7 @@ _Flags = dict["str | int | None", str]
 # Where sglang_router's defaults differ. Weaker than the environment and a --config file.
 _DEFAULTS = {"host": "0.0.0.0", "port": "30000", "prometheus_host": "0.0.0.0", "prometheus_port": "29000"}
 
-# The core has an option of that name, or says that it does not have it yet.
+# The core has an option of that name.
 _PASSED_ON: _Flags = {
     _ONE: """
         host port policy cache-threshold balance-abs-threshold balance-rel-threshold eviction-interval-secs
@@ -36,13 +36,6 @@ _PASSED_ON: _Flags = {
         health-check-endpoint""",
     _MANY: "worker-urls request-id-headers cors-allowed-origins prometheus-duration-buckets",
     _NONE: "disable-retries disable-circuit-breaker disable-health-check",
-}
-
-# Values of options that the core does not have yet which ask for what it does anyway.
-_SAME_AS_WITHOUT: dict[str, list[str]] = {
-    "max-concurrent-requests": ["-1"],
-    "queue-size": ["100"],
-    "disable-circuit-breaker": [],
 }
 
 # Nothing that this router does depends on them: it neither tokenizes nor parses answers nor keeps conversations.
@@ -64,14 +57,15 @@ _WITHOUT_EFFECT: _Flags = {
 _HARMLESS_VALUES = {"backend": ["sglang"], "history-backend": ["memory", "none"]}
 
 _PD = "prefill and decode workers are not supported yet; give complete servers to --worker-urls"
+_DISCOVERY = "not supported yet; --worker-urls dns+http://NAME:PORT follows a headless Service"
 _TLS = "workers are reached by http:// only; put a TLS proxy before them"
 _SERVER_TLS = "put a TLS proxy before the router"
-_AUTH = "not supported yet; bind --host to an address that only you reach, or put a proxy that checks keys before it"
+_AUTH = "not supported; --admin-api-key is one key for all who manage workers and read traces"
 _REFUSED: dict[str, tuple[str | int | None, str]] = {
     "pd-disaggregation": (_NONE, _PD),
     "prefill": (_MANY, _PD),
     "decode": (_MANY, _PD),
-    "service-discovery": (_NONE, "not supported yet; give --worker-urls"),
+    "service-discovery": (_NONE, _DISCOVERY),
     "enable-igw": (_NONE, "one router serves one model; run one for each"),
     "dp-aware": (_NONE, "ranks are not told apart yet; leave it out and let each server balance its own"),
     "mini-lb": (_NONE, "leave it out: this router is as quickly started"),
@@ -106,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     helps = {option["name"].replace("_", "-"): option["help"] for option in _core.options()}
     for takes, names in _PASSED_ON.items():
         for name in names.split():
-            _add(parser, name, takes, helps.get(name, "not supported yet"))
+            _add(parser, name, takes, helps[name])
     for takes, names in _WITHOUT_EFFECT.items():
         for name in names.split():
             _add(parser, name, takes, "without effect here")
@@ -128,7 +122,6 @@ def launch_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
     parser = _parser()
     # What is not sglang_router's is left for the core to judge.
     given, ours = parser.parse_known_args(argv)
-    there = {option["name"].replace("_", "-") for option in _core.options()}
     ignored = {name for names in _WITHOUT_EFFECT.values() for name in names.split()}
     flags, warnings = [], []
     for name, value in vars(given).items():
@@ -140,7 +133,7 @@ def launch_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
             if harmless is not None and values[0] not in harmless:
                 parser.error(f"--{name} {values[0]} is not supported, only {' and '.join(harmless)}")
             warnings.append(f"--{name} has no effect in this router")
-        elif name in there or values != _SAME_AS_WITHOUT.get(name):
+        else:
             takes_none = name in _PASSED_ON[_NONE].split()
             flags += [f"--{name}"] if takes_none else [f"--{name}={text}" for text in values]
     return flags + ours, warnings

@@ -1,8 +1,8 @@
 //! How many requests are let in: a true cap on those in flight, a rate, and a bounded queue in order of arrival.
 //!
-//! A request that may not go on at once takes a place in the queue. One of the waiting has the *turn*: only it waits
-//! for the rate and for a free slot, so that the others follow in the order they came. All of it is held by guards: a
-//! client that leaves gives back its place, its turn or its slot.
+//! A request that may not go on at once takes a place in the queue. Slots are handed on in order of arrival. With a
+//! rate, one of the waiting has the *turn*: only it waits for the rate and then for a slot, so that the others follow
+//! in the order they came. All of it is held by guards: a client that leaves gives back its place, its turn or its slot.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -102,9 +102,10 @@ impl Admission {
             return Ok(slot);
         }
         let _place = self.queue_up()?;
-        // Never closed.
-        let _turn = self.turn.acquire().await;
+        // Neither semaphore is ever closed.
+        let mut _turn = None;
         if let Some(rate) = &self.rate {
+            _turn = self.turn.acquire().await.ok();
             while let Err(at) = rate.take(Instant::now()) {
                 tokio::time::sleep_until(at).await;
             }
@@ -115,9 +116,11 @@ impl Admission {
         }))
     }
 
-    /// Lets a request in that finds nobody before it, a free slot, and the rate not used up.
+    /// Lets a request in that finds a free slot, which those who wait for one are given first, and the rate not used up.
     fn enter_at_once(&self) -> Option<Slot> {
-        let _turn = self.turn.try_acquire().ok()?;
+        if self.rate.is_some() && self.waiting() > 0 {
+            return None;
+        }
         let slot = match &self.slots {
             Some(slots) => Some(slots.clone().try_acquire_owned().ok()?),
             None => None,
@@ -284,6 +287,22 @@ mod tests {
         for task in tasks {
             task.await.expect("no panic");
         }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+    async fn nobody_is_refused_below_the_cap_however_many_come_at_once() {
+        let admission = Arc::new(admission(1000, 0, None));
+        let enter = |admission: Arc<Admission>| async move {
+            for _ in 0..200 {
+                drop(admission.enter().await.expect("500 of 1000 slots"));
+                tokio::task::yield_now().await;
+            }
+        };
+        let tasks: Vec<_> = (0..500).map(|_| tokio::spawn(enter(admission.clone()))).collect();
+        for task in tasks {
+            task.await.expect("not refused");
+        }
+        admission.assert_idle();
     }
 
     #[test]

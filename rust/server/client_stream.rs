@@ -5,7 +5,8 @@
 //! small buffer: a client that leaves behind its further bytes is seen all the same. A FIN counts as leaving, also
 //! before the answer: nobody who still wants one closes half of a connection on which the next request would come.
 //!
-//! A client that does not read its answer is cut when its request's time is over.
+//! A client that does not read its answer is cut when its request's time is over, or when the request is aborted: it
+//! could not be told in any other way.
 
 use std::io;
 use std::pin::Pin;
@@ -16,7 +17,9 @@ use bytes::{Buf, BytesMut};
 use parking_lot::Mutex;
 use pin_project_lite::pin_project;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::time::{Instant, Sleep};
+use tokio::time::Sleep;
+
+use super::exchange::Exchange;
 
 /// Most bytes read ahead of hyper. A client that sends more before its answer has come is read no further, and then
 /// missed only when something is written to it.
@@ -33,8 +36,8 @@ struct Shared<S> {
     is_awaited: bool,
     /// The end came while bytes were read ahead.
     has_ended: bool,
-    /// When the request on this connection has to be over.
-    deadline: Option<Instant>,
+    /// The request on this connection.
+    exchange: Option<Exchange>,
     /// Running while a write waits for the client.
     stalled: Option<Pin<Box<Sleep>>>,
 }
@@ -53,12 +56,12 @@ impl<S> Watch<S> {
     }
 }
 
-/// Sets until when a request on the connection has to be over.
-pub(super) struct Deadline<S>(Arc<Mutex<Shared<S>>>);
+/// Tells the connection of its next request.
+pub(super) struct Exchanges<S>(Arc<Mutex<Shared<S>>>);
 
-impl<S> Deadline<S> {
-    pub(super) fn set(&self, deadline: Instant) {
-        self.0.lock().deadline = Some(deadline);
+impl<S> Exchanges<S> {
+    pub(super) fn begin(&self, exchange: Exchange) {
+        self.0.lock().exchange = Some(exchange);
     }
 }
 
@@ -69,13 +72,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> ClientStream<S> {
             ahead: BytesMut::new(),
             is_awaited: false,
             has_ended: false,
-            deadline: None,
+            exchange: None,
             stalled: None,
         })))
     }
 
-    pub(super) fn deadline(&self) -> Deadline<S> {
-        Deadline(self.0.clone())
+    pub(super) fn exchanges(&self) -> Exchanges<S> {
+        Exchanges(self.0.clone())
     }
 
     pub(super) fn watch(&self) -> Watch<S> {
@@ -124,12 +127,15 @@ impl<S: AsyncWrite + Unpin> Shared<S> {
         write: impl FnOnce(Pin<&mut S>, &mut Context<'_>) -> Poll<io::Result<usize>>,
     ) -> Poll<io::Result<usize>> {
         let written = write(Pin::new(&mut self.stream), cx);
-        let Some(deadline) = self.deadline.filter(|_| written.is_pending()) else {
+        let Some(exchange) = self.exchange.as_ref().filter(|_| written.is_pending()) else {
             self.stalled = None;
             return written;
         };
-        let timer = || Box::pin(tokio::time::sleep_until(deadline));
-        ready!(self.stalled.get_or_insert_with(timer).as_mut().poll(cx));
+        // Who says it wakes the connection's task, which is the one that last asked for it.
+        if !exchange.abort.is_said() {
+            let timer = || Box::pin(tokio::time::sleep_until(exchange.deadline.into()));
+            ready!(self.stalled.get_or_insert_with(timer).as_mut().poll(cx));
+        }
         Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client has stopped reading")))
     }
 }
@@ -217,13 +223,15 @@ mod tests {
     use std::future::pending;
     use std::time::Duration;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+    use tokio::time::Instant;
 
     #[tokio::test(start_paused = true)]
     async fn a_client_that_stops_reading_is_cut_when_its_time_is_over() {
         let (client, server) = duplex(1 << 10);
         let mut stream = ClientStream::new(server);
         let until = Instant::now() + Duration::from_secs(5);
-        stream.deadline().set(until);
+        let exchange = Exchange { deadline: until.into_std(), abort: Arc::default() };
+        stream.exchanges().begin(exchange);
         let error = stream.write_all(&[0; 4 << 10]).await.expect_err("nobody reads");
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
         assert!(Instant::now() >= until);

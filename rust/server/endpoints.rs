@@ -25,12 +25,8 @@ pub(super) async fn alive() -> &'static str {
 }
 
 pub(super) async fn readiness(State(app): State<Arc<App>>) -> Response {
-    let snapshot = app.workers.snapshot();
-    let reason = if app.is_draining.load(Ordering::Relaxed) {
-        "draining"
-    } else if snapshot.routable.is_empty() {
-        "insufficient healthy workers"
-    } else {
+    let Some(reason) = app.not_ready() else {
+        let snapshot = app.workers.snapshot();
         let ready = json!({
             "status": "ready",
             "healthy_workers": snapshot.routable.len(),

@@ -13,7 +13,9 @@ use hyper::{HeaderMap, StatusCode};
 use smallvec::SmallVec;
 
 use super::admission::Slot;
+use super::exchange::Exchange;
 use super::in_flight::{Abort, Listed};
+use super::relay::Patience;
 use super::pick::{PINNED, Picked};
 use super::{App, now, request_id, retry};
 use crate::error::{Error, Kind, Origin};
@@ -36,6 +38,8 @@ pub(super) struct Flight {
     /// What is counted of its model; None until the body was read.
     series: Option<Arc<Series>>,
     arrived: Arrived,
+    /// When it has to be over.
+    deadline: Instant,
     /// None until the headers or the body gave one.
     id: Option<String>,
     trace: Option<OpenTrace>,
@@ -65,15 +69,22 @@ struct Attempt {
     /// Held for its drop.
     _in_flight: InFlight,
     pass: Pass,
+    sent_at: Instant,
     /// When the first byte of the answer came.
     answered_at: Option<Instant>,
 }
 
 impl Flight {
     /// A request has arrived. `header_id` is the id its headers gave it, if any.
-    pub(super) fn begin(app: Arc<App>, route: Arc<Route>, header_id: Option<String>) -> Self {
+    pub(super) fn begin(
+        app: Arc<App>,
+        route: Arc<Route>,
+        exchange: Exchange,
+        header_id: Option<String>,
+    ) -> Self {
         route.arrived();
         let arrived = Arrived { at: now(), ..Arrived::now() };
+        let Exchange { deadline, abort } = exchange;
         let mut flight = Self {
             app,
             route,
@@ -82,7 +93,8 @@ impl Flight {
             id: None,
             trace: None,
             slot: None,
-            abort: Arc::default(),
+            deadline,
+            abort,
             listed: SmallVec::new(),
             worker: None,
             attempt: None,
@@ -103,8 +115,16 @@ impl Flight {
         &self.route.path
     }
 
-    pub(super) fn arrived_at(&self) -> Instant {
-        self.arrived.at
+    /// When the request has to be over.
+    pub(super) fn deadline(&self) -> Instant {
+        self.deadline
+    }
+
+    /// Whether the worker it is at had its share of the request's time, and gave no answer.
+    pub(super) fn is_kept_waiting(&self) -> bool {
+        let Patience { whole, stall } = self.app.options.patience();
+        let is_long = |attempt: &Attempt| now() >= attempt.sent_at + stall.min(whole / 2);
+        self.attempt.as_ref().is_some_and(is_long)
     }
 
     /// The request's id. A request that nobody named gets a fresh one.
@@ -122,7 +142,9 @@ impl Flight {
             let id = rid.and_then(|rid| self.app.request_ids.in_rid(rid));
             self.open(id.unwrap_or_else(request_id::generate));
         }
-        if let Some(rid) = rid.filter(|rid| self.id.as_deref() != Some(*rid)) {
+        let is_other =
+            |rid: &&str| rid.len() <= request_id::LENGTH_MAX && self.id.as_deref() != Some(*rid);
+        if let Some(rid) = rid.filter(is_other) {
             self.listed.push(self.app.in_flight.list(rid, &self.abort));
         }
         let series = self.route.series(scan.model.as_deref());
@@ -147,7 +169,7 @@ impl Flight {
     pub(super) fn admitted(&mut self, slot: Slot, since: Instant) {
         self.slot = Some(slot);
         let now = now();
-        self.limited("allowed");
+        self.count_admission("allowed");
         self.app.metrics.queue_wait.observe((now - since).as_secs_f64());
         if let Some(trace) = &mut self.trace {
             trace.admitted(now);
@@ -156,10 +178,10 @@ impl Flight {
 
     /// There was no room for the request, or not in time.
     pub(super) fn rejected(&self) {
-        self.limited("rejected");
+        self.count_admission("rejected");
     }
 
-    fn limited(&self, result: &'static str) {
+    fn count_admission(&self, result: &'static str) {
         self.app.metrics.rate_limit.get_or_create(&ResultLabels { result }).inc();
     }
 
@@ -181,8 +203,9 @@ impl Flight {
             request_id = self.id, worker = %worker.url, reason, matched_tokens,
             decision_us = decision.as_nanos() as f64 / 1e3, "picked"
         );
-        self.abort.is_at(Some(&worker));
-        self.attempt = Some(Attempt { _in_flight: in_flight, pass, answered_at: None });
+        self.abort.move_to(Some(&worker));
+        let sent_at = now();
+        self.attempt = Some(Attempt { _in_flight: in_flight, pass, sent_at, answered_at: None });
         self.status = None;
         self.worker = Some(worker);
     }
@@ -205,7 +228,7 @@ impl Flight {
     pub(super) fn unanswered(&mut self, error: &SendError, says: Outcome) {
         if !error.is_ours() {
             let is_unconnected = error.is_unconnected();
-            self.worker_erred(if is_unconnected { "connection" } else { "no_answer" });
+            self.worker_failed(if is_unconnected { "connection" } else { "no_answer" });
         }
         self.attempt_failed(now(), None, &error.to_string(), says);
     }
@@ -214,7 +237,9 @@ impl Flight {
     pub(super) fn passed_over(&mut self, error: &str) {
         let answered_at = self.attempt.as_ref().and_then(|attempt| attempt.answered_at);
         let status = self.status.map(|status| status.as_u16());
-        self.worker_erred("status");
+        if status.is_some_and(|status| status >= 500) {
+            self.worker_failed("status");
+        }
         // Its breaker has heard of the status already.
         self.attempt_failed(answered_at.unwrap_or_else(now), status, error, Outcome::Neutral);
     }
@@ -223,11 +248,8 @@ impl Flight {
         if let Some(mut attempt) = self.attempt.take() {
             attempt.pass.ended(says, at);
         }
-        self.abort.is_at(None);
+        self.abort.move_to(None);
         self.status = None;
-        if let Some(worker) = &self.worker {
-            worker.failed.fetch_add(1, Ordering::Relaxed);
-        }
         // If no other attempt follows, the request's own end says it.
         self.untold = Some(error.to_owned());
         if let Some(trace) = &mut self.trace {
@@ -235,7 +257,11 @@ impl Flight {
         }
     }
 
-    fn worker_erred(&self, error_type: &'static str) {
+    /// The newest picked worker was to blame for a failed attempt.
+    fn worker_failed(&self, error_type: &'static str) {
+        if let Some(worker) = &self.worker {
+            worker.failed.fetch_add(1, Ordering::Relaxed);
+        }
         let labels = WorkerErrorLabels { worker_type: Regular, connection_mode: Http, error_type };
         self.app.metrics.worker_errors.get_or_create(&labels).inc();
     }
@@ -343,7 +369,7 @@ impl Flight {
         } else {
             let colon = if excerpt.is_empty() { "" } else { ": " };
             let message = format!("worker answered {status}{colon}{excerpt}");
-            let origin = if status.is_client_error() { Origin::Client } else { Origin::Worker };
+            let origin = if status.is_server_error() { Origin::Worker } else { Origin::Client };
             self.fail(Some(status), status.as_u16(), origin, &message, None);
         }
     }
@@ -358,12 +384,12 @@ impl Flight {
 
     /// The answer ended before it was whole.
     pub(super) fn broke(&mut self, error: &Error) {
-        let Error { kind, message } = error;
+        let Error { kind, origin, message } = error;
         if *kind == Kind::Aborted {
             self.count_abort("abort_request");
         }
         let counted_as = self.status.map_or(kind.status(), |status| status.as_u16());
-        self.fail(self.status, counted_as, kind.origin(), message, Some(*kind));
+        self.fail(self.status, counted_as, *origin, message, Some(*kind));
     }
 
     /// The router answers with an error of its own.
@@ -376,7 +402,7 @@ impl Flight {
             self.count_abort(if is_answered { "abort_request" } else { "client" });
         }
         let status = is_answered.then(|| kind.http_status());
-        self.fail(status, kind.status(), kind.origin(), &error.message, Some(kind));
+        self.fail(status, kind.status(), error.origin, &error.message, Some(kind));
     }
 
     fn fail(
@@ -409,7 +435,7 @@ impl Flight {
         }
         let now = now();
         self.slot = None;
-        self.abort.is_at(None);
+        self.abort.move_to(None);
         // After a failed attempt the request is with no worker any more.
         let attempt = self.attempt.take();
         let worker = attempt.as_ref().and(self.worker.as_ref());
@@ -433,9 +459,8 @@ impl Flight {
                 }
             }
             Some(Failure { origin, message, kind }) => {
-                if let (Some(worker), Origin::Worker) = (worker, origin) {
-                    worker.failed.fetch_add(1, Ordering::Relaxed);
-                    self.worker_erred(match kind {
+                if worker.is_some() && origin == Origin::Worker {
+                    self.worker_failed(match kind {
                         None => "status",
                         Some(Kind::Timeout) => "timeout",
                         Some(_) => "broken_answer",
@@ -503,10 +528,18 @@ impl Drop for Flight {
         self.id();
         let timeout = self.app.options.request_timeout();
         let is_stopped = self.is_cut();
-        self.count_abort(if is_stopped { "stopped" } else { "client" });
+        self.count_abort(match (is_stopped, self.abort.is_said()) {
+            (true, _) => "stopped",
+            (false, true) => "abort_request",
+            (false, false) => "client",
+        });
         let (origin, message) = if is_stopped {
             (Origin::Router, "the router was stopped before the answer had ended".to_owned())
-        } else if now().saturating_duration_since(self.arrived.at) >= timeout {
+        } else if self.abort.is_said() {
+            // Its client did not read, and so could not be told.
+            let Error { origin, message, .. } = super::aborted();
+            (origin, message)
+        } else if now() >= self.deadline {
             let message =
                 format!("the client had not read the answer after {} s", timeout.as_secs());
             (Origin::Client, message)

@@ -42,7 +42,7 @@ impl Abort {
         std::future::poll_fn(|cx| self.poll(cx)).await;
     }
 
-    pub(super) fn is_at(&self, worker: Option<&Arc<Worker>>) {
+    pub(super) fn move_to(&self, worker: Option<&Arc<Worker>>) {
         *self.worker.lock() = worker.cloned();
     }
 

@@ -3,13 +3,18 @@
 
 use std::io;
 use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use hyper::Request;
+use axum::response::IntoResponse;
+use futures_util::FutureExt;
+use futures_util::future::ready;
 use hyper::body::Incoming;
+use hyper::header::HOST;
 use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
+use hyper::{Request, Version};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
@@ -19,6 +24,9 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::client_stream::ClientStream;
+use super::exchange::Exchange;
+use super::now;
+use crate::error::{Error, Kind};
 
 /// Connections that wait to be accepted; a burst of clients arrives faster than threads wake up.
 const BACKLOG: u32 = 4096;
@@ -147,11 +155,16 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let stream = ClientStream::new(stream);
-    let deadline = stream.deadline();
+    let exchanges = stream.exchanges();
     let router = TowerToHyperService::new(router);
-    let service = service_fn(move |request: Request<Incoming>| {
-        deadline.set(Instant::now() + request_timeout);
-        router.call(request)
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        let exchange = Exchange { deadline: now() + request_timeout, abort: Arc::default() };
+        exchanges.begin(exchange.clone());
+        request.extensions_mut().insert(exchange);
+        match check_host(&request) {
+            Ok(()) => router.call(request).left_future(),
+            Err(error) => ready(Ok(error.into_response())).right_future(),
+        }
     });
     let watched = stream.watch();
     let connection = http1::Builder::new()
@@ -164,6 +177,17 @@ where
             tracing::debug!("a client's connection ended: {error}");
         }
     }
+}
+
+/// A request names the host it is for, and only one (RFC 9112, section 3.2). Two parties that read two of them
+/// differently would disagree about whose request it is.
+fn check_host<Body>(request: &Request<Body>) -> Result<(), Error> {
+    let hosts = request.headers().get_all(HOST).iter().count();
+    if hosts == 1 || (hosts == 0 && request.version() < Version::HTTP_11) {
+        return Ok(());
+    }
+    let message = format!("the request has {hosts} host headers; HTTP asks for one");
+    Err(Error::new(Kind::InvalidRequest, message))
 }
 
 /// Out of file descriptors, or a client that left again: neither ends the router.

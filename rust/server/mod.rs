@@ -10,6 +10,7 @@ mod doors;
 mod endpoints;
 mod engine_metrics;
 mod error_response;
+mod exchange;
 mod fan_out;
 mod flight;
 mod headers;
@@ -38,6 +39,7 @@ use crate::error::{Error, Kind};
 use crate::routing::{self, Draws, Policy};
 use crate::telemetry::metrics::Metrics;
 use crate::tracking::Tracker;
+use crate::workers::breaker::Fitness;
 use crate::workers::{Worker, Workers};
 use admission::Admission;
 use body::Budget;
@@ -125,7 +127,22 @@ impl App {
 
     /// Whether a request would find a worker now.
     pub(crate) fn is_ready(&self) -> bool {
-        !self.is_draining.load(Ordering::Relaxed) && !self.workers.snapshot().routable.is_empty()
+        self.not_ready().is_none()
+    }
+
+    /// Why a request would find no worker now.
+    fn not_ready(&self) -> Option<&'static str> {
+        let snapshot = self.workers.snapshot();
+        let may_be_picked = |worker: &Arc<Worker>| worker.gate.fitness(now()) != Fitness::Barred;
+        if self.is_draining.load(Ordering::Relaxed) {
+            Some("draining")
+        } else if snapshot.routable.is_empty() {
+            Some("insufficient healthy workers")
+        } else if !snapshot.routable.iter().any(may_be_picked) {
+            Some("the circuit breakers of all healthy workers are open")
+        } else {
+            None
+        }
     }
 
     /// No new requests are wanted.

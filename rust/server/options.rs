@@ -117,6 +117,11 @@ impl Options {
         self.api_key.is_none() && self.admin_api_key.is_none()
     }
 
+    /// The largest body that could ever be taken.
+    pub(super) fn body_bytes_max(&self) -> u64 {
+        self.max_payload_size.min(self.max_buffered_bytes)
+    }
+
     pub fn request_timeout(&self) -> Duration {
         Duration::from_secs(self.request_timeout_secs)
     }

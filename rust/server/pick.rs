@@ -84,7 +84,7 @@ pub(super) fn pick(app: &App, wish: &mut Wish<'_>) -> Result<Option<Picked>, Err
 /// What the policy picks among the best there are, and its place among all routable ones.
 fn choose(app: &App, snapshot: &Snapshot, wish: &mut Wish<'_>) -> Option<(usize, Pick)> {
     let Wish { prompt, failed_on, draw, .. } = wish;
-    if failed_on.is_empty() && !app.workers.is_any_limited() {
+    if failed_on.is_empty() && !app.workers.is_any_limited(snapshot) {
         if snapshot.targets.is_empty() {
             return None;
         }

@@ -17,12 +17,13 @@ use http_body_util::Full;
 use hyper::header::{self, HeaderValue};
 use hyper::{HeaderMap, Method};
 
+use super::exchange::Exchange;
 use super::flight::Flight;
 use super::pick::{self, Wish};
 use super::relay::{Relay, one_line};
 use super::request_id::X_REQUEST_ID;
 use super::{App, aborted, body, headers, now, retry};
-use crate::error::{Error, Kind};
+use crate::error::{Error, Kind, Origin};
 use crate::request;
 use crate::routing;
 use crate::telemetry::metrics::Route;
@@ -35,18 +36,23 @@ const LARGE_BODY_BYTES: usize = 256 << 10;
 
 /// Serves one request on a routed route.
 pub(super) async fn proxy(app: Arc<App>, route: Arc<Route>, request: Request) -> Response {
-    let (head, body) = request.into_parts();
+    let (mut head, body) = request.into_parts();
+    let exchange = head.extensions.remove().unwrap_or_else(|| Exchange {
+        deadline: now() + app.options.request_timeout(),
+        abort: Arc::default(),
+    });
     let header_id = app.request_ids.in_headers(&head.headers);
-    let mut flight = Flight::begin(app.clone(), route, header_id);
+    let mut flight = Flight::begin(app.clone(), route, exchange, header_id);
 
-    let deadline = flight.arrived_at() + app.options.request_timeout();
+    let deadline = flight.deadline();
     let abort = flight.abort();
     let answer = tokio::select! {
         biased;
-        answer = exchange(&app, &mut flight, head, body) => answer,
-        () = abort.said() => Err(aborted()),
-        () = tokio::time::sleep_until(deadline.into()) => Err(timed_out(&app)),
+        answer = serve(&app, &mut flight, head, body) => Some(answer),
+        () = abort.said() => Some(Err(aborted())),
+        () = tokio::time::sleep_until(deadline.into()) => None,
     };
+    let answer = answer.unwrap_or_else(|| Err(timed_out(&app, &flight)));
 
     // An id is visible ASCII.
     let id = HeaderValue::from_str(flight.id()).ok();
@@ -72,13 +78,13 @@ pub(super) async fn proxy(app: Arc<App>, route: Arc<Route>, request: Request) ->
 }
 
 /// From the head of a request to the head of a worker's answer.
-async fn exchange(
+async fn serve(
     app: &App,
     flight: &mut Flight,
     head: Parts,
     body: Body,
 ) -> Result<hyper::Response<Answer>, Error> {
-    let body = body::read(&head.headers, body, app.options.max_payload_size, &app.budget).await?;
+    let body = body::read(&head.headers, body, app.options.body_bytes_max(), &app.budget).await?;
 
     let scan_began = Instant::now();
     let scan = unhurried(body.len(), || request::scan(&body));
@@ -179,7 +185,7 @@ async fn attempt(
         } else if last.is_ok() || !wish.has_untried(app) {
             let pause = retry.backoff(pauses, &mut wish.draw);
             pauses += 1;
-            if now() + pause >= flight.arrived_at() + app.options.request_timeout() {
+            if now() + pause >= flight.deadline() {
                 break;
             }
             flight.pausing(pause, retry.attempts_max() - attempts_left + 1);
@@ -224,12 +230,14 @@ fn unanswered(app: &App, flight: &mut Flight, worker: &Worker, error: &SendError
     Error::new(Kind::WorkerUnreachable, error.to_string())
 }
 
-fn timed_out(app: &App) -> Error {
+fn timed_out(app: &App, flight: &Flight) -> Error {
     let message = format!(
         "no answer within {} s of the request's arrival (request_timeout_secs)",
         app.options.request_timeout_secs
     );
-    Error::new(Kind::Timeout, message)
+    let error = Error::new(Kind::Timeout, message);
+    // It may have spent its time on its way here, or in the queue.
+    if flight.is_kept_waiting() { error } else { error.by(Origin::Router) }
 }
 
 /// The trace id of a W3C `traceparent` header: `version-traceid-parent-flags`.

@@ -18,7 +18,7 @@ use tokio::time::{Instant, Sleep};
 
 use super::error_response;
 use super::flight::Flight;
-use crate::error::{Error, Kind, with_causes};
+use crate::error::{Error, Kind, Origin, with_causes};
 use crate::upstream::Answer;
 use crate::upstream::answer::{Reader, is_stream};
 
@@ -76,7 +76,7 @@ impl Relay {
         mut flight: Flight,
         patience: Patience,
     ) -> Response<Self> {
-        let deadline = Instant::from_std(flight.arrived_at() + patience.whole);
+        let deadline = Instant::from_std(flight.deadline());
         let status = flight.relaying();
         let headers = answer.headers();
         let reader = Some(reader(headers));
@@ -145,7 +145,8 @@ impl Relay {
     fn too_long(&self) -> Error {
         let secs = self.patience.whole.as_secs();
         let message = format!("the answer had not ended after {secs} s (request_timeout_secs)");
-        Error::new(Kind::Timeout, message)
+        // It was going on.
+        Error::new(Kind::Timeout, message).by(Origin::Router)
     }
 
     fn stalled(&self) -> Error {

@@ -7,7 +7,7 @@ use hyper::HeaderMap;
 use hyper::header::{HeaderName, HeaderValue};
 
 /// Longest id taken from a request.
-const LENGTH_MAX: usize = 256;
+pub(super) const LENGTH_MAX: usize = 256;
 const WARN_EVERY_SECS: u64 = 60;
 
 /// The name of the header that carries the id to the worker and back to the client.

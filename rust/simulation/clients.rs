@@ -22,7 +22,7 @@ pub enum Seen {
     /// It left before.
     Left,
     /// The connection ended without an answer.
-    Nothing(String),
+    Nothing,
 }
 
 /// Sends one request over this connection and looks at what comes.
@@ -51,7 +51,7 @@ async fn exchange(ask: &Ask, stream: DuplexStream, pause: Duration) -> Seen {
         .header("x-request-id", &ask.id)
         .body(Full::new(Bytes::from(body(ask))))
         .expect("a request");
-    let answered = async {
+    let answered: Result<Seen, hyper::Error> = async {
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
         // Dropped with the client, so that leaving closes the connection.
         let mut connection = std::pin::pin!(connection);
@@ -68,8 +68,9 @@ async fn exchange(ask: &Ask, stream: DuplexStream, pause: Duration) -> Seen {
                 reading.await
             }
         }
-    };
-    answered.await.unwrap_or_else(|error: hyper::Error| Seen::Nothing(error.to_string()))
+    }
+    .await;
+    answered.unwrap_or(Seen::Nothing)
 }
 
 async fn read(response: Response<hyper::body::Incoming>, pause: Duration) -> Seen {

@@ -27,7 +27,7 @@ use crate::options::{self, Options};
 use crate::routing::{self, Pick, Policy, Target, WorkerId};
 use crate::running;
 use crate::server::{App, routes, serve_connection};
-use crate::workers::{Joining, Snapshot, Workers, breaker};
+use crate::workers::{Joining, Snapshot, State, Workers, breaker};
 use clients::{Answers, Seen};
 use plan::{Ask, Manner, Plan, What};
 use workers::Cluster;
@@ -217,6 +217,11 @@ impl Simulation {
     /// What a client has seen, its trace, and what the workers remember are one story.
     fn agree(&self, ask: &Ask, seen: &Seen, trace: Option<&Value>) {
         let story = || format!("{ask:?}\n{seen:?}\n{trace:#?}");
+        if let Manner::Patient | Manner::Aborted(_) = ask.manner {
+            assert!(!matches!(seen, Seen::Nothing), "who waits is answered: {}", story());
+            let is_cut = matches!(seen, Seen::Cut { .. });
+            assert!(!(is_cut && ask.stream), "a stream of events is told of its end: {}", story());
+        }
         if let Seen::Whole { status, worker, body } = seen
             && status.as_u16() == 200
         {
@@ -245,9 +250,12 @@ impl Simulation {
                 assert_eq!(is_good, !is_failed, "{}", story());
             }
             Seen::Cut { status } => {
-                assert!(is_failed && trace["http_status"] == status.as_u16(), "{}", story());
+                assert_eq!(trace["http_status"], status.as_u16(), "{}", story());
+                // Who reads slowly may be cut with the last bytes of a whole answer still on their way.
+                let is_slow = matches!(ask.manner, Manner::Slow(_));
+                assert!(is_failed || is_slow, "{}", story());
             }
-            Seen::Nothing(_) => assert!(is_failed, "{}", story()),
+            Seen::Nothing => assert!(is_failed, "{}", story()),
             Seen::Left => {}
         }
         let attempts = trace["attempts"].as_array().expect("a list");
@@ -310,9 +318,10 @@ impl Policy for Watched {
 
     fn sent(&self, request: &routing::Request<'_>, worker: WorkerId) {
         let snapshot: Arc<Snapshot> = self.workers.get().expect("set at the start").snapshot();
-        let picked = snapshot.routable.iter().find(|routable| routable.index == worker);
+        let picked = snapshot.all.iter().find(|known| known.index == worker);
         let fault = match picked {
-            None => Some("may not be picked at all"),
+            None => Some("is gone"),
+            Some(picked) if picked.state() != State::Healthy => Some("is not healthy"),
             Some(picked) => match picked.gate.state() {
                 breaker::State::Closed => None,
                 breaker::State::Open => Some("has its breaker open"),

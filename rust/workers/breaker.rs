@@ -136,7 +136,8 @@ impl Breaker {
     pub fn fitness(&mut self, now: Instant) -> Fitness {
         let is_barred = match self.state {
             State::Closed => false,
-            State::Open => !self.has_waited(now),
+            // A probe may still be out that another failure has overtaken.
+            State::Open => self.is_probing || !self.has_waited(now),
             State::HalfOpen => self.is_probing,
         };
         self.avoided_until = self.avoided_until.filter(|until| now < *until);
@@ -366,6 +367,22 @@ mod tests {
     }
 
     #[test]
+    fn a_failure_that_overtakes_a_probe_does_not_let_a_second_one_through() {
+        let mut bench = Bench::new();
+        let early = bench.breaker.begin(bench.now).expect("closed");
+        for _ in 0..3 {
+            bench.attempt(Outcome::Failure);
+        }
+        bench.after(60);
+        let probe = bench.breaker.begin(bench.now).expect("a probe");
+        bench.breaker.ended(early, Outcome::Failure, bench.now);
+        bench.after(60);
+        assert!(bench.breaker.begin(bench.now).is_none(), "the probe is still out");
+        bench.breaker.ended(probe, Outcome::Neutral, bench.now);
+        assert!(bench.breaker.begin(bench.now).is_some());
+    }
+
+    #[test]
     fn what_began_before_it_opened_does_not_close_it() {
         let mut bench = Bench::new();
         let early = bench.breaker.begin(bench.now).expect("closed");
@@ -412,7 +429,8 @@ mod tests {
                 match step {
                     0 | 1 => held.extend(bench.breaker.begin(bench.now)),
                     2 if held.is_empty() => bench.breaker.reset(),
-                    _ => if let Some(ticket) = held.pop() {
+                    _ => if !held.is_empty() {
+                        let ticket = held.swap_remove(secs as usize % held.len());
                         let outcome = [
                             Outcome::Success,
                             Outcome::Failure,

@@ -5,7 +5,7 @@
 //! shared by all gates says so.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Instant;
 
 use parking_lot::Mutex;
@@ -20,14 +20,14 @@ pub struct Gate {
     /// Whose it is, for the log.
     worker: Box<str>,
     inner: Mutex<Inner>,
+    /// Whether it is counted in `limiting`.
+    is_limiting: AtomicBool,
     limiting: Limiting,
 }
 
 #[derive(Debug)]
 struct Inner {
     breaker: Breaker,
-    /// Whether it is counted in `limiting`.
-    is_counted: bool,
     counts: Counts,
 }
 
@@ -42,9 +42,13 @@ pub struct Counts {
 
 impl Gate {
     pub(super) fn new(worker: &str, options: Options, limiting: Limiting) -> Arc<Self> {
-        let inner =
-            Inner { breaker: Breaker::new(options), is_counted: false, counts: Counts::default() };
-        Arc::new(Self { worker: worker.into(), inner: Mutex::new(inner), limiting })
+        let inner = Inner { breaker: Breaker::new(options), counts: Counts::default() };
+        Arc::new(Self {
+            worker: worker.into(),
+            inner: Mutex::new(inner),
+            is_limiting: AtomicBool::new(false),
+            limiting,
+        })
     }
 
     pub fn state(&self) -> State {
@@ -76,14 +80,28 @@ impl Gate {
         self.change(Breaker::reset);
     }
 
+    /// Whether [`Gate::fitness`] may answer anything but fit.
+    pub(super) fn is_limiting(&self) -> bool {
+        self.is_limiting.load(Ordering::Acquire)
+    }
+
     fn change<T>(&self, change: impl FnOnce(&mut Breaker) -> T) -> T {
+        self.change_and_count(change, |_| {})
+    }
+
+    fn change_and_count<T>(
+        &self,
+        change: impl FnOnce(&mut Breaker) -> T,
+        count: impl FnOnce(&mut Counts),
+    ) -> T {
         let mut inner = self.inner.lock();
+        count(&mut inner.counts);
         let before = inner.breaker.state();
         let outcome = change(&mut inner.breaker);
         let after = inner.breaker.state();
         let is_limiting = inner.breaker.is_limiting();
-        if is_limiting != inner.is_counted {
-            inner.is_counted = is_limiting;
+        if is_limiting != self.is_limiting() {
+            self.is_limiting.store(is_limiting, Ordering::Release);
             if is_limiting {
                 self.limiting.fetch_add(1, Ordering::AcqRel);
             } else {
@@ -106,7 +124,7 @@ impl Gate {
 
 impl Drop for Gate {
     fn drop(&mut self) {
-        if self.inner.get_mut().is_counted {
+        if *self.is_limiting.get_mut() {
             self.limiting.fetch_sub(1, Ordering::AcqRel);
         }
     }
@@ -132,20 +150,21 @@ impl Pass {
     /// The attempt has ended; only the first word counts.
     pub fn ended(&mut self, outcome: Outcome, now: Instant) {
         let Some(ticket) = self.ticket.take() else { return };
-        self.gate.change(|breaker| breaker.ended(ticket, outcome, now));
-        let mut inner = self.gate.inner.lock();
-        match outcome {
-            Outcome::Success => inner.counts.successes += 1,
-            Outcome::Failure => inner.counts.failures += 1,
+        let count = |counts: &mut Counts| match outcome {
+            Outcome::Success => counts.successes += 1,
+            Outcome::Failure => counts.failures += 1,
             Outcome::Pressure(_) | Outcome::Neutral => {}
-        }
+        };
+        self.gate.change_and_count(|breaker| breaker.ended(ticket, outcome, now), count);
     }
 }
 
 impl Drop for Pass {
     fn drop(&mut self) {
-        // The moment matters to failures alone.
-        self.ended(Outcome::Neutral, Instant::now());
+        if self.ticket.is_some() {
+            // The moment matters to failures alone.
+            self.ended(Outcome::Neutral, Instant::now());
+        }
     }
 }
 

@@ -85,13 +85,12 @@ async fn check_forever(workers: &Workers, worker: &Worker, mut round: Option<Arc
 }
 
 /// Whether a worker whose check was good has to say what it is before it can be picked: its name may be its own word,
-/// and after a time of trouble it may be another process than the one whose cache is remembered. Of an unreachable one
-/// that is taken for granted.
+/// and after a time of trouble it may be another process than the one whose cache is remembered.
 fn must_tell_first(worker: &Worker, node_id_from: NodeIdFrom) -> bool {
     match worker.state() {
         State::Starting => node_id_from == NodeIdFrom::Gpu,
-        State::Unhealthy => true,
-        State::Healthy | State::Unreachable | State::Draining => false,
+        State::Unhealthy | State::Unreachable => true,
+        State::Healthy | State::Draining => false,
     }
 }
 

@@ -67,6 +67,8 @@ pub struct Worker {
     authorization: Option<HeaderValue>,
     name: OnceLock<Arc<WorkerName>>,
     info: ArcSwapOption<ServerInfo>,
+    /// Whether it has said which process it is since it was last unreachable.
+    is_known: AtomicBool,
     health: Mutex<Health>,
     /// Why its last check failed; None after a good one.
     last_error: Mutex<Option<String>>,
@@ -104,7 +106,11 @@ impl Worker {
     pub fn why_not(&self) -> String {
         let state = self.state();
         if state == State::Healthy {
-            return format!("has its circuit breaker {}", self.gate.state().name());
+            return match self.gate.state() {
+                breaker::State::Closed => "has just become healthy".to_owned(),
+                breaker::State::Open => "has its circuit breaker open".to_owned(),
+                breaker::State::HalfOpen => "has its circuit breaker half_open and a probe on its way".to_owned(),
+            };
         }
         let why = self.last_error().map(|why| format!(" ({why})")).unwrap_or_default();
         format!("is {}{why}", state.name())
@@ -279,9 +285,10 @@ impl Workers {
         self.snapshot.load_full()
     }
 
-    /// Whether a worker's breaker keeps it, or may keep it, from being picked.
-    pub fn is_any_limited(&self) -> bool {
+    /// Whether the breaker of a routable worker keeps it, or may keep it, from being picked.
+    pub fn is_any_limited(&self, snapshot: &Snapshot) -> bool {
         self.limiting.load(Ordering::Acquire) > 0
+            && snapshot.routable.iter().any(|worker| worker.gate.is_limiting())
     }
 
     /// Checks so far that ended well, and that did not.
@@ -347,7 +354,9 @@ impl Workers {
 
     /// Waits until every worker of the start has been checked once, or until `is_enough` of a snapshot.
     pub async fn first_round_or(&self, is_enough: impl Fn(&Snapshot) -> bool) {
-        self.until(|snapshot| self.first_round_ended() || is_enough(snapshot)).await;
+        if !self.first_round_ended() {
+            self.until(|snapshot| self.first_round_ended() || is_enough(snapshot)).await;
+        }
     }
 
     /// Waits until `is_so` of a snapshot.
@@ -367,6 +376,7 @@ impl Workers {
     pub fn unreachable(&self, worker: &Worker) {
         if !self.options.disable_health_check && worker.health.lock().unreachable() {
             tracing::warn!(worker = %worker.url, "worker unreachable: out until a check succeeds");
+            worker.is_known.store(false, Ordering::Relaxed);
             self.publish();
             worker.check_now.notify_one();
         }
@@ -395,8 +405,8 @@ impl Workers {
         if !changed {
             return;
         }
-        if before == State::Unreachable {
-            // Nobody was at its address: it is another process now, with an empty cache.
+        if before == State::Unreachable && !worker.is_known.load(Ordering::Relaxed) {
+            // Nobody was at its address, and nobody says that it is the same process: its cache may be empty.
             self.restarted(worker);
         }
         match worker.state() {
@@ -411,6 +421,8 @@ impl Workers {
     /// What the worker says of itself now.
     fn told(&self, worker: &Worker, info: ServerInfo) {
         let before = worker.info();
+        let was_named = before.as_ref().is_some_and(|before| before.names_its_process());
+        worker.is_known.store(was_named && info.names_its_process(), Ordering::Relaxed);
         if before.as_deref() == Some(&info) {
             return;
         }
@@ -532,6 +544,7 @@ impl Workers {
             authorization: authorization.or_else(|| self.authorization.clone()),
             name: OnceLock::new(),
             info: ArcSwapOption::empty(),
+            is_known: AtomicBool::new(false),
             health: Mutex::new(Health::new(&self.options)),
             last_error: Mutex::new(None),
             check_now: Notify::new(),

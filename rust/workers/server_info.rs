@@ -55,6 +55,11 @@ impl ServerInfo {
         })
     }
 
+    /// Whether it says anything that another process would not.
+    pub fn names_its_process(&self) -> bool {
+        self.random_seed.is_some() || self.startup_time.is_some()
+    }
+
     /// Whether another process than the one of `earlier` says this. What either leaves out proves nothing.
     pub fn is_of_another_process(&self, earlier: &Self) -> bool {
         fn differ<T: PartialEq>(now: &Option<T>, earlier: &Option<T>) -> bool {

@@ -7,6 +7,7 @@ The word after a block's language, which renderers ignore, says what a test can 
     ```bash elsewhere   not run, as it builds, installs, or needs GPUs: its commands, targets, paths and flags exist
     ```python           run as a program; `python server` as above
     ```json             parses; a trace in it has the fields of a trace
+    ```yaml             shown only, but the flags and variables in it are options of the router
 
 Blocks run in order in a copy of `examples/`, with the pages' ports replaced by free ones.
 """
@@ -28,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sglang_router_rs import Router
+from sglang_router_rs import Router, _core
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ["README.md", "docs/guide.md", "docs/traces.md"]
+PAGES = ["README.md", "docs/guide.md", "docs/operations.md", "docs/traces.md"]
 TWINS = [("README.md", "README.zh-CN.md"), ("docs/guide.md", "docs/guide.zh-CN.md")]
 LINKED = [
     *PAGES,
@@ -39,6 +40,7 @@ LINKED = [
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
+    "docs/keys.md",
     "docs/monitoring.md",
     "docs/performance.md",
     *(f"docs/decisions/{page.name}" for page in sorted((ROOT / "docs/decisions").iterdir())),
@@ -164,10 +166,19 @@ def test_the_blocks_of_a_page_run(name: str, tmp_path: Path) -> None:
                 assert how in ("", "server", "elsewhere"), f"unknown mark: {how}"
                 {"": page.run, "server": page.start, "elsewhere": check_elsewhere}[how](language, code)
             else:
-                assert language in ("json", "text", "toml"), f"unknown language: {language}"
+                assert language in ("json", "text", "toml", "yaml"), f"unknown language: {language}"
     finally:
         for port in list(page.servers):
             page.stop(port)
+
+
+def test_manifests_name_options() -> None:
+    options = {option["name"] for option in _core.options()}
+    manifests = [code for page in LINKED for language, _, code in blocks(page) if language == "yaml"]
+    named = [name for code in manifests for name in re.findall(r"--(\w[\w-]*)|SGLANG_ROUTER__(\w+)", code)]
+    assert named
+    for flag, variable in named:
+        assert flag.replace("-", "_") in options or variable.lower() in options, flag or variable
 
 
 @pytest.mark.parametrize(("english", "chinese"), TWINS)

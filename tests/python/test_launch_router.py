@@ -81,9 +81,44 @@ def test_our_own_flags_are_passed_on() -> None:
     assert passed_on("--port", "1", *own) == ["--port=1", *own]
 
 
-def test_what_asks_for_the_way_it_is_is_accepted() -> None:
-    assert passed_on("--max-concurrent-requests", "-1", "--queue-size", "100", "--disable-circuit-breaker") == []
-    assert passed_on("--max-concurrent-requests", "8") == ["--max-concurrent-requests=8"]
+def test_every_flag_of_survival_is_passed_on_and_acts() -> None:
+    given = {
+        "retry-max-retries": "3",
+        "retry-initial-backoff-ms": "10",
+        "retry-max-backoff-ms": "100",
+        "retry-backoff-multiplier": "2",
+        "retry-jitter-factor": "0",
+        "cb-failure-threshold": "5",
+        "cb-success-threshold": "1",
+        "cb-timeout-duration-secs": "30",
+        "cb-window-duration-secs": "60",
+        "max-concurrent-requests": "-1",
+        "queue-size": "0",
+        "queue-timeout-secs": "5",
+        "rate-limit-tokens-per-second": "8",
+        "shutdown-grace-period-secs": "10",
+        "api-key": "a-key",
+        "log-dir": "logs",
+    }
+    flags = [text for name, value in given.items() for text in (f"--{name}", value)]
+    several = ["--cors-allowed-origins", "http://a.test", "--prometheus-duration-buckets", "0.5", "1"]
+    arguments = passed_on(*flags, *several, "--disable-circuit-breaker", "--disable-retries", "--disable-health-check")
+    assert arguments == [
+        *(f"--{name}={value}" for name, value in given.items()),
+        "--cors-allowed-origins=http://a.test",
+        "--prometheus-duration-buckets=0.5",
+        "--prometheus-duration-buckets=1",
+        "--disable-circuit-breaker",
+        "--disable-retries",
+        "--disable-health-check",
+    ]
+    understood = _core.check_flags(arguments, {})
+    for name, value in given.items():
+        if name != "api-key":
+            field = f"{name.replace('-', '_')}: "
+            shown = understood.partition(field)[2].removeprefix("Some(").lstrip('"')
+            assert shown.startswith(value), f"{field}{shown[:20]}"
+    assert "a-key" not in understood
 
 
 def test_what_has_no_effect_is_warned_of_once_each() -> None:
@@ -103,12 +138,12 @@ def test_what_has_no_effect_is_warned_of_once_each() -> None:
     [
         (["--pd-disaggregation"], "--pd-disaggregation: prefill and decode workers are not supported yet"),
         (["--prefill", "http://a:1", "9000", "--prefill", "http://b:1", "none"], "--prefill: "),
-        (["--service-discovery", "--selector", "a=b"], "--service-discovery: not supported yet; give --worker-urls"),
+        (["--service-discovery", "--selector", "a=b"], "--service-discovery: not supported yet; --worker-urls dns+"),
         (["--dp-aware"], "--dp-aware: "),
         (["--tls-cert-path", "a", "--tls-key-path", "b"], "--tls-cert-path: put a TLS proxy before the router"),
         (["--history-backend", "redis"], "--history-backend redis is not supported, only memory and none"),
         (["--backend", "openai"], "--backend openai is not supported, only sglang"),
-        (["--jwt-issuer", "a"], "--jwt-issuer: "),
+        (["--jwt-issuer", "a"], "--jwt-issuer: not supported; --admin-api-key "),
         (["--ser"], "ambiguous"),
         (["--port"], "--port"),
     ],
@@ -125,7 +160,8 @@ def test_what_is_not_supported_ends_the_start(flags: list[str], found: str, caps
     [
         (["--prometheus-duration-buckets", "0"], "above 0"),
         (["--api-key", "a b"], "visible ASCII"),
-        (["--max-concurrent-requests", "8"], "does not support max_concurrent_requests yet"),
+        (["--max-concurrent-requests", "0"], "nor -1 for no limit"),
+        (["--worker-kv-tokens", "8"], "does not support worker_kv_tokens yet"),
         (["--policy", "manual"], "round_robin"),
         (["--no-such-flag"], "--no-such-flag"),
         (["stray"], "stray"),

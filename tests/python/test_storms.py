@@ -118,7 +118,7 @@ class Disconnects:
         self.log.sort(key=lambda line: line["at"])
 
     def against(self) -> list[str]:
-        return against(disconnects.judge(self.clients, self.traces, disconnects.visits(self.log)))
+        return against(disconnects.judge(self.clients, self.traces, disconnects.visits(self.log), 0.0))
 
 
 def test_clients_that_were_noticed_pass() -> None:

@@ -108,7 +108,7 @@ async fn what_a_client_sends_ahead_does_not_end_what_it_waits_for() {
 
 #[tokio::test]
 async fn a_client_that_does_not_read_slows_its_worker_down_and_is_cut_in_time() {
-    let (mut worker, router) = pair(&["--request-timeout-secs=1"]).await;
+    let (mut worker, router) = pair(&["--request-timeout-secs=3"]).await;
     let client = begin(&router, "x").await;
     let mut exchange = worker.request().await;
     let taken = exchange.wire().send_while_taken(&large_answer()).await;

@@ -80,7 +80,8 @@ async fn a_status_that_another_worker_may_not_give_is_passed_over() {
     }
     let counted = router.until_idle().await;
     assert_eq!(counted.iter().map(|(_, served, _)| served).sum::<u64>(), 6);
-    assert_eq!(counted.iter().map(|(_, _, failed)| failed).sum::<u64>(), 6);
+    // What is about the request (4xx) is no failure of the worker's.
+    assert_eq!(counted.iter().map(|(_, _, failed)| failed).sum::<u64>(), 4);
 }
 
 #[tokio::test]

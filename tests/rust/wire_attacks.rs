@@ -118,6 +118,27 @@ async fn heads_that_are_malformed_are_refused() {
 }
 
 #[tokio::test]
+async fn a_request_names_one_host() {
+    let (mut worker, router) = pair(&[]).await;
+    for (line, hosts, is_fine) in [
+        ("HTTP/1.1", "", false),
+        ("HTTP/1.1", "host: x\r\nhost: x\r\n", false),
+        ("HTTP/1.0", "host: x\r\nhost: y\r\n", false),
+        ("HTTP/1.0", "", true),
+    ] {
+        let mut client = router.connect().await;
+        client.send(format!("GET /health {line}\r\n{hosts}\r\n")).await;
+        let answer = client.answer().await;
+        if is_fine {
+            assert_eq!(answer.status(), 200);
+        } else {
+            assert_eq!((answer.status(), &*answer.error_code()), (400, "invalid_request"));
+        }
+    }
+    assert_sound(&router, &mut worker, "hosts").await;
+}
+
+#[tokio::test]
 async fn bodies_in_a_coding_that_is_not_chunked_alone_are_refused_by_name() {
     let (mut worker, router) = pair(&[]).await;
     for codings in [
