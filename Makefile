@@ -12,10 +12,10 @@ FUZZ_TARGETS := scan stream_usage tree trace_queries
 # Built and installed into .venv when a source is newer.
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help build install wheel demo test test-rust test-python check format generate bench-memory chaos fuzz clean
+.PHONY: help build install wheel demo test test-rust test-python check format generate bench-memory bench-overload bench-disconnects chaos fuzz clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
 
 build: ## the program without Python: target/release/sglang-router-rs
 	cargo build --release --locked
@@ -55,6 +55,12 @@ generate: $(INSTALLED) ## write the files that are derived from the Rust sources
 
 bench-memory: ## memory of 100,000 traces and of a million prompts
 	cargo bench --locked --bench memory
+
+bench-overload: $(INSTALLED) ## ten times the load the workers can bear; OVERLOAD="--factor 20 …" for options
+	$(BIN)/python tools/overload.py $(OVERLOAD)
+
+bench-disconnects: $(INSTALLED) ## 2,000 clients that leave at random moments; DISCONNECTS="--clients 500 …" for options
+	$(BIN)/python tools/disconnects.py $(DISCONNECTS)
 
 chaos: $(INSTALLED) ## five minutes of load while workers are killed, hang and refuse; CHAOS="--seconds 60 …" for options
 	$(BIN)/python tools/chaos.py $(CHAOS)

@@ -42,6 +42,7 @@ LINKED = [
     "CHANGELOG.md",
     "docs/keys.md",
     "docs/monitoring.md",
+    "docs/performance.md",
     *(f"docs/decisions/{page.name}" for page in sorted((ROOT / "docs/decisions").iterdir())),
 ]
 BLOCK = re.compile(r"^```(\w+)(?: (\w+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
