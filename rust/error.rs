@@ -74,6 +74,7 @@ kinds! {
     PayloadTooLarge "payload_too_large" 413 Client "The request body is larger than `max_payload_size`, or a batch names too many ids.";
     IncompleteBody "incomplete_body" 400 Client "The request body is not framed as HTTP asks.";
     Aborted "aborted" 499 Client "The request was ended by `POST /abort_request`, or its client left.";
+    LoopDetected "loop_detected" 508 Router "The router checks itself: its own URL was named as a worker's.";
     TrackingDisabled "tracking_disabled" 501 Router "Traces were asked for, but request tracking is off.";
     QueueFull "queue_full" 429 Router "`max_concurrent_requests` are in flight, or the rate is used up, and `queue_size` wait already.";
     QueueTimeout "queue_timeout" 408 Router "The request waited longer than `queue_timeout_secs` to be routed.";

@@ -20,13 +20,21 @@ use super::{App, headers, now, scrape};
 use crate::error::{Error, Kind, shown};
 use crate::telemetry::metrics::CONTENT_TYPE;
 use crate::workers::breaker::Fitness;
-use crate::workers::{State as Health, Worker};
+use crate::workers::{CHECKED_BY, State as Health, Worker};
 
 /// How long one worker after another is asked for a single answer.
 const ONE_ANSWER_WITHIN: Duration = Duration::from_secs(30);
 
-pub(super) async fn alive() -> &'static str {
-    "OK"
+/// Well, but for whoever takes this router for one of its own workers: itself.
+pub(super) async fn alive(
+    State(app): State<Arc<App>>,
+    headers: HeaderMap,
+) -> Result<&'static str, Error> {
+    if headers.get(CHECKED_BY).is_some_and(|id| id == app.workers.id()) {
+        let message = "this is the router that asks: it cannot be its own worker";
+        return Err(Error::new(Kind::LoopDetected, message));
+    }
+    Ok("OK")
 }
 
 pub(super) async fn readiness(State(app): State<Arc<App>>) -> Response {

@@ -51,7 +51,7 @@ pub(super) async fn abort(
         Error::new(Kind::InvalidRequest, message)
     })?;
     let is_all = asked.abort_all == Some(true);
-    if asked.rid.is_none() && !is_all {
+    if asked.rid.as_deref().unwrap_or_default().is_empty() && !is_all {
         let message = r#"the body names no request: write {"rid": "..."}, or {"abort_all": true}"#;
         return Err(Error::new(Kind::InvalidRequest, message));
     }

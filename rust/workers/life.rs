@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 use super::health::State;
 use super::node_id::NodeIdFrom;
-use super::{FirstRound, ServerInfo, Worker, Workers};
+use super::{CHECKED_BY, FirstRound, ServerInfo, Worker, Workers};
 
 /// A check's answer is read up to here and thrown away.
 const ANSWER_BYTES_MAX: usize = 4 << 20;
@@ -53,8 +53,7 @@ async fn check_forever(workers: &Workers, worker: &Worker, mut round: Option<Arc
     loop {
         let turn_began = Instant::now();
         let turn = async {
-            let outcome =
-                get(worker, &options.health_check_endpoint, options.check_timeout()).await;
+            let outcome = get(workers, worker, &options.health_check_endpoint).await;
             let is_good = outcome.is_ok();
             let is_asked_first = is_good && must_tell_first(worker, options.node_id_from);
             if is_asked_first {
@@ -112,7 +111,7 @@ pub(super) async fn close_idle_forever(workers: Arc<Workers>) {
 /// Asks the worker about itself. One that does not answer, or not in a way that is understood, stays what it was.
 async fn learn(workers: &Workers, worker: &Worker) {
     for path in INFO_PATHS {
-        match get(worker, path, workers.options.check_timeout()).await {
+        match get(workers, worker, path).await {
             Ok(body) => {
                 if let Some(info) = ServerInfo::parse(&body) {
                     return workers.told(worker, info);
@@ -137,10 +136,12 @@ impl From<String> for CheckError {
 }
 
 /// The body of a 2xx answer.
-async fn get(worker: &Worker, path: &str, timeout: Duration) -> Result<Bytes, CheckError> {
+async fn get(workers: &Workers, worker: &Worker, path: &str) -> Result<Bytes, CheckError> {
+    let timeout = workers.options.check_timeout();
     let path_and_query: PathAndQuery = path.parse().map_err(|error| format!("{path}: {error}"))?;
     let mut request = Request::get(worker.uri(&path_and_query))
         .header(header::HOST, worker.url.authority())
+        .header(CHECKED_BY, workers.id())
         .body(Full::default())
         .map_err(|error| error.to_string())?;
     worker.authorize(request.headers_mut());

@@ -24,7 +24,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use arc_swap::{ArcSwap, ArcSwapOption};
-use hyper::header::{AUTHORIZATION, HeaderValue};
+use hyper::header::{AUTHORIZATION, HeaderName, HeaderValue};
 use hyper::http::uri::PathAndQuery;
 use hyper::{HeaderMap, Uri};
 use parking_lot::Mutex;
@@ -46,6 +46,9 @@ use wanted::{Wanted, WantedBy};
 
 /// Most workers at a time, those that drain among them.
 pub const WORKERS_MAX: usize = 4096;
+
+/// The header by which a router knows a check as its own: the id of the [`Workers`] that check.
+pub const CHECKED_BY: HeaderName = HeaderName::from_static("x-sglang-router-id");
 
 /// One worker, from joining to leaving.
 #[derive(Debug)]
@@ -230,6 +233,8 @@ impl Snapshot {
 
 /// All workers of one router.
 pub struct Workers {
+    /// Random; tells this router from all others.
+    id: HeaderValue,
     options: Options,
     upstream: upstream::Options,
     network: Arc<dyn Network>,
@@ -281,6 +286,7 @@ impl Workers {
         let node_ids = NodeIds::new(options.node_id_from, options.node_ids.clone());
         let workers = Arc::new(Self {
             options,
+            id: random_id(),
             upstream: upstream.clone(),
             network,
             authorization,
@@ -299,6 +305,11 @@ impl Workers {
 
     pub fn snapshot(&self) -> Arc<Snapshot> {
         self.snapshot.load_full()
+    }
+
+    /// Tells this router from all others.
+    pub fn id(&self) -> &HeaderValue {
+        &self.id
     }
 
     /// Whether the breaker of a routable worker keeps it, or may keep it, from being picked.
@@ -583,6 +594,12 @@ impl Workers {
             told_to_leave: Notify::new(),
         }
     }
+}
+
+fn random_id() -> HeaderValue {
+    let mut text = uuid::Uuid::encode_buffer();
+    let text = uuid::Uuid::new_v4().simple().encode_lower(&mut text);
+    HeaderValue::from_str(text).expect("hexadecimal digits")
 }
 
 impl Roster {
