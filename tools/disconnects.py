@@ -335,17 +335,17 @@ async def run(settings: argparse.Namespace, processes: Processes) -> list[Rule]:
             return [f"{count}, before {open_before}"] if count > open_before else []
 
         waking = Waking()
-        looking_on = asyncio.create_task(waking.run())
         clients: list[Client] = []
         left, opened = [], []
         for storm in range(STORMS):
             those = crowd(settings, storm)
+            looking_on = asyncio.create_task(waking.run())
             await asyncio.gather(*(client.visit(port) for client in those))
+            looking_on.cancel()
             left += await at_rest(left_over)
             opened += await at_rest(more_open)
             mib.append((resident_kib(router.pid) or 0.0) / 1024)
             clients += those
-        looking_on.cancel()
         traces = await all_traces(url, session)
 
     ending = await stopped(router)
