@@ -182,9 +182,15 @@ where
         let exchange = Exchange { deadline: now() + request_timeout, abort: Arc::default() };
         exchanges.begin(exchange.clone());
         request.extensions_mut().insert(exchange);
-        match check_head(&request) {
-            Ok(()) => router.call(request).left_future(),
-            Err(error) => ready(Ok(error.into_response())).right_future(),
+        if let Err(error) = check_head(&request) {
+            return ready(Ok(error.into_response())).left_future();
+        }
+        let mut answering = Box::pin(router.call(request));
+        // Begun before hyper looks whether the client is still there: a request that came has a trace, also if its
+        // client left behind it. hyper polls it again, with a waker, or drops it.
+        match (&mut answering).now_or_never() {
+            Some(answer) => ready(answer).left_future(),
+            None => answering.right_future(),
         }
     });
     let watched = stream.watch();

@@ -396,3 +396,18 @@ async fn a_router_told_to_stop_cuts_what_is_open_at_once() {
     }
     until("the end", async || router.has_ended().then_some(())).await;
 }
+
+#[tokio::test]
+async fn a_client_that_leaves_right_behind_its_request_has_a_trace() {
+    let (_worker, router) = pair(&[]).await;
+    for number in 0..100 {
+        let id = format!("gone-{number}");
+        let mut client = router.connect().await;
+        client.send(request("POST /generate", &[("x-request-id", &id)], "{}")).await;
+        drop(client);
+        let trace = router.trace_when(&id, "failed").await;
+        let message = trace["error_message"].as_str().expect("a message");
+        assert!(message.contains("client disconnected"), "{message}");
+    }
+    router.until_idle().await;
+}

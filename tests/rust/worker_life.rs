@@ -346,3 +346,18 @@ async fn a_name_that_is_not_found_keeps_nobody_waiting() {
     let answer = router.post("/generate", "{}").await;
     assert_eq!((answer.status(), answer.error_code().as_str()), (503, "no_available_workers"));
 }
+
+#[tokio::test]
+async fn a_router_is_not_its_own_worker() {
+    let router = Router::start(&[], &[]);
+    let own = format!("http://{}", router.address);
+    join(&router, &own).await;
+    let worker = until("a failed check", async || {
+        let worker = router.worker(&own).await;
+        worker["last_error"].is_string().then_some(worker)
+    })
+    .await;
+    assert!(worker["last_error"].as_str().is_some_and(|error| error.contains("508")), "{worker}");
+    assert_eq!(worker["is_healthy"], false);
+    assert_eq!(router.post("/generate", "{}").await.status(), 503);
+}
