@@ -10,7 +10,7 @@ use axum::http::uri::PathAndQuery;
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt};
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::header::{CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderValue};
+use hyper::header::{CONTENT_TYPE, HeaderValue};
 use hyper::{HeaderMap, Method};
 
 use super::App;
@@ -54,17 +54,7 @@ impl Question {
     }
 
     fn towards(&self, worker: &Worker) -> hyper::Request<Full<Bytes>> {
-        let mut request = hyper::Request::new(Full::new(self.body.clone()));
-        *request.method_mut() = self.method.clone();
-        *request.uri_mut() = worker.uri(&self.path);
-        *request.headers_mut() = self.headers.clone();
-        request.headers_mut().insert(HOST, worker.url.authority().clone());
-        if self.method == Method::POST {
-            // Left alone, hyper would say nothing of a body of length 0.
-            request.headers_mut().insert(CONTENT_LENGTH, self.body.len().into());
-        }
-        worker.authorize(request.headers_mut());
-        request
+        worker.request(self.method.clone(), &self.path, self.headers.clone(), self.body.clone())
     }
 }
 

@@ -367,8 +367,7 @@ impl Flight {
             self.count_stream();
             self.end(Ending { status: Some(status), counted_as: status.as_u16(), error: None });
         } else {
-            let colon = if excerpt.is_empty() { "" } else { ": " };
-            let message = format!("worker answered {status}{colon}{excerpt}");
+            let message = answered_with(status, excerpt);
             let origin = if status.is_server_error() { Origin::Worker } else { Origin::Client };
             self.fail(Some(status), status.as_u16(), origin, &message, None);
         }
@@ -473,6 +472,12 @@ impl Flight {
             }
         }
     }
+}
+
+/// An answer that is an error, in words; `excerpt` is the head of its body, on one line.
+pub(super) fn answered_with(status: StatusCode, excerpt: &str) -> String {
+    let colon = if excerpt.is_empty() { "" } else { ": " };
+    format!("worker answered {status}{colon}{excerpt}")
 }
 
 /// How a request ended.

@@ -206,8 +206,8 @@ where
     }
 }
 
-/// A request names the host it is for, and only one (RFC 9112, section 3.2). Two parties that read two of them
-/// differently would disagree about whose request it is.
+/// A target leaves room for a worker's base path, and a request names the host it is for, and only one (RFC 9112,
+/// section 3.2): two parties that read two of them differently would disagree about whose request it is.
 fn check_head<Body>(request: &Request<Body>) -> Result<(), Error> {
     let target_bytes = request.uri().path_and_query().map_or(0, |target| target.as_str().len());
     if target_bytes > TARGET_BYTES_MAX {

@@ -18,7 +18,7 @@ use hyper::header::{self, HeaderValue};
 use hyper::{HeaderMap, Method};
 
 use super::exchange::Exchange;
-use super::flight::Flight;
+use super::flight::{Flight, answered_with};
 use super::pick::{self, Wish};
 use super::relay::{Relay, one_line};
 use super::request_id::X_REQUEST_ID;
@@ -216,8 +216,7 @@ fn excerpt(answer: &hyper::Response<Answer>) -> String {
     } else {
         one_line(answer.body().begun())
     };
-    let colon = if begun.is_empty() { "" } else { ": " };
-    format!("worker answered {}{colon}{begun}", answer.status())
+    answered_with(answer.status(), &begun)
 }
 
 /// Notes an attempt without an answer.
@@ -256,15 +255,7 @@ struct Outgoing {
 
 impl Outgoing {
     fn towards(&self, worker: &Worker) -> hyper::Request<Full<Bytes>> {
-        let mut request = hyper::Request::new(Full::new(self.body.clone()));
-        *request.method_mut() = Method::POST;
-        *request.uri_mut() = worker.uri(&self.path);
-        *request.headers_mut() = self.headers.clone();
-        request.headers_mut().insert(header::HOST, worker.url.authority().clone());
-        worker.authorize(request.headers_mut());
-        // Left alone, hyper would say nothing of a body of length 0.
-        request.headers_mut().insert(header::CONTENT_LENGTH, self.body.len().into());
-        request
+        worker.request(Method::POST, &self.path, self.headers.clone(), self.body.clone())
     }
 }
 

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full, Limited};
+use http_body_util::{BodyExt, Limited};
 use hyper::http::uri::PathAndQuery;
-use hyper::{Request, StatusCode, header};
+use hyper::{HeaderMap, Method, StatusCode};
 use tokio::time::Instant;
 
 use super::health::State;
@@ -139,12 +139,8 @@ impl From<String> for CheckError {
 async fn get(workers: &Workers, worker: &Worker, path: &str) -> Result<Bytes, CheckError> {
     let timeout = workers.options.check_timeout();
     let path_and_query: PathAndQuery = path.parse().map_err(|error| format!("{path}: {error}"))?;
-    let mut request = Request::get(worker.uri(&path_and_query))
-        .header(header::HOST, worker.url.authority())
-        .header(CHECKED_BY, workers.id())
-        .body(Full::default())
-        .map_err(|error| error.to_string())?;
-    worker.authorize(request.headers_mut());
+    let headers = HeaderMap::from_iter([(CHECKED_BY, workers.id().clone())]);
+    let request = worker.request(Method::GET, &path_and_query, headers, Bytes::new());
     let exchange = async {
         let answer = worker
             .connections

@@ -24,9 +24,11 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use arc_swap::{ArcSwap, ArcSwapOption};
-use hyper::header::{AUTHORIZATION, HeaderName, HeaderValue};
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::header::{AUTHORIZATION, CONTENT_LENGTH, HOST, HeaderName, HeaderValue};
 use hyper::http::uri::PathAndQuery;
-use hyper::{HeaderMap, Uri};
+use hyper::{HeaderMap, Method, Request, Uri};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 
@@ -126,7 +128,7 @@ impl Worker {
     }
 
     /// Where a path of the router's is on this worker.
-    pub fn uri(&self, path: &PathAndQuery) -> Uri {
+    fn uri(&self, path: &PathAndQuery) -> Uri {
         if self.url.base_path().is_empty() {
             return path.clone().into();
         }
@@ -135,8 +137,31 @@ impl Worker {
         whole.parse().unwrap_or_else(|_| path.clone().into())
     }
 
+    /// A request as it is sent here, with these headers but for the router's own. The body is whole, so its length is
+    /// known.
+    pub fn request(
+        &self,
+        method: Method,
+        path: &PathAndQuery,
+        headers: HeaderMap,
+        body: Bytes,
+    ) -> Request<Full<Bytes>> {
+        let length = body.len();
+        let mut request = Request::new(Full::new(body));
+        *request.uri_mut() = self.uri(path);
+        *request.headers_mut() = headers;
+        request.headers_mut().insert(HOST, self.url.authority().clone());
+        if method == Method::POST {
+            // Left alone, hyper would say nothing of a body of length 0.
+            request.headers_mut().insert(CONTENT_LENGTH, length.into());
+        }
+        *request.method_mut() = method;
+        self.authorize(request.headers_mut());
+        request
+    }
+
     /// Gives a request on its way here the key that this worker asks for, unless it brings one of its own.
-    pub fn authorize(&self, headers: &mut HeaderMap) {
+    fn authorize(&self, headers: &mut HeaderMap) {
         if let (Some(key), false) = (&self.authorization, headers.contains_key(AUTHORIZATION)) {
             headers.insert(AUTHORIZATION, key.clone());
         }
