@@ -1,0 +1,147 @@
+"""Options declared once: a field of a dataclass is the keyword, the flag, the help, the default and the range.
+
+``option()`` makes such a field. ``check()`` judges the values of an object, ``add_flags()`` and ``given()`` make a
+command line of a class and an object of a command line. Every error names the option and its value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Callable
+from typing import Any
+
+
+class OptionError(ValueError):
+    """A value that an option does not take: names option, value and what would be right."""
+
+    def __init__(self, name: str, value: object, problem: str) -> None:
+        super().__init__(f"{name}={value!r}: {problem}")
+        self.name, self.value, self.problem = name, value, problem
+
+    def as_flag(self) -> str:
+        """The message in the words of the command line."""
+        value = " ".join(map(str, self.value)) if isinstance(self.value, (list, tuple)) else self.value
+        return f"--{self.name.replace('_', '-')} {value}: {self.problem}"
+
+
+# Says what is wrong with a value, or nothing.
+Check = Callable[[Any], "str | None"]
+
+
+def at_least(lowest: float) -> Check:
+    """Numbers from ``lowest`` on; not NaN, not infinite."""
+    return lambda value: None if lowest <= value < math.inf else f"must be a number from {lowest:g} on"
+
+
+def above(bound: float, infinite: bool = False) -> Check:
+    """Numbers above ``bound``, and ``inf`` where that means something."""
+
+    def check(value: float) -> str | None:
+        fits = value > bound and (infinite or value < math.inf)
+        return None if fits else f"must be a number above {bound:g}{', or inf' if infinite else ''}"
+
+    return check
+
+
+def between(lowest: float, highest: float) -> Check:
+    """Numbers from ``lowest`` to ``highest``."""
+    return lambda value: None if lowest <= value <= highest else f"must be between {lowest:g} and {highest:g}"
+
+
+def one_of(*choices: str) -> Check:
+    """One of these words."""
+    return lambda value: None if value in choices else f"must be one of {', '.join(choices)}"
+
+
+def option(default: Any, meaning: str, check: Check | None = None, metavar: str | None = None) -> Any:
+    """A field with its default, its help, and what its values must be; ``None`` is always taken if it is the default."""
+    metadata = {"help": meaning, "check": check, "metavar": metavar}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check(options: Any) -> None:
+    """Judge every value of an object of options.
+
+    Raises:
+        OptionError: for the first one that is out of range or of another type.
+    """
+    shapes = typing.get_type_hints(type(options))
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if value is None and field.default is None:
+            continue
+        wanted = _kinds(shapes[field.name])
+        if not _is_a(value, wanted):
+            names = " or ".join(kind.__name__ for kind in wanted)
+            raise OptionError(field.name, value, f"takes {names}, not {type(value).__name__}")
+        judge = field.metadata.get("check")
+        problem = judge(value) if judge else None
+        if problem:
+            raise OptionError(field.name, value, problem)
+
+
+def add_flags(parser: argparse.ArgumentParser, options: type, leave_out: frozenset[str] = frozenset()) -> None:
+    """A flag for each option of the class."""
+    shapes = typing.get_type_hints(options)
+    for field in dataclasses.fields(options):
+        if field.name in leave_out:
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        settings: dict[str, Any] = {"dest": field.name, "help": _help(field), "default": argparse.SUPPRESS}
+        kinds = _kinds(shapes[field.name])
+        if bool in kinds:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **settings)
+            continue
+        if list in kinds:
+            items = typing.get_args(_without_none(shapes[field.name])) or (str,)
+            settings |= {"nargs": "+", "type": _parser(items[0])}
+        else:
+            settings["type"] = _parser(kinds[0])
+        parser.add_argument(flag, metavar=field.metadata.get("metavar") or field.name.upper(), **settings)
+
+
+def given(arguments: argparse.Namespace, options: type) -> dict[str, Any]:
+    """The options of the class that the command line holds."""
+    names = {field.name for field in dataclasses.fields(options)}
+    return {name: value for name, value in vars(arguments).items() if name in names}
+
+
+def _help(field: dataclasses.Field[Any]) -> str:
+    text = str(field.metadata["help"]).replace("%", "%%")
+    has_default = field.default not in (None, dataclasses.MISSING)
+    shown = {True: "yes", False: "no"}.get(field.default, field.default) if has_default else None
+    return text if shown is None else f"{text} [default: {shown}]"
+
+
+def _parser(kind: type) -> Callable[[str], Any]:
+    # argparse names the function in its message.
+    def number(text: str) -> Any:
+        return kind(text)
+
+    number.__name__ = {int: "whole number", float: "number"}.get(kind, kind.__name__)
+    return number
+
+
+def _without_none(shape: Any) -> Any:
+    if isinstance(shape, types.UnionType) or typing.get_origin(shape) is typing.Union:
+        return next(part for part in typing.get_args(shape) if part is not types.NoneType)
+    return shape
+
+
+def _kinds(shape: Any) -> tuple[type, ...]:
+    shape = _without_none(shape)
+    return (typing.get_origin(shape) or shape,)
+
+
+def _is_a(value: object, kinds: tuple[type, ...]) -> bool:
+    if isinstance(value, bool):
+        return bool in kinds
+    if isinstance(value, int) and float in kinds:
+        return True
+    return isinstance(value, kinds)
