@@ -89,5 +89,6 @@ $(TOOLS): pyproject.toml
 $(INSTALLED): $(TOOLS) $(RUST) $(PYTHON)
 	rm -rf target/install
 	$(BIN)/maturin build --release --locked --out target/install
-	$(BIN)/pip install --quiet --force-reinstall target/install/*.whl
+	$(BIN)/pip install --quiet --force-reinstall --no-deps target/install/*.whl
+	$(BIN)/pip install --quiet 'sglang_router_rs[bench]'
 	touch $@

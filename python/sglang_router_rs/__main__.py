@@ -1,7 +1,11 @@
-"""``python -m sglang_router_rs <launch|sim>``: the command line of the Rust core."""
+"""``python -m sglang_router_rs <launch|sim|bench|compare>``: the command line.
+
+The first two commands are the Rust core's, the others the routing laboratory's.
+"""
 
 from __future__ import annotations
 
+import importlib
 import signal
 import sys
 from collections.abc import Mapping
@@ -19,9 +23,22 @@ def run(arguments: list[str], defaults: Mapping[str, str] | None = None) -> int:
         signal.signal(signal.SIGINT, earlier)
 
 
+# Commands in Python, by the module that has their ``main``.
+LABORATORY = {"bench": "bench", "compare": "compare"}
+
+
 def main() -> int:
     """Run the command line in ``sys.argv``; returns its exit status."""
-    return run(sys.argv[1:])
+    name, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
+    if name not in LABORATORY:
+        return run(sys.argv[1:])
+    try:
+        command = importlib.import_module(f"sglang_router_rs.routing_test.{LABORATORY[name]}")
+    except ImportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    status: int = command.main(rest)
+    return status
 
 
 if __name__ == "__main__":

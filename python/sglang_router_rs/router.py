@@ -45,7 +45,7 @@ class Router:
         self, worker_urls: Sequence[str] | None = None, policy: str | None = None, **options: Unpack[RouterOptions]
     ) -> None:
         given = {"worker_urls": worker_urls, "policy": policy, **options}
-        self._settings = [(name, _texts(name, value)) for name, value in given.items() if value is not None]
+        self._settings = [(name, option_texts(name, value)) for name, value in given.items() if value is not None]
         self._pid = os.getpid()
         self._server: _core.Server | None = None
         _core.Server.check(self._settings)
@@ -190,7 +190,7 @@ Router.__signature__ = _signature()  # type: ignore[attr-defined]
 _SHAPES = {option["name"]: option["shape"] for option in _core.options()}
 
 
-def _texts(name: str, value: object) -> list[str]:
+def option_texts(name: str, value: object) -> list[str]:
     """An option's value as the texts its parser takes."""
     shape = _SHAPES.get(name)
     if shape == "map":

@@ -14,6 +14,11 @@ class Column:
     source: str
     meaning: str
 
+    @property
+    def kind(self) -> str:
+        """The pandas type that holds it; every one of them knows a missing value."""
+        return _KINDS.get(self.name) or _KINDS_BY_UNIT.get(self.unit, "string")
+
 
 def _columns(source: str, *rows: tuple[str, str, str]) -> tuple[Column, ...]:
     return tuple(Column(name, unit, source, meaning) for name, unit, meaning in rows)
@@ -37,20 +42,20 @@ _BY_NAME = {
             "client",
             ("to_server_time", "s", "when the request's head was written to its connection"),
             ("finish_time", "s", "when the last byte of the answer was read, or the request failed"),
-            ("server_latency", "s", "`finish_time` − `to_server_time`"),
-            ("total_latency", "s", "`finish_time` − `arrival_time`"),
-            ("ttft", "s", "first content of the stream − `to_server_time`; empty unless streamed"),
+            ("server_latency", "s", "`finish_time` - `to_server_time`"),
+            ("total_latency", "s", "`finish_time` - `arrival_time`"),
+            ("ttft", "s", "first content of the stream - `to_server_time`; empty unless streamed"),
             (
                 "queue_time",
                 "s",
-                "`to_server_time` − `arrival_time`: how late it was sent, with the wait for a place of `--max-concurrency`. "
-                "What it waited at the worker is `sglang_queue_time`",
+                "`to_server_time` - `arrival_time`: how late it was sent, with the wait for a place of "
+                "`--max-concurrency`. What it waited at the worker is `sglang_queue_time`",
             ),
             (
                 "itl_mean",
                 "s",
-                "mean time between two tokens: (last content − first content) / (`completion_tokens` − 1); empty unless "
-                "streamed with two tokens or more",
+                "mean time between two tokens: (last content - first content) / (`completion_tokens` - 1); "
+                "empty unless streamed with two tokens or more",
             ),
             (
                 "itl_p99",
@@ -67,7 +72,8 @@ _BY_NAME = {
             (
                 "decode_length",
                 "tokens",
-                "tokens received, by the last count that the answer gave, also of one that broke off; empty if it gave none",
+                "tokens received, by the last count that the answer gave, also of one that broke off; empty if "
+                "it gave none",
             ),
             ("prompt_tokens", "tokens", "tokens of the prompt as the worker counted them"),
             ("cached_tokens", "tokens", "those found in the worker's cache; empty if it does not report them"),
@@ -89,10 +95,18 @@ _BY_NAME = {
             ("routing_policy", "", "the policy"),
             ("trace_status", "", "`completed` or `failed`, as the router saw it"),
             ("reason", "", "why the policy picked this worker"),
-            ("matched_tokens", "tokens", "prefix that the policy expected in the worker's cache; empty without a prefix tree"),
+            (
+                "matched_tokens",
+                "tokens",
+                "prefix that the policy expected in the worker's cache; empty without a prefix tree",
+            ),
             ("attempts", "", "workers it was sent to"),
             ("router_queue_ms", "ms", "arrival at the router until admission"),
-            ("router_ttft_ms", "ms", "arrival at the router until the first frame with content passed; empty unless streamed"),
+            (
+                "router_ttft_ms",
+                "ms",
+                "arrival at the router until the first frame with content passed; empty unless streamed",
+            ),
             ("router_latency_ms", "ms", "arrival at the router until the last byte passed"),
         ),
     )
@@ -101,14 +115,43 @@ _BY_NAME = {
 # The order is the contract with scripts that read the file.
 COLUMNS = tuple(
     _BY_NAME[name]
-    for name in (
-        "req_id input_length decode_length arrival_time to_server_time finish_time server_latency total_latency ttft "
-        "queue_time itl_mean itl_p99 success error http_status prompt_tokens cached_tokens completion_tokens worker_url "
-        "node_id gpu_id routing_policy trace_status reason matched_tokens attempts router_queue_ms router_ttft_ms "
-        "router_latency_ms"
-    ).split()
+    for name in [
+        "req_id",
+        "input_length",
+        "decode_length",
+        "arrival_time",
+        "to_server_time",
+        "finish_time",
+        "server_latency",
+        "total_latency",
+        "ttft",
+        "queue_time",
+        "itl_mean",
+        "itl_p99",
+        "success",
+        "error",
+        "http_status",
+        "prompt_tokens",
+        "cached_tokens",
+        "completion_tokens",
+        "worker_url",
+        "node_id",
+        "gpu_id",
+        "routing_policy",
+        "trace_status",
+        "reason",
+        "matched_tokens",
+        "attempts",
+        "router_queue_ms",
+        "router_ttft_ms",
+        "router_latency_ms",
+    ]
 )
 NAMES = tuple(column.name for column in COLUMNS)
+
+# How values are held; all others are text.
+_KINDS = {"success": "boolean", "http_status": "Int64", "attempts": "Int64"}
+_KINDS_BY_UNIT = {"tokens": "Int64", "s": "Float64", "ms": "Float64"}
 
 # What SGLang tells of itself in `meta_info` comes after the columns, under this prefix.
 STAMP_PREFIX = "sglang_"

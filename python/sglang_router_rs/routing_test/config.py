@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .options import above, at_least, between, check, one_of, option
+from .options import OptionError, above, at_least, between, check, one_of, option
 
 ROUTES = ("/generate", "/v1/completions", "/v1/chat/completions")
 ARRIVALS = ("poisson", "constant", "burst", "trace")
@@ -66,11 +66,28 @@ class RoutingConfig(LoadConfig):
     base_port: int = option(30001, "port of the router", between(0, 65535))
     start_router: bool = option(True, "start the router; without it, one runs at base_port")
     policy: str = option("cache_aware", "the router's policy")
-    worker_base_port: int = option(30005, "port of the first worker that is started; the others follow it", between(1, 65535))
+    worker_base_port: int = option(
+        30005, "port of the first worker that is started; the others follow it", between(1, 65535)
+    )
     num_workers: int | None = option(None, "workers that are started (default: one for each GPU, or 2)", at_least(1))
     gpu_ids: list[int] | None = option(None, "a worker for each of these GPUs, named gpu_ID (default: 0, 1, …)")
     model_path: str | None = option(None, "model of real SGLang servers; without it workers are simulated")
     worker_args: list[str] = option([], "further arguments of each worker that is started")
     worker_urls: list[str] | None = option(None, "workers that run already; none are started")
-    router_options: dict[str, object] = option(None, "further options of the router, as keywords of Router")
+    router_options: dict[str, object] | None = option(None, "further options of the router, as keywords of Router")
     output_dir: str = option("results", "where results.csv, summary.json and logs go")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for gpu in self.gpu_ids or []:
+            if gpu < 0 or self.gpu_ids.count(gpu) > 1:  # type: ignore[union-attr]
+                raise OptionError("gpu_ids", self.gpu_ids, "must be different numbers from 0 on")
+        if self.gpu_ids == [] or (self.gpu_ids and self.num_workers not in (None, len(self.gpu_ids))):
+            raise OptionError("gpu_ids", self.gpu_ids, "must be as many as num_workers, which may be left out")
+        if self.worker_urls == []:
+            raise OptionError("worker_urls", [], "must name a worker; None starts some")
+
+    @property
+    def gpus(self) -> list[int]:
+        """The GPU of each worker that is started."""
+        return self.gpu_ids or list(range(self.num_workers or 2))

@@ -22,6 +22,7 @@ class OptionError(ValueError):
         super().__init__(f"{name}={value!r}: {problem}")
         self.name, self.value, self.problem = name, value, problem
 
+    @property
     def as_flag(self) -> str:
         """The message in the words of the command line."""
         value = " ".join(map(str, self.value)) if isinstance(self.value, (list, tuple)) else self.value
@@ -58,7 +59,7 @@ def one_of(*choices: str) -> Check:
 
 
 def option(default: Any, meaning: str, check: Check | None = None, metavar: str | None = None) -> Any:
-    """A field with its default, its help, and what its values must be; ``None`` is always taken if it is the default."""
+    """A field with its default, its help, and what its values must be; ``None`` is taken if it is the default."""
     metadata = {"help": meaning, "check": check, "metavar": metavar}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -100,7 +101,7 @@ def add_flags(parser: argparse.ArgumentParser, options: type, leave_out: frozens
             continue
         if list in kinds:
             items = typing.get_args(_without_none(shapes[field.name])) or (str,)
-            settings |= {"nargs": "+", "type": _parser(items[0])}
+            settings |= {"nargs": "+", "type": _list_parser(items[0])}
         else:
             settings["type"] = _parser(kinds[0])
         parser.add_argument(flag, metavar=field.metadata.get("metavar") or field.name.upper(), **settings)
@@ -109,14 +110,22 @@ def add_flags(parser: argparse.ArgumentParser, options: type, leave_out: frozens
 def given(arguments: argparse.Namespace, options: type) -> dict[str, Any]:
     """The options of the class that the command line holds."""
     names = {field.name for field in dataclasses.fields(options)}
-    return {name: value for name, value in vars(arguments).items() if name in names}
+    return {name: _flat(value) for name, value in vars(arguments).items() if name in names}
+
+
+def _flat(value: Any) -> Any:
+    return [item for items in value for item in items] if isinstance(value, list) else value
 
 
 def _help(field: dataclasses.Field[Any]) -> str:
     text = str(field.metadata["help"]).replace("%", "%%")
-    has_default = field.default not in (None, dataclasses.MISSING)
-    shown = {True: "yes", False: "no"}.get(field.default, field.default) if has_default else None
-    return text if shown is None else f"{text} [default: {shown}]"
+    if field.default_factory is not dataclasses.MISSING:
+        shown = ",".join(map(str, field.default_factory()))
+    elif isinstance(field.default, bool):
+        shown = "yes" if field.default else "no"
+    else:
+        shown = "" if field.default is None else str(field.default)
+    return f"{text} [default: {shown}]" if shown else text
 
 
 def _parser(kind: type) -> Callable[[str], Any]:
@@ -126,6 +135,17 @@ def _parser(kind: type) -> Callable[[str], Any]:
 
     number.__name__ = {int: "whole number", float: "number"}.get(kind, kind.__name__)
     return number
+
+
+def _list_parser(kind: type) -> Callable[[str], list[Any]]:
+    """Lists are separated by commas, spaces or both."""
+    parse = _parser(kind)
+
+    def several(text: str) -> list[Any]:
+        return [parse(item) for item in text.split(",") if item]
+
+    several.__name__ = f"list of {parse.__name__}"
+    return several
 
 
 def _without_none(shape: Any) -> Any:

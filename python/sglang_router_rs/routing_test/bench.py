@@ -1,0 +1,169 @@
+"""``bench``: a load through a running router, or straight to one worker; one CSV row per request."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+from urllib.parse import urlsplit
+
+from ..client import NotThisRouter, TracingDisabled
+from . import attribution, results
+from .cluster import RunError
+from .config import LoadConfig
+from .load import plan
+from .options import OptionError, add_flags, given, option
+from .run import about, attribute, measure, save, warnings
+from .service import Service, prepare
+
+DESCRIPTION = """\
+Send a load to a router, each request at its own time whatever the others do, and write one CSV row per request: which
+worker served it, why, and how long it took. docs/results.md says what each column means."""
+
+EXAMPLES = """\
+examples:
+  %(prog)s --num-requests 1000 --request-rate 50 --output results.csv
+  %(prog)s --dataset trace:conversation_trace.jsonl --num-requests 3000 --route /v1/completions
+  %(prog)s --worker-url http://localhost:30005 --output direct.csv     the same without a router: its overhead is
+                                                                       the difference
+"""
+
+
+@dataclass(kw_only=True)
+class BenchConfig(LoadConfig):
+    """A load, and where it goes."""
+
+    router_url: str | None = option(None, "the router [default: http://localhost:30001]")
+    worker_url: str | None = option(None, "send to this worker directly, with no router")
+    api_key: str | None = option(None, "sent as Bearer key with each request")
+    admin_api_key: str | None = option(None, "the router's key for traces [default: the --api-key]")
+    flush_cache: bool = option(
+        False, "empty the workers' caches between warm-up and load: the same load again finds nothing"
+    )
+    output: str = option("results.csv", "the CSV; the summary and the cumulative figures go beside it", metavar="FILE")
+    decisions: str | None = option(
+        None, "a CSV of one row per request and candidate; the router needs --trace-candidates", metavar="FILE"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.router_url is not None and self.worker_url is not None:
+            raise OptionError("worker_url", self.worker_url, "goes without --router-url: it is one or the other")
+        if self.worker_url is not None and self.decisions is not None:
+            raise OptionError("decisions", self.decisions, "needs a router; there is none with --worker-url")
+        for name in ("router_url", "worker_url"):
+            url = getattr(self, name)
+            parts = urlsplit(url or "http://localhost")
+            if parts.scheme not in ("http", "https") or not parts.netloc or parts.path.strip("/"):
+                raise OptionError(name, url, "is not http://HOST:PORT")
+        for name in ("output", "decisions"):
+            if getattr(self, name) is not None:
+                check_writable(name, Path(getattr(self, name)))
+
+
+def check_writable(name: str, path: Path) -> None:
+    """See that a file can be written, before anything runs.
+
+    Raises:
+        OptionError: names the option, the path and the reason.
+    """
+    if path.is_dir():
+        raise OptionError(name, str(path), "is a directory; name a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = path.with_name(f".{path.name}.probe")
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise OptionError(name, str(path), f"cannot be written: {error.strerror}") from None
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose errors fit on one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with status 2."""
+        self.exit(2, f"error: {message}\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of ``bench``."""
+    made = Parser(
+        prog="python -m sglang_router_rs bench",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_flags(made, BenchConfig)
+    return made
+
+
+async def bench(config: BenchConfig) -> results.Results:
+    """Run it, and save what came of it, whatever that is.
+
+    Raises:
+        RunError: the service cannot be measured; nothing was sent.
+        OptionError: an option does not fit the service; nothing was sent.
+        OSError: a file cannot be written.
+    """
+    load = plan(config)
+    if config.worker_url is not None:
+        service = Service(config.worker_url.rstrip("/"), is_router=False, has_traces=False, api_key=config.api_key)
+    else:
+        url = (config.router_url or "http://localhost:30001").rstrip("/")
+        service = Service(url, api_key=config.api_key, admin_api_key=config.admin_api_key)
+    target, lacks = await prepare(service, config, load, config.decisions)
+    for line in lacks:
+        print(f"note: {line}", file=sys.stderr)
+    before = service.flush_caches if config.flush_cache else None
+    made, exchanges = await measure(target, load, before=before)
+    made.about = about(config, target=service.url)
+    if service.has_traces:
+        async with service.traces() as client:
+            traces = await attribution.fetch(client, [exchange.request_id for exchange in exchanges])
+        attribute(made, exchanges, traces)
+        if config.decisions is not None:
+            made.decisions = attribution.decisions(traces)
+    else:
+        for row in made.rows:
+            row["worker_url"] = service.url
+    return made
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line; returns its exit status: 0, 1 if it failed or its results are void, 130 if interrupted."""
+    made = parser()
+    arguments = made.parse_args(argv)
+    try:
+        config = BenchConfig(**given(arguments, BenchConfig))
+        outcome = asyncio.run(bench(config))
+        return report(outcome, config)
+    except OptionError as error:
+        made.error(error.as_flag)
+    except (RunError, TracingDisabled, NotThisRouter, OSError, ValueError) as error:
+        return complain(error)
+    except KeyboardInterrupt:
+        print("interrupted before anything was measured", file=sys.stderr)
+        return 130
+
+
+def complain(error: BaseException) -> int:
+    """Tell what went wrong; the exit status."""
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+
+
+def report(outcome: results.Results, config: BenchConfig) -> int:
+    """Save everything, and print what matters of it; the exit status."""
+    summary = outcome.summary()
+    summary["warnings"] = warnings(outcome, summary, config.max_concurrency)
+    save(outcome, summary, Path(config.output))
+    if config.decisions is not None:
+        print("written:", results.save_csv(results.decisions(outcome.decisions), Path(config.decisions)))
+    if outcome.disagreements:
+        return 1
+    return 130 if outcome.interrupted else 0

@@ -1,0 +1,259 @@
+"""``compare``: the same load against several policies in turn; a table, a report with plots, CSV and JSON.
+
+For each policy a router is started and stopped, and the workers' caches are emptied after the warm-up. A repeat is
+another draw of the same kind of load; within a repeat every policy gets the very same one, in an order that rotates
+from repeat to repeat, so that none is always the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import itertools
+import sys
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+from .. import _core
+from ..client import NotThisRouter, TracingDisabled
+from . import attribution, comparison, report, results
+from .bench import Parser, check_writable, complain
+from .cluster import Cluster, Process, RunError, Worker, free_ports
+from .comparison import Run
+from .config import LoadConfig
+from .load import Load, plan
+from .options import OptionError, add_flags, at_least, given, option
+from .run import about, attribute, measure, warnings
+from .service import Service, prepare
+
+DESCRIPTION = """\
+Send the same load through a router with each policy in turn, and compare what the requests got. Starts and stops the
+router itself, and the workers too, simulated (--sim) or real (--gpus), unless they run already (--workers)."""
+
+EXAMPLES = """\
+examples:
+  %(prog)s --sim 4 --policies random,round_robin,shortest_queue,cache_aware
+  %(prog)s --sim 8 --dataset trace:conversation_trace.jsonl --num-requests 3000 --repeats 3
+  %(prog)s --workers http://10.0.0.1:30000 http://10.0.0.2:30000 --policies round_robin,cache_aware
+  %(prog)s --gpus 2,3 --model-path meta-llama/Llama-2-7b-hf -- --mem-fraction-static 0.8
+  %(prog)s --sim 4 --policies cache_aware --tracking on,off --repeats 10    what tracking costs
+
+What follows -- goes to each worker that is started: sim's options, or SGLang's.
+"""
+
+
+@dataclass(kw_only=True)
+class CompareConfig(LoadConfig):
+    """A load, the policies that are compared on it, and the workers."""
+
+    policies: list[str] = option(
+        ["random", "round_robin", "shortest_queue", "cache_aware"], "policies, in the order of the report"
+    )
+    workers: list[str] | None = option(None, "workers that run already", metavar="URL")
+    sim: int | None = option(None, "start that many simulated workers", at_least(1), metavar="NUMBER")
+    gpus: list[int] | None = option(None, "start a real worker on each of these GPUs", metavar="ID")
+    model_path: str | None = option(None, "model of the real workers")
+    repeats: int = option(1, "draws of the load; from 2 on there are confidence intervals", at_least(1))
+    tracking: list[str] = option(["on"], "on, off or on,off: with both, what request tracking costs is compared too")
+    router_options: list[str] = option(
+        [], "further options of each router, such as cache_threshold=0.5", metavar="NAME=VALUE"
+    )
+    output_dir: str = option("compare", "where report.html, the tables and the logs go", metavar="DIRECTORY")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = [policy["name"] for policy in _core.policies()]
+        for policy in self.policies:
+            if policy not in names:
+                raise OptionError("policies", policy, f"must be of {', '.join(names)}")
+        for name, allowed in (("policies", names), ("tracking", ["on", "off"])):
+            values = getattr(self, name)
+            if not values or len(set(values)) != len(values) or not set(values) <= set(allowed):
+                raise OptionError(name, values, f"must be different ones of {', '.join(allowed)}")
+        ways = [name for name in ("workers", "sim", "gpus") if getattr(self, name)]
+        if len(ways) != 1:
+            raise OptionError("workers", ways, "say which workers: one of --workers, --sim and --gpus")
+        if (self.gpus is None) != (self.model_path is None):
+            raise OptionError("model_path", self.model_path, "goes with --gpus, and --gpus with it")
+        for setting in self.router_options:
+            if not setting.partition("=")[1]:
+                raise OptionError("router_options", setting, "must be NAME=VALUE")
+        check_writable("output_dir", Path(self.output_dir) / "report.html")
+
+
+class Turn(NamedTuple):
+    """Which run it is."""
+
+    policy: str
+    tracking: bool
+    # Counted from 0.
+    repeat: int
+
+
+class Comparison:
+    """The runs of one comparison; what is done is kept when a later one fails."""
+
+    def __init__(self, config: CompareConfig, worker_args: Sequence[str]) -> None:
+        self.config = config
+        self.runs: list[Run] = []
+        self.warnings: list[str] = []
+        self.is_void = False
+        self.interrupted = False
+        self._worker_args = list(worker_args)
+        self._directory = Path(config.output_dir)
+
+    async def run(self) -> None:
+        """Make every run.
+
+        Raises:
+            RunError: a process does not start, or workers cannot be measured.
+            OptionError: an option does not fit the data, the model or the router.
+        """
+        config = self.config
+        loads = [plan(config, repeat) for repeat in range(config.repeats)]
+        async with AsyncExitStack() as stack:
+            cluster = await stack.enter_async_context(Cluster(self._directory / "logs"))
+            workers = await self._workers(cluster)
+            kinds = list(itertools.product(config.policies, config.tracking))
+            for repeat, load in enumerate(loads):
+                first = repeat % len(kinds)
+                for policy, tracking in kinds[first:] + kinds[:first]:
+                    await self._run(cluster, workers, Turn(policy, tracking == "on", repeat), load)
+                    if self.interrupted:
+                        return
+
+    async def _workers(self, cluster: Cluster) -> list[Worker]:
+        config = self.config
+        if config.workers is not None:
+            return [Worker(url.rstrip("/")) for url in config.workers]
+        gpus = config.gpus or list(range(config.sim or 0))
+        print(f"starting {len(gpus)} {'real' if config.gpus else 'simulated'} workers", file=sys.stderr)
+        return await cluster.start_workers(free_ports(len(gpus)), gpus, config.model_path, self._worker_args)
+
+    async def _run(self, cluster: Cluster, workers: Sequence[Worker], turn: Turn, load: Load) -> None:
+        port = free_ports(1)[0]
+        settings = dict(setting.split("=", 1) for setting in self.config.router_options)
+        if turn.tracking:
+            held = len(load.requests) + len(load.warmup)
+            settings |= {"enable_request_tracking": "true", "max_trace_entries": str(held)}
+        router = await cluster.start_router(port, workers, {"policy": turn.policy, **settings})
+        try:
+            service = Service(f"http://127.0.0.1:{port}", has_traces=turn.tracking)
+            target, lacks = await prepare(service, self.config, load)
+            spent = 0.0
+
+            async def before() -> None:
+                nonlocal spent
+                await service.flush_caches()
+                spent = router.cpu_secs
+
+            name = self._name(turn)
+            made, exchanges = await measure(target, load, name, before)
+            used = _used(router, spent)
+            traces = None
+            if turn.tracking:
+                async with service.traces() as client:
+                    traces = await attribution.fetch(client, [exchange.request_id for exchange in exchanges])
+            attribute(made, exchanges, traces)
+        finally:
+            cluster.stop(router)
+        self._keep(made, name, Run(*turn, made.table, {}, *used), lacks)
+
+    def _name(self, turn: Turn) -> str:
+        """As short as it can be told from the others."""
+        parts = [turn.policy]
+        if len(self.config.tracking) > 1:
+            parts.append("on" if turn.tracking else "off")
+        if self.config.repeats > 1:
+            parts.append(str(turn.repeat + 1))
+        return "-".join(parts)
+
+    def _keep(self, made: results.Results, name: str, run: Run, lacks: Sequence[str]) -> None:
+        """Save a run as soon as it is there."""
+        made.about = about(self.config, policy=run.policy, tracking=run.tracking, repeat=run.repeat)
+        summary = made.summary()
+        summary["warnings"] = warnings(made, summary, self.config.max_concurrency)
+        results.save_csv(run.rows, self._directory / "runs" / f"{name}.csv")
+        results.save_json(summary, self._directory / "runs" / f"{name}.summary.json")
+        self.runs.append(dataclasses.replace(run, summary=summary))
+        self.warnings += [line for line in lacks if line not in self.warnings]
+        self.warnings += [f"{name}: {line}" for line in summary["warnings"]]
+        self.is_void |= bool(made.disagreements)
+        self.interrupted |= made.interrupted
+
+    def save(self) -> list[Path]:
+        """Write report, tables and rows of the runs there are; returns the paths."""
+        directory, config = self._directory, self.config
+        rows = pd.concat([_labelled(run) for run in self.runs], ignore_index=True)
+        facts = about(config)
+        table = comparison.table(self.runs)
+        return [
+            report.write(self.runs, facts, self.warnings, directory / "report.html"),
+            results.save_csv(comparison.tidy(table), directory / "summary.csv"),
+            results.save_json({**facts, "comparison": comparison.as_json(table)}, directory / "summary.json"),
+            results.save_csv(rows, directory / "rows.csv"),
+        ]
+
+
+def _used(router: Process, before: float) -> tuple[float, int]:
+    """Processor time since then, in seconds, and memory in bytes."""
+    return router.cpu_secs - before, router.resident_bytes
+
+
+def _labelled(run: Run) -> pd.DataFrame:
+    """A run's rows with what run they are of."""
+    labels = pd.DataFrame({"policy": run.policy, "tracking": run.tracking, "repeat": run.repeat}, index=run.rows.index)
+    return pd.concat([labels, run.rows], axis=1)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of ``compare``."""
+    made = Parser(
+        prog="python -m sglang_router_rs compare",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_flags(made, CompareConfig)
+    return made
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line; the exit status is 0, 1 if a run failed or is void, 130 if interrupted."""
+    made = parser()
+    ours, worker_args = argv, []
+    if "--" in argv:
+        ours, worker_args = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
+    arguments = made.parse_args(ours)
+    done: Comparison | None = None
+    status = 0
+    try:
+        config = CompareConfig(**given(arguments, CompareConfig))
+        if worker_args and config.workers:
+            raise OptionError("workers", config.workers, "run already: nothing can follow --")
+        done = Comparison(config, worker_args)
+        asyncio.run(done.run())
+    except OptionError as error:
+        made.error(error.as_flag)
+    except (RunError, TracingDisabled, NotThisRouter, OSError, ValueError) as error:
+        status = complain(error)
+    except KeyboardInterrupt:
+        status = 130
+    if done is None or not done.runs:
+        return status
+    try:
+        files = done.save()
+    except OSError as error:
+        return complain(error)
+    print(comparison.text(comparison.table(done.runs)))
+    for line in done.warnings:
+        print(f"warning: {line}", file=sys.stderr)
+    print("written:", *files)
+    return status or int(done.is_void) or (130 if done.interrupted else 0)

@@ -1,0 +1,112 @@
+"""``RoutingTest``: a load through a router, from Python, and who served each request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from ..client import Trace
+from . import attribution
+from .attribution import Row
+from .cluster import Cluster, Worker, free_ports
+from .config import RoutingConfig
+from .load import plan
+from .results import Results
+from .run import AttributionError, about, attribute, measure, save, warnings
+from .service import Service, prepare
+
+
+class RoutingTest:
+    """One load through one router, in front of workers that run already or that it starts.
+
+    ::
+
+        test = RoutingTest(RoutingConfig(num_workers=4, policy="cache_aware", num_requests=1000, request_rate=100))
+        results = asyncio.run(test.run())
+        print(results.table.groupby("gpu_id").ttft.mean())
+
+    Override ``analyze_results`` to add to the rows before they are saved, and ``fetch_request_traces`` to read traces
+    in another way; the worker of each row is checked in any case.
+    """
+
+    def __init__(self, config: RoutingConfig) -> None:
+        self.config = config
+        self._service = Service(f"http://localhost:{config.base_port}")
+        # What the default fetch_request_traces has read in this run, so that it is not read twice.
+        self._traces: dict[str, Trace] = {}
+
+    async def run(self) -> Results:
+        """Start what is to be started, send the load, attribute each request to its worker, and save everything.
+
+        Files in ``output_dir``: ``results.csv`` (a row per request), ``results.summary.json``,
+        ``results.cumulative.csv``, and the logs of what was started.
+
+        Raises:
+            RunError: a process does not start, a port is taken, or the router cannot be measured.
+            TracingDisabled, NotThisRouter: of a router that runs already.
+            OptionError: an option does not fit the data, the model or the router.
+            AttributionError: after everything was saved, if the worker of a request is not certain.
+            KeyboardInterrupt: likewise, if SIGINT or SIGTERM ended the run.
+        """
+        config = self.config
+        load = plan(config)
+        output = Path(config.output_dir) / "results.csv"
+        async with AsyncExitStack() as stack:
+            cluster = await stack.enter_async_context(Cluster(output.parent / "logs"))
+            if config.start_router:
+                await self._start(cluster, len(load.requests) + len(load.warmup))
+            target, _ = await prepare(self._service, config, load)
+            made, exchanges = await measure(target, load)
+            made.about = about(config, target=self._service.url)
+            ids = [exchange.request_id for exchange in exchanges]
+            await self.analyze_results(made.rows, ids)
+            missing = [name for name in ids if name not in self._traces]
+            traces = {**self._traces, **await self._fetch(missing)}
+            attribute(made, exchanges, traces)
+        summary = made.summary()
+        lines = warnings(made, summary, config.max_concurrency)
+        save(made, summary | {"warnings": lines}, output)
+        if made.disagreements:
+            raise AttributionError("\n".join([*lines, f"saved nevertheless: {output}"]))
+        if made.interrupted:
+            raise KeyboardInterrupt
+        return made
+
+    async def fetch_request_traces(self, request_ids: Sequence[str]) -> dict[str, Trace]:
+        """The router's traces of these requests by id, asked for in pages of 1,000; unknown ids are left out.
+
+        Traces that have not ended are waited for, for up to ten seconds.
+        """
+        traces = await self._fetch(request_ids)
+        self._traces.update(traces)
+        return traces
+
+    async def analyze_results(self, results: list[Row], request_ids: Sequence[str]) -> list[Row]:
+        """Write what the traces say into rows that have a ``req_id``: worker, node, reason and the router's times.
+
+        Rows whose request the router does not know stay as they are.
+        """
+        traces = await self.fetch_request_traces(request_ids)
+        for row in results:
+            if row["req_id"] in traces:
+                attribution.fill(row, traces[row["req_id"]])
+        return results
+
+    async def _fetch(self, request_ids: Sequence[str]) -> dict[str, Trace]:
+        async with self._service.traces() as client:
+            return await attribution.fetch(client, request_ids)
+
+    async def _start(self, cluster: Cluster, requests: int) -> None:
+        config = self.config
+        if config.base_port == 0:
+            config.base_port = free_ports(1)[0]
+            self._service = Service(f"http://localhost:{config.base_port}")
+        if config.worker_urls is not None:
+            workers = [Worker(url) for url in config.worker_urls]
+        else:
+            gpus = config.gpus
+            ports = [config.worker_base_port + index for index in range(len(gpus))]
+            workers = await cluster.start_workers(ports, gpus, config.model_path, config.worker_args)
+        options = {"enable_request_tracking": True, "max_trace_entries": requests, **(config.router_options or {})}
+        await cluster.start_router(config.base_port, workers, {"policy": config.policy, **options})

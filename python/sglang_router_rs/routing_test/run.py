@@ -1,0 +1,203 @@
+"""One run: a load goes to a service, and its results come back, each row with the worker that served it.
+
+``measure`` sends, ``attribute`` asks the router who served what, ``save`` writes. A run that is interrupted keeps what
+it has; a run whose workers are not certain is saved and then refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import os
+import platform
+import shlex
+import signal
+import sys
+import uuid
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from .. import __version__
+from ..client import Trace
+from . import results
+from .attribution import NO_HEADER, Disagreement, disagreements, fill
+from .cluster import RunError
+from .config import LoadConfig
+from .exchange import Exchange
+from .generator import Generator, Sent, Target
+from .load import Load
+from .results import Results
+
+# A generator this late has not sent the load that was asked for.
+LATE_SECS = 0.020
+# Of a list of requests, in a message.
+SHOWN = 10
+
+
+class AttributionError(RunError):
+    """The worker of some requests is not certain: the results are void."""
+
+
+def machine() -> dict[str, Any]:
+    """What a figure must name: processor, cores, kernel."""
+    model = "unknown"
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    return {"cpu": model, "cores": os.cpu_count(), "kernel": f"{platform.system()} {platform.release()}"}
+
+
+def about(config: LoadConfig, **more: Any) -> dict[str, Any]:
+    """What was run, where and when; without its keys."""
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    settings = asdict(config)
+    keys = {name: value for name, value in settings.items() if name.endswith("api_key") and value is not None}
+    words = ["python -m sglang_router_rs", *map(shlex.quote, sys.argv[1:])]
+    command = " ".join(words) if Path(sys.argv[0]).name == "__main__.py" else shlex.join(sys.argv)
+    for key in keys.values():
+        command = command.replace(key, "***")
+    return {
+        "version": __version__,
+        "date": now,
+        "command": command,
+        "machine": machine(),
+        "config": settings | dict.fromkeys(keys, "***"),
+        **more,
+    }
+
+
+async def measure(
+    target: Target, load: Load, name: str = "requests", before: Callable[[], Awaitable[object]] | None = None
+) -> tuple[Results, list[Exchange]]:
+    """Send the warm-up and then the load; a row per request that was sent. SIGINT and SIGTERM end it early.
+
+    What is to happen in between, such as emptying caches, is done by ``before``.
+
+    Raises:
+        RunError: the warm-up failed; nothing was measured.
+    """
+    await _warm_up(target, load)
+    if before is not None:
+        await before()
+    # No two runs have an id in common, however often the same load is sent.
+    run = uuid.uuid4().hex[:12]
+    ids = [f"{run}-{number:06d}" for number in range(len(load.requests))]
+    failed = 0
+    with tqdm(total=len(ids), desc=name, unit="req", disable=None, dynamic_ncols=True) as bar:
+
+        def on_end(exchange: Exchange) -> None:
+            nonlocal failed
+            if not exchange.succeeded:
+                failed += 1
+                bar.set_postfix(failed=failed, refresh=False)
+            bar.update()
+
+        sent = await _send(Generator(target, on_end), load, ids)
+    rows = [results.row(exchange) for exchange in sent.exchanges]
+    made = Results(rows, sent.lags, planned=len(ids), interrupted=sent.interrupted)
+    return made, sent.exchanges
+
+
+async def _warm_up(target: Target, load: Load) -> None:
+    if not load.warmup:
+        return
+    ids = [f"warmup-{uuid.uuid4().hex[:12]}-{number}" for number in range(len(load.warmup))]
+    sent = await _send(Generator(target), load, ids, warmup=True)
+    if sent.interrupted:
+        raise KeyboardInterrupt
+    failed = [exchange for exchange in sent.exchanges if not exchange.succeeded]
+    if len(failed) == len(ids):
+        raise RunError(f"all {len(ids)} requests of the warm-up failed, the first with: {failed[0].error}")
+
+
+async def _send(generator: Generator, load: Load, ids: Sequence[str], warmup: bool = False) -> Sent:
+    with _ended_by_signals(generator.stop):
+        return await generator.send(load.warmup if warmup else load.requests, ids)
+
+
+@contextlib.contextmanager
+def _ended_by_signals(stop: Callable[[], object]) -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    earlier = {number: signal.getsignal(number) for number in numbers}
+    # Off the main thread signals are somebody else's.
+    with contextlib.suppress(ValueError, RuntimeError):
+        for number in numbers:
+            loop.add_signal_handler(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            with contextlib.suppress(ValueError, RuntimeError):
+                if loop.remove_signal_handler(number):
+                    signal.signal(number, handler)
+
+
+def attribute(made: Results, exchanges: Sequence[Exchange], traces: dict[str, Trace] | None) -> None:
+    """Write into the rows what the traces say, and find where the witnesses of a request's worker disagree.
+
+    Without traces the headers of the answers are the only witness, and a successful row without them is found.
+    """
+    for exchange, row in zip(exchanges, made.rows, strict=True):
+        if traces is None:
+            row["node_id"] = row["gpu_id"] = exchange.header_node
+            if exchange.succeeded and exchange.header_worker is None:
+                made.disagreements.append(Disagreement(exchange.request_id, NO_HEADER))
+            continue
+        trace = traces.get(exchange.request_id)
+        made.disagreements += disagreements(exchange, row, trace)
+        if trace is not None:
+            fill(row, trace)
+
+
+def save(made: Results, summary: dict[str, Any], output: Path) -> list[Path]:
+    """Write the rows to ``output``, the summary and the cumulative figures beside it; returns all paths.
+
+    Raises:
+        OSError: names the path.
+    """
+    table = made.table
+    files = [
+        results.save_csv(table, output),
+        results.save_json(summary, output.with_suffix(".summary.json")),
+        results.save_csv(results.cumulative(table), output.with_suffix(".cumulative.csv")),
+    ]
+    print(results.text(summary))
+    for line in summary["warnings"]:
+        print(f"warning: {line}", file=sys.stderr)
+    print("written:", *files)
+    return files
+
+
+def warnings(made: Results, summary: dict[str, Any], limit: int | None) -> list[str]:
+    """What whoever reads the results must know, the worst first; ``limit`` is the run's ``max_concurrency``."""
+    lines = [f"{name}: {problem}" for name, problem in made.disagreements[:SHOWN]]
+    if made.disagreements:
+        requests = len({name for name, _ in made.disagreements})
+        lines.insert(0, f"THE WORKER OF {requests} REQUESTS IS NOT CERTAIN, these results are void:")
+    if made.interrupted:
+        lines.append(f"interrupted: {len(made.rows)} of {made.planned} requests were sent")
+    arrivals = summary["arrivals"]
+    late, lag = (arrivals[name]["p99"] for name in ("lateness_secs", "loop_lag_secs"))
+    if late is None or late <= LATE_SECS:
+        pass
+    elif limit is not None:
+        lines.append(
+            f"1 % of the requests left more than {late * 1e3:.0f} ms late; they may wait for one of {limit} places"
+        )
+    elif arrivals["scheduled_span_secs"] == 0:
+        lines.append(f"all were to leave at once, and left within {arrivals['achieved_span_secs'] * 1e3:.0f} ms")
+    else:
+        lines.append(
+            f"THE GENERATOR DID NOT KEEP UP: 1 % of the requests left more than {late * 1e3:.0f} ms late; what was "
+            "measured is another load than the one asked for. Lower the rate or the tokens per answer, or give it a "
+            "core of its own"
+        )
+    if lag is not None and lag > LATE_SECS:
+        lines.append(f"the generator's own clock was {lag * 1e3:.0f} ms late at p99: times are no better than that")
+    return lines
