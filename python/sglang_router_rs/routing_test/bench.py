@@ -117,7 +117,7 @@ async def bench(config: BenchConfig) -> results.Results:
         url = (config.router_url or "http://localhost:30001").rstrip("/")
         service = Service(url, api_key=config.api_key, admin_api_key=config.admin_api_key)
     target, lacks = await prepare(service, config, load, config.decisions)
-    for line in lacks:
+    for line in [*load.notes, *lacks]:
         print(f"note: {line}", file=sys.stderr)
     before = service.flush_caches if config.flush_cache else None
     made, exchanges = await measure(target, load, before=before)

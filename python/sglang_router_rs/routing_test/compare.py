@@ -163,7 +163,7 @@ class Comparison:
             attribute(made, exchanges, traces)
         finally:
             cluster.stop(router)
-        self._keep(made, name, Run(*turn, made.table, {}, *used), lacks)
+        self._keep(made, name, Run(*turn, made.table, {}, *used), [*load.notes, *lacks])
 
     def _name(self, turn: Turn) -> str:
         """As short as it can be told from the others."""

@@ -19,19 +19,24 @@ class LoadConfig:
     """
 
     num_requests: int = option(1000, "requests that are measured", at_least(1))
-    request_rate: float = option(50.0, "requests per second on average; inf sends all at once", above(0, infinite=True))
+    request_rate: float = option(
+        50.0, "requests per second on average (not with trace arrivals); inf sends all at once", above(0, infinite=True)
+    )
     arrivals: str | None = option(
         None,
-        "when requests arrive: poisson (default), constant, burst, or trace (default for trace:FILE: its own times)",
+        "when requests arrive: poisson, constant, burst, or trace, the times of the file [default: poisson, and trace for "
+        "trace:FILE]",
         one_of(*ARRIVALS),
     )
     burst_size: int = option(10, "requests that arrive at once with --arrivals burst", at_least(1))
-    trace_speed: float = option(1.0, "the times of trace:FILE pass that many times faster", above(0))
+    trace_speed: float = option(1.0, "the times of --arrivals trace pass that many times faster", above(0))
     dataset: str = option(
         "random", "what is asked: random, shared-prefix, sharegpt:FILE, custom:FILE or trace:FILE", metavar="DATASET"
     )
     input_len: int = option(512, "tokens of a prompt at most (random, shared-prefix)", at_least(1))
-    output_len: int = option(128, "tokens of an answer at most (all but trace:FILE)", at_least(1))
+    output_len: int = option(
+        128, "tokens of an answer at most; of each answer that a file gives no length", at_least(1)
+    )
     range_ratio: float = option(
         1.0, "lengths are drawn evenly from this share of --input-len and --output-len up to them", between(0, 1)
     )
