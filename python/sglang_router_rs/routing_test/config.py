@@ -20,7 +20,7 @@ class LoadConfig:
 
     num_requests: int = option(1000, "requests that are measured", at_least(1))
     request_rate: float = option(
-        50.0, "requests per second on average (not with trace arrivals); inf sends all at once", above(0, infinite=True)
+        50.0, "requests per second on average, except with trace arrivals; inf: all at once", above(0, infinite=True)
     )
     arrivals: str | None = option(
         None,
