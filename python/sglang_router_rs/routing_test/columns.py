@@ -60,8 +60,8 @@ _BY_NAME = {
             (
                 "itl_p99",
                 "s",
-                "99th percentile of the gaps between frames with content; where the worker says how many tokens a frame "
-                "brought, k tokens count as k gaps of a k-th each",
+                "99th percentile of the gaps between frames with content; where the worker says how many tokens came, "
+                "k tokens of one frame count as k gaps of a k-th each",
             ),
             ("success", "", "`True` if the answer was a 2xx and came whole"),
             ("error", "", "what went wrong; empty for a success"),

@@ -29,6 +29,8 @@ from .load import Request
 KEEP_ALIVE_SECS = 4.0
 # How often the event loop is looked at.
 LAG_EVERY_SECS = 0.02
+# Requests that are started in a row when they are due.
+STARTED_AT_ONCE = 64
 # Open files beside the connections: logs, libraries, the event loop.
 SPARE_FILES = 64
 
@@ -110,9 +112,11 @@ class Generator:
         places: asyncio.Semaphore | None,
         tasks: list[asyncio.Task[None]],
     ) -> None:
-        for exchange in exchanges:
-            # Also when it is late already: those before it must get their turn.
-            await asyncio.sleep(max(0.0, exchange.request.arrival_time - self._now()))
+        for number, exchange in enumerate(exchanges):
+            early = exchange.request.arrival_time - self._now()
+            # When it is late already, those before it get their turn now and then; a turn each would make it later.
+            if early > 0 or number % STARTED_AT_ONCE == 0:
+                await asyncio.sleep(max(0.0, early))
             tasks.append(asyncio.create_task(self._one(session, exchange, places)))
 
     async def _one(self, session: aiohttp.ClientSession, exchange: Exchange, places: asyncio.Semaphore | None) -> None:
