@@ -24,8 +24,8 @@ class LoadConfig:
     )
     arrivals: str | None = option(
         None,
-        "when requests arrive: poisson, constant, burst, or trace, the times of the file [default: poisson, and trace for "
-        "trace:FILE]",
+        "when requests arrive: poisson, constant, burst, or trace, the times of the file [default: poisson, "
+        "and trace for trace:FILE]",
         one_of(*ARRIVALS),
     )
     burst_size: int = option(10, "requests that arrive at once with --arrivals burst", at_least(1))
