@@ -119,7 +119,7 @@ fn live(tracker: &Arc<Tracker>, request: &Request) -> Option<OpenTrace> {
             node_id: format!("gpu_{index}").into(),
         };
         let decision = Duration::from_nanos(request.unix_us.unsigned_abs());
-        trace.routed(&Arc::new(worker), request.words, request.tokens, decision);
+        trace.routed(&Arc::new(worker), request.words, request.tokens, decision, None);
         trace.sent(at);
         if attempt < request.attempts % 40 {
             trace.attempt_failed(at, request.http_status, request.error);

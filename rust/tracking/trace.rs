@@ -73,6 +73,24 @@ pub struct AttemptView {
     pub latency_ms: Option<f64>,
 }
 
+/// A worker that the policy could have picked, as read.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CandidateView {
+    /// The worker.
+    pub worker_url: String,
+    /// That worker's node.
+    pub node_id: String,
+    /// Its requests in flight when the policy picked, without this one.
+    pub in_flight: u32,
+    /// Predicted by the policy's prefix tree.
+    pub matched_tokens: Option<u32>,
+    /// What the rule compared.
+    pub score: Option<f64>,
+    /// Whether it was picked.
+    pub chosen: bool,
+}
+
 /// Declares [`Trace`], its columns and its cells from one list of fields.
 macro_rules! trace {
     ($($(#[$doc:meta])* $field:ident: $kind:ty,)*) => {
@@ -154,8 +172,9 @@ trace! {
     trace_id: Option<String>,
     /// All attempts, the last one being the record's worker.
     attempts: Vec<AttemptView>,
-    /// Always null: what the policy weighed is not recorded.
-    candidates: (),
+    /// What the policy chose among at the last pick, best first; `None` if that is not traced, or
+    /// the policy was not asked.
+    candidates: Option<Vec<CandidateView>>,
 }
 
 /// A value in one CSV cell: text as it is, null as nothing, anything nested as JSON.
