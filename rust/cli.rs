@@ -11,9 +11,17 @@ use crate::options::{self, Options, Setting};
 use crate::running::Running;
 use crate::sim;
 
+/// What `python -m sglang_router_rs` and its console script run themselves.
+#[cfg(feature = "python")]
+const PYTHON_COMMANDS: &str = "\
+Commands of the Python package:
+  bench    Send a load through a router, one CSV row per request
+  compare  Send the same load under several policies, with a report";
+
 /// A router in front of SGLang servers that tells which worker served which request, why, and how long it took
 #[derive(Parser)]
 #[command(name = "sglang-router-rs", version, args_override_self = true)]
+#[cfg_attr(feature = "python", command(after_help = PYTHON_COMMANDS))]
 enum Cli {
     /// Start the router
     ///

@@ -279,15 +279,66 @@ fn options_have_one_default_and_one_range() {
     ] {
         assert_eq!(parse(&arguments).ok(), Some(short.clone()));
     }
+    for (argument, kept) in [("0", None), ("3", Some(3)), ("-1", Some(usize::MAX))] {
+        let options = parse(&["--trace-candidates", argument]).expect("in the range");
+        assert_eq!(options.candidates_max(), kept);
+    }
     for argument in [
         "--max-trace-entries=0",
         "--max-trace-entries=2147483649",
         "--trace-ttl-seconds=0",
         "--trace-cleanup-interval-secs=0",
         "--enable-request-tracking=maybe",
+        "--trace-candidates=-2",
     ] {
         assert!(parse(&[argument]).is_err(), "{argument}");
     }
+}
+
+fn candidates(workers: &[u32]) -> Arc<Vec<Candidate>> {
+    let candidate = |&index: &u32| Candidate {
+        worker: worker(index),
+        in_flight: 10 + index,
+        matched_tokens: Some(3),
+        score: Some(0.1),
+    };
+    Arc::new(workers.iter().map(candidate).collect())
+}
+
+#[test]
+fn candidates_are_those_of_the_last_pick_and_tell_which_was_chosen() {
+    let (tracker, arrived) = (tracker(), arrived());
+    let mut open = tracker.open(arrived, "id", "/generate");
+    let told = || tracker.get("id").and_then(|trace| trace.candidates);
+    assert_eq!(told(), None);
+    open.routed(&worker(0), "prefix_match", Some(3), ms(0), Some(candidates(&[0, 1, 2])));
+    open.attempt_failed(arrived.at, None, "refused");
+    open.routed(&worker(2), "prefix_match", Some(3), ms(0), Some(candidates(&[1, 2])));
+    assert_eq!(
+        serde_json::to_value(told()).expect("plain data"),
+        serde_json::json!([
+            {"worker_url": "http://127.0.0.1:30002", "node_id": "gpu_1", "in_flight": 11, "matched_tokens": 3,
+             "score": 0.1, "chosen": false},
+            {"worker_url": "http://127.0.0.1:30003", "node_id": "gpu_2", "in_flight": 12, "matched_tokens": 3,
+             "score": 0.1, "chosen": true},
+        ])
+    );
+    open.routed(&worker(1), "pinned", None, ms(0), None);
+    assert_eq!(told(), None);
+}
+
+#[test]
+fn the_memory_of_candidates_is_counted() {
+    let memory_bytes = |candidates: Option<Arc<Vec<Candidate>>>| {
+        let (tracker, arrived) = (tracker(), arrived());
+        let mut open = tracker.open(arrived, "id", "/generate");
+        open.routed(&worker(0), "random", None, ms(0), candidates);
+        open.complete(arrived.at);
+        tracker.stats().memory_bytes
+    };
+    let all: Vec<u32> = (0..100).collect();
+    let added = memory_bytes(Some(candidates(&all))) - memory_bytes(None);
+    assert!((100 * size_of::<Candidate>()..100 * 64).contains(&added), "{added}");
 }
 
 #[test]

@@ -218,7 +218,7 @@ mod tests {
 
     use super::*;
     use crate::tracking::WorkerName;
-    use crate::tracking::record::{OptionalU32, OptionalU64, Record};
+    use crate::tracking::record::{Candidate, OptionalU32, OptionalU64, Record};
     use crate::tracking::text::{CompactId, Text, parse_hex};
 
     const ARRIVED_UNIX_US: i64 = 1_767_225_600_000_000;
@@ -244,6 +244,10 @@ mod tests {
         record.latency_us = OptionalU64::some(93_001);
         record.worker_request_id = Some(CompactId::new("0af7651916cd43dd8448eb211c80319c"));
         record.trace_id = parse_hex("0af7651916cd43dd8448eb211c80319c");
+        let worker = record.attempts[0].worker.clone();
+        let candidate =
+            Candidate { worker, in_flight: 2, matched_tokens: Some(512), score: Some(0.5) };
+        record.candidates = Some(Arc::new(vec![candidate]));
         record
     }
 
@@ -289,6 +293,7 @@ mod tests {
         assert_eq!(json["completion_time"], "2026-01-01T00:00:00.093001Z");
         assert_eq!(json["trace_id"], "0af7651916cd43dd8448eb211c80319c");
         assert_eq!(json["attempts"][0]["latency_ms"], 92.0);
+        assert_eq!(json["candidates"][0]["chosen"], true);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use super::file::{LogFile, older};
 use super::*;
 use crate::routing::WorkerName;
 use crate::tracking::tests::options;
-use crate::tracking::{AnswerFacts, Arrived, Query, RequestFacts, Tracker};
+use crate::tracking::{AnswerFacts, Arrived, Candidate, Query, RequestFacts, Tracker};
 
 const ROOM: u64 = 1 << 20;
 
@@ -54,6 +54,8 @@ struct Life {
     tokens: Option<u32>,
     latency_us: u64,
     error: Option<String>,
+    /// In flight, matched tokens and score of each candidate, which are workers 0, 1, and so on.
+    candidates: Option<Vec<(u32, Option<u32>, Option<f64>)>>,
 }
 
 fn life() -> impl Strategy<Value = Life> {
@@ -61,9 +63,12 @@ fn life() -> impl Strategy<Value = Life> {
     let attempts = prop::collection::vec((0..3_u32, text()), 0..4);
     let request =
         ("[a-c]|.{1,20}", 0..3_i64, prop::option::of(text()), prop::option::of("[0-9a-f]{32}"));
+    let candidate = (any::<u32>(), any::<Option<u32>>(), prop::option::of(-1e300..1e300));
+    let candidates = prop::option::of(prop::collection::vec(candidate, 0..4));
     let answer =
         (prop::option::of(text()), any::<Option<u32>>(), any::<u32>(), prop::option::of(text()));
-    (request, attempts, answer, prop::bool::ANY).prop_map(|(request, attempts, answer, is_chat)| {
+    let life = (request, attempts, answer, candidates, prop::bool::ANY);
+    life.prop_map(|(request, attempts, answer, candidates, is_chat)| {
         let (id, after_us, model, trace_id) = request;
         let (worker_request_id, tokens, latency_us, error) = answer;
         let route = if is_chat { "/v1/chat/completions" } else { "/generate" };
@@ -79,8 +84,19 @@ fn life() -> impl Strategy<Value = Life> {
             tokens,
             latency_us,
             error,
+            candidates,
         }
     })
+}
+
+fn candidates(told: &[(u32, Option<u32>, Option<f64>)]) -> Arc<Vec<Candidate>> {
+    let candidate = |(index, (in_flight, matched_tokens, score))| Candidate {
+        worker: worker(index),
+        in_flight,
+        matched_tokens,
+        score,
+    };
+    Arc::new((0..).zip(told.iter().copied()).map(candidate).collect())
 }
 
 /// Lives them one after the other.
@@ -103,7 +119,7 @@ fn live(tracker: &Arc<Tracker>, lives: &[Life]) {
                 "no_match",
                 Some(7),
                 Duration::from_nanos(life.latency_us),
-                None,
+                life.candidates.as_deref().map(candidates),
             );
             open.sent(arrived.at);
             if index + 1 < life.attempts.len() {
