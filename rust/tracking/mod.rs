@@ -65,8 +65,8 @@ pub struct Options {
     #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
     pub trace_cleanup_interval_secs: u64,
 
-    /// Workers a trace names in candidates: of those the policy chose among, so many of the best, and what it
-    /// compared; 0 for none, -1 for all; needs enable_request_tracking
+    /// Workers named in a trace's candidates with what the policy compared: the so many best of those it chose
+    /// among, 0 for none, -1 for all; needs enable_request_tracking
     #[arg(long, default_value_t = 0, allow_negative_numbers = true, value_parser = clap::value_parser!(i64).range(-1..))]
     pub trace_candidates: i64,
 

@@ -39,6 +39,9 @@ fn error(path: &Path) -> String {
     TraceLog::read(path).expect_err("no good log").to_string()
 }
 
+/// In flight, matched tokens and score of a candidate.
+type Seen = (u32, Option<u32>, Option<f64>);
+
 /// How a request goes.
 #[derive(Debug, Clone)]
 struct Life {
@@ -54,8 +57,8 @@ struct Life {
     tokens: Option<u32>,
     latency_us: u64,
     error: Option<String>,
-    /// In flight, matched tokens and score of each candidate, which are workers 0, 1, and so on.
-    candidates: Option<Vec<(u32, Option<u32>, Option<f64>)>>,
+    /// Workers 0, 1, and so on.
+    candidates: Option<Vec<Seen>>,
 }
 
 fn life() -> impl Strategy<Value = Life> {
@@ -89,7 +92,7 @@ fn life() -> impl Strategy<Value = Life> {
     })
 }
 
-fn candidates(told: &[(u32, Option<u32>, Option<f64>)]) -> Arc<Vec<Candidate>> {
+fn candidates(told: &[Seen]) -> Arc<Vec<Candidate>> {
     let candidate = |(index, (in_flight, matched_tokens, score))| Candidate {
         worker: worker(index),
         in_flight,
