@@ -60,6 +60,7 @@ fn traces() {
         max_trace_entries: TRACES,
         trace_ttl_seconds: 3600,
         trace_cleanup_interval_secs: 60,
+        trace_candidates: 0,
         trace_log: None,
         trace_log_max_mb: 100,
         trace_log_keep: 10,
@@ -94,7 +95,7 @@ fn track(tracker: &Arc<Tracker>, worker: &Arc<WorkerName>, number: u32) {
         trace_id: Some(&hex),
     });
     open.admitted(arrived.at);
-    open.routed(worker, "prefix_match", Some(512), Duration::from_nanos(3_100));
+    open.routed(worker, "prefix_match", Some(512), Duration::from_nanos(3_100), None);
     open.sent(arrived.at);
     open.headers(200);
     open.first_byte(arrived.at);

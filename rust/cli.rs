@@ -11,9 +11,22 @@ use crate::options::{self, Options, Setting};
 use crate::running::Running;
 use crate::sim;
 
+/// The commands that are the Python package's own, as `--help` lists those that are here.
+#[cfg(feature = "python")]
+fn python_commands() -> String {
+    let styles = clap::builder::Styles::default();
+    let (header, name) = (styles.get_header(), styles.get_literal());
+    format!(
+        "{header}Commands of the Python package:{header:#}\n  \
+         {name}bench{name:#}    Send a load through a router, one CSV row per request\n  \
+         {name}compare{name:#}  Send the same load against several policies, with a report"
+    )
+}
+
 /// A router in front of SGLang servers that tells which worker served which request, why, and how long it took
 #[derive(Parser)]
 #[command(name = "sglang-router-rs", version, args_override_self = true)]
+#[cfg_attr(feature = "python", command(after_help = python_commands()))]
 enum Cli {
     /// Start the router
     ///

@@ -46,7 +46,7 @@ pub struct Options {
 
 /// Options that the router will have and has not yet: named in their own error, so that nobody takes
 /// silence for support.
-const NOT_YET: &[&str] = &["cache_weight", "trace_candidates", "worker_kv_tokens"];
+const NOT_YET: &[&str] = &["cache_weight", "worker_kv_tokens"];
 
 /// One option as someone set it: its name and its values as text. A boolean or number has one value,
 /// a list or map (`KEY=VALUE`) any number.
@@ -491,6 +491,10 @@ mod tests {
         assert!(error("seed", &["-1"]).contains("in 0..=2^64-1"));
         assert!(error("disable_retries", &["maybe"]).contains("disable_retries"));
         assert!(error("trace_log", &["x"]).contains("enable_request_tracking, which is off"));
+        assert!(
+            error("trace_candidates", &["3"]).contains("enable_request_tracking, which is off")
+        );
+        assert!(error("trace_candidates", &["-2"]).contains("in -1.."));
         assert!(error("trace_log_keep", &["1000"]).contains("0..=999"));
         let origin = error("cors_allowed_origins", &["https://a.test/"]);
         assert!(

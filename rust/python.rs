@@ -235,7 +235,7 @@ fn all_options(py: Python<'_>) -> PyResult<Vec<Bound<'_, PyDict>>> {
     options::described().into_iter().map(row).collect()
 }
 
-/// Every policy: member of `PolicyType`, name, rule, reasons.
+/// Every policy: member of `PolicyType`, name, rule, reasons, score.
 #[pyfunction(name = "policies")]
 fn all_policies(py: Python<'_>) -> PyResult<Vec<Bound<'_, PyDict>>> {
     let row = |policy: &PolicyKind| {
@@ -244,6 +244,7 @@ fn all_policies(py: Python<'_>) -> PyResult<Vec<Bound<'_, PyDict>>> {
         row.set_item("name", policy.name())?;
         row.set_item("rule", policy.rule())?;
         row.set_item("reasons", policy.reasons().to_vec())?;
+        row.set_item("score", policy.score())?;
         Ok(row)
     };
     PolicyKind::ALL.iter().map(row).collect()

@@ -110,10 +110,18 @@ def options_md() -> str:
         lines.append(
             f"| `{option['name']}` | {option['shape']} | {shown_default(option)} | {meaning}{choices}{aliases} |"
         )
-    lines += ["", "## Policies", "", "| `PolicyType` | name | rule | reasons in traces |", "|---|---|---|---|"]
+    lines += [
+        "",
+        "## Policies",
+        "",
+        "| `PolicyType` | name | rule | reasons in traces | `score` of candidates |",
+        "|---|---|---|---|---|",
+    ]
     for policy in _core.policies():
         reasons = ", ".join(f"`{reason}`" for reason in policy["reasons"])
-        lines.append(f"| `{policy['member']}` | `{policy['name']}` | {policy['rule']} | {reasons} |")
+        lines.append(
+            f"| `{policy['member']}` | `{policy['name']}` | {policy['rule']} | {reasons} | {policy['score']} |"
+        )
     lines += ["", "A request that names its worker (`x-sglang-target-worker`) has the reason `pinned`."]
     return page("Options", lines)
 

@@ -10,8 +10,8 @@ use libfuzzer_sys::fuzz_target;
 use serde_json::Value;
 use sglang_router_rs::routing::WorkerName;
 use sglang_router_rs::tracking::{
-    AnswerFacts, Arrived, MAX_LIMIT, OpenTrace, Options, Query, RequestFacts, Trace, Tracker,
-    csv_header, csv_rows,
+    AnswerFacts, Arrived, Candidate, MAX_LIMIT, OpenTrace, Options, Query, RequestFacts, Trace,
+    Tracker, csv_header, csv_rows,
 };
 
 /// Up to 1024 a store has one shard, above that sixteen.
@@ -54,9 +54,14 @@ fuzz_target!(|session: Session| {
             max_trace_entries: CAPACITIES[usize::from(session.capacity) % CAPACITIES.len()],
             trace_ttl_seconds: 3600,
             trace_cleanup_interval_secs: 60,
+            trace_candidates: -1,
+            trace_log: None,
+            trace_log_max_mb: 100,
+            trace_log_keep: 10,
         },
         POLICY,
-    );
+    )
+    .expect("no log to open");
     let count = session.records.len().min(RECORDS_MAX);
     // Those not ended stay open until all is read.
     let open: Vec<_> = session.records[..count].iter().map(|it| live(&tracker, it)).collect();
@@ -119,7 +124,15 @@ fn live(tracker: &Arc<Tracker>, request: &Request) -> Option<OpenTrace> {
             node_id: format!("gpu_{index}").into(),
         };
         let decision = Duration::from_nanos(request.unix_us.unsigned_abs());
-        trace.routed(&Arc::new(worker), request.words, request.tokens, decision);
+        let worker = Arc::new(worker);
+        let candidate = Candidate {
+            worker: worker.clone(),
+            in_flight: index,
+            matched_tokens: request.tokens,
+            score: request.http_status.map(|status| f64::from(status) / 7.0),
+        };
+        let candidates = request.stream.map(|_| Arc::new(vec![candidate]));
+        trace.routed(&worker, request.words, request.tokens, decision, candidates);
         trace.sent(at);
         if attempt < request.attempts % 40 {
             trace.attempt_failed(at, request.http_status, request.error);

@@ -33,6 +33,7 @@ class Policy(TypedDict):
     name: str
     rule: str
     reasons: list[str]
+    score: str
 
 @final
 class Server:

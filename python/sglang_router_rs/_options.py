@@ -63,6 +63,7 @@ class RouterOptions(TypedDict, total=False):
     max_trace_entries: int | None
     trace_ttl_seconds: int | None
     trace_cleanup_interval_secs: int | None
+    trace_candidates: int | None
     trace_log: str | None
     trace_log_max_mb: int | None
     trace_log_keep: int | None

@@ -18,6 +18,7 @@ use std::sync::Arc;
 
 use parking_lot::RwLock;
 
+use super::candidates::Weighed;
 use super::prefix_tree::{Match, PrefixTree};
 use super::{BYTES_PER_TOKEN, Options, Pick, Policy, Request, Target, WorkerId, least_in_flight};
 
@@ -28,6 +29,10 @@ const NO_MATCH: &str = "no_match";
 /// Every reason this policy gives: fewest in flight because the load was uneven, longest matching
 /// prefix, fewest in flight because no prefix was over the threshold.
 pub const REASONS: &[&str] = &[IMBALANCE, PREFIX_MATCH, NO_MATCH];
+
+/// See [`super::PolicyKind::score`].
+pub const SCORE: &str = "With the reason `prefix_match` the share of the prompt that the worker was sent before, 0 \
+    to 1; the highest wins. Else requests in flight; the lowest wins.";
 
 /// See the module.
 pub struct CacheAware {
@@ -58,7 +63,7 @@ impl CacheAware {
             return (least_in_flight(targets, rng), IMBALANCE);
         }
         match longest_match(matched, targets, rng) {
-            Some((index, bytes)) if bytes as f64 / prompt.len() as f64 > self.cache_threshold => {
+            Some((index, bytes)) if share(bytes, prompt) > self.cache_threshold => {
                 (index, PREFIX_MATCH)
             }
             _ => (least_in_flight(targets, rng), NO_MATCH),
@@ -77,10 +82,26 @@ impl CacheAware {
 }
 
 impl Policy for CacheAware {
-    fn pick(&self, request: &Request, targets: &[Arc<Target>], rng: &mut fastrand::Rng) -> Pick {
+    fn pick(
+        &self,
+        request: &Request,
+        targets: &[Arc<Target>],
+        rng: &mut fastrand::Rng,
+        weighed: Option<&mut Weighed>,
+    ) -> Pick {
         let tree = self.tree.read();
         let matched = tree.matched(request.prompt);
         let (index, reason) = self.choose(request.prompt, &matched, targets, rng);
+        if let Some(weighed) = weighed {
+            weighed.matched(|index| tokens(&matched, targets[index].id));
+            if reason == PREFIX_MATCH {
+                let share =
+                    |index: usize| share(matched.bytes_for(targets[index].id), request.prompt);
+                weighed.highest_wins(|candidate| Some(share(candidate.index)));
+            } else {
+                weighed.fewest_in_flight_wins();
+            }
+        }
         Pick { index, reason, matched_tokens: Some(tokens(&matched, targets[index].id)) }
     }
 
@@ -95,6 +116,10 @@ impl Policy for CacheAware {
     fn forget(&self, worker: WorkerId) {
         self.tree.write().remove_worker(worker);
     }
+}
+
+fn share(bytes: usize, prompt: &[u8]) -> f64 {
+    bytes as f64 / prompt.len() as f64
 }
 
 fn tokens(matched: &Match, worker: WorkerId) -> u32 {
@@ -126,14 +151,15 @@ fn longest_match(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::routing::tests::{close_to, loaded, options, tally};
+    use crate::routing::candidates::explained;
+    use crate::routing::tests::{close_to, loaded, options, scores, tally};
 
     fn policy(flags: &[&str]) -> CacheAware {
         CacheAware::new(&options(flags).expect("flags parse"))
     }
 
     fn pick(policy: &CacheAware, prompt: &[u8], targets: &[Arc<Target>]) -> Pick {
-        policy.pick(&Request { prompt }, targets, &mut fastrand::Rng::with_seed(3))
+        policy.pick(&Request { prompt }, targets, &mut fastrand::Rng::with_seed(3), None)
     }
 
     fn expect(index: usize, reason: &'static str, tokens: u32) -> Pick {
@@ -195,6 +221,34 @@ mod tests {
     }
 
     #[test]
+    fn the_score_is_what_decided() {
+        let policy = policy(&["--cache-threshold=0.5", "--balance-abs-threshold=2"]);
+        policy.sent(&Request { prompt: b"aaaabbbb" }, 2);
+        policy.sent(&Request { prompt: b"aaaa" }, 1);
+        let scores = |prompt: &[u8], loads: &[u32]| {
+            let (targets, _held) = loaded(loads);
+            let (pick, scores) = scores(&policy, prompt, &targets);
+            (pick.reason, scores.into_iter().map(Option::unwrap_or_default).collect::<Vec<_>>())
+        };
+        assert_eq!(scores(b"aaaabbbb", &[0, 1, 2]), (PREFIX_MATCH, vec![0.0, 0.5, 1.0]));
+        assert_eq!(scores(b"aaaacccc", &[0, 1, 2]), (NO_MATCH, vec![0.0, 1.0, 2.0]));
+        assert_eq!(scores(b"aaaabbbb", &[0, 1, 3]), (IMBALANCE, vec![0.0, 1.0, 3.0]));
+    }
+
+    #[test]
+    fn what_each_worker_has_is_told_whatever_decided() {
+        let policy = policy(&["--balance-abs-threshold=2"]);
+        policy.sent(&Request { prompt: b"aaaabbbb" }, 2);
+        policy.sent(&Request { prompt: b"aaaa" }, 1);
+        let (targets, _held) = loaded(&[0, 1, 9]);
+        let (request, mut rng) = (Request { prompt: b"aaaabbbb" }, fastrand::Rng::with_seed(0));
+        let (pick, candidates) = explained(&policy, &request, &targets, &mut rng, usize::MAX);
+        assert_eq!(pick, expect(0, IMBALANCE, 0));
+        let matched: Vec<_> = candidates.iter().map(|c| (c.index, c.matched_tokens)).collect();
+        assert_eq!(matched, [(0, Some(0)), (1, Some(1)), (2, Some(2))]);
+    }
+
+    #[test]
     fn an_empty_prompt_goes_to_the_least_loaded() {
         let policy = policy(&["--cache-threshold=0"]);
         policy.sent(&Request { prompt: b"" }, 1);
@@ -221,7 +275,7 @@ mod tests {
         let mut rng = fastrand::Rng::with_seed(5);
         let mut counts = [0; 4];
         for _ in 0..3000 {
-            counts[policy.pick(&Request { prompt: b"aaaa" }, &targets, &mut rng).index] += 1;
+            counts[policy.pick(&Request { prompt: b"aaaa" }, &targets, &mut rng, None).index] += 1;
         }
         assert!(close_to(&counts, &[1000.0, 1000.0, 0.0, 1000.0]), "{counts:?}");
 
@@ -245,7 +299,7 @@ mod tests {
                         let len = rng.usize(..200);
                         let prompt: Vec<u8> = (0..len).map(|_| rng.u8(..2)).collect();
                         let request = Request { prompt: &prompt };
-                        let pick = policy.pick(&request, targets, &mut rng);
+                        let pick = policy.pick(&request, targets, &mut rng, None);
                         let _in_flight = targets[pick.index].begin();
                         policy.sent(&request, targets[pick.index].id);
                         if round % 100 == 0 {

@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use super::candidates::Weighed;
 use super::{Options, Pick, Policy, Request, Target};
 
 const WEIGHTED: &str = "weighted";
@@ -14,6 +15,9 @@ const ALL_WEIGHTS_ZERO: &str = "all_weights_zero";
 /// Every reason this policy gives; `all_weights_zero` when all routable workers were equally
 /// likely for want of a weight.
 pub const REASONS: &[&str] = &[WEIGHTED, ALL_WEIGHTS_ZERO];
+
+/// See [`super::PolicyKind::score`].
+pub const SCORE: &str = "The weight; the higher, the likelier to be drawn.";
 
 /// See the module.
 pub struct FixedProbability;
@@ -25,7 +29,16 @@ impl FixedProbability {
 }
 
 impl Policy for FixedProbability {
-    fn pick(&self, _: &Request, targets: &[Arc<Target>], rng: &mut fastrand::Rng) -> Pick {
+    fn pick(
+        &self,
+        _: &Request,
+        targets: &[Arc<Target>],
+        rng: &mut fastrand::Rng,
+        weighed: Option<&mut Weighed>,
+    ) -> Pick {
+        if let Some(weighed) = weighed {
+            weighed.highest_wins(|candidate| Some(targets[candidate.index].weight));
+        }
         match draw(targets, rng) {
             Some(index) => Pick { index, reason: WEIGHTED, matched_tokens: None },
             None => Pick {
@@ -61,7 +74,7 @@ fn draw(targets: &[Arc<Target>], rng: &mut fastrand::Rng) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::routing::tests::{close_to, tally};
+    use crate::routing::tests::{close_to, scores, tally};
 
     fn weighted(weights: &[f64]) -> Vec<Arc<Target>> {
         (0..).zip(weights).map(|(id, &weight)| Arc::new(Target::new(id, weight))).collect()
@@ -69,7 +82,7 @@ mod tests {
 
     fn reason(targets: &[Arc<Target>]) -> &'static str {
         let mut rng = fastrand::Rng::with_seed(0);
-        FixedProbability.pick(&Request { prompt: b"" }, targets, &mut rng).reason
+        FixedProbability.pick(&Request { prompt: b"" }, targets, &mut rng, None).reason
     }
 
     #[test]
@@ -78,6 +91,12 @@ mod tests {
         let counts = tally(&FixedProbability, &targets, 9000);
         assert!(close_to(&counts, &[2000.0, 0.0, 6000.0, 1000.0]), "{counts:?}");
         assert_eq!(reason(&targets), WEIGHTED);
+    }
+
+    #[test]
+    fn the_score_is_the_weight() {
+        let targets = weighted(&[1.5, 0.0]);
+        assert_eq!(scores(&FixedProbability, b"", &targets).1, [Some(1.5), Some(0.0)]);
     }
 
     #[test]

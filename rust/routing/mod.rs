@@ -14,10 +14,12 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use candidates::Weighed;
 use clap::ValueEnum;
 use clap::builder::RangedU64ValueParser;
 
 mod cache_aware;
+pub mod candidates;
 mod fixed_probability;
 mod power_of_two;
 pub mod prefix_tree;
@@ -60,6 +62,11 @@ impl Target {
     /// Requests picked for this worker that have not ended.
     pub fn in_flight(&self) -> u32 {
         self.in_flight.load(Ordering::Relaxed)
+    }
+
+    /// The worker as it is now, with a count that nothing changes.
+    fn still(&self) -> Self {
+        Self { id: self.id, weight: self.weight, in_flight: AtomicU32::new(self.in_flight()) }
     }
 
     /// Counts a request as in flight here until the guard is dropped. Taken right after the pick,
@@ -110,8 +117,15 @@ pub struct Pick {
 
 /// A rule that picks a worker. Shared by all requests at once.
 pub trait Policy: Send + Sync {
-    /// Picks one of `targets`, which are the routable workers: never empty, sorted by id.
-    fn pick(&self, request: &Request, targets: &[Arc<Target>], rng: &mut fastrand::Rng) -> Pick;
+    /// Picks one of `targets`, which are the routable workers: never empty, sorted by id. If someone
+    /// wants to know why, notes in `weighed` what it compared, and picks no other one for that.
+    fn pick(
+        &self,
+        request: &Request,
+        targets: &[Arc<Target>],
+        rng: &mut fastrand::Rng,
+        weighed: Option<&mut Weighed>,
+    ) -> Pick;
 
     /// Tokens of the prompt this policy believes to be in a worker's cache, as a pick of it would say.
     fn matched_tokens(&self, _request: &Request, _worker: WorkerId) -> Option<u32> {
@@ -127,8 +141,8 @@ pub trait Policy: Send + Sync {
 }
 
 /// Makes the enum, its words and [`build`] from one row per policy: the rule in a sentence, the
-/// name, and the module, which has a type named like the variant with `new(&Options)`, and the
-/// list `REASONS`.
+/// name, and the module, which has a type named like the variant with `new(&Options)`, the list
+/// `REASONS`, and the sentence `SCORE`.
 macro_rules! policies {
     ($($(#[doc = $rule:literal])+ $kind:ident = $name:literal in $module:ident;)+) => {
         /// The policies, by name.
@@ -154,6 +168,11 @@ macro_rules! policies {
             /// Every reason the policy can give for a pick.
             pub const fn reasons(self) -> &'static [&'static str] {
                 match self { $(Self::$kind => $module::REASONS,)+ }
+            }
+
+            /// What [`candidates::Candidate::score`] is under the policy, and which is best.
+            pub const fn score(self) -> &'static str {
+                match self { $(Self::$kind => $module::SCORE,)+ }
             }
         }
 
@@ -333,12 +352,26 @@ pub(crate) mod tests {
         (targets, held)
     }
 
+    /// A pick of this prompt with a fixed seed, and the scores of all targets in their order.
+    pub fn scores(
+        policy: &dyn Policy,
+        prompt: &[u8],
+        targets: &[Arc<Target>],
+    ) -> (Pick, Vec<Option<f64>>) {
+        let mut rng = fastrand::Rng::with_seed(7);
+        let request = Request { prompt };
+        let (pick, mut candidates) =
+            candidates::explained(policy, &request, targets, &mut rng, usize::MAX);
+        candidates.sort_by_key(|candidate| candidate.index);
+        (pick, candidates.iter().map(|candidate| candidate.score).collect())
+    }
+
     /// How often each index was picked in `rounds` picks of an empty prompt with a fixed seed.
     pub fn tally(policy: &dyn Policy, targets: &[Arc<Target>], rounds: usize) -> Vec<usize> {
         let mut rng = fastrand::Rng::with_seed(7);
         let mut counts = vec![0; targets.len()];
         for _ in 0..rounds {
-            counts[policy.pick(&Request { prompt: b"" }, targets, &mut rng).index] += 1;
+            counts[policy.pick(&Request { prompt: b"" }, targets, &mut rng, None).index] += 1;
         }
         counts
     }
@@ -405,6 +438,7 @@ pub(crate) mod tests {
             assert_eq!(value.get_name(), kind.name());
             assert_eq!(kind.to_string(), kind.name());
             assert!(kind.rule().ends_with('.') && !kind.reasons().is_empty());
+            assert!(kind.score().ends_with('.'));
             let upper = kind.name().to_uppercase();
             assert_eq!(options(&["--policy", &upper]).expect("any case").policy, kind);
         }
@@ -463,8 +497,37 @@ pub(crate) mod tests {
         ]
     }
 
-    /// Runs the steps on a fresh policy; checks every pick and returns them.
-    fn run(kind: PolicyKind, steps: &[Step], weights: &[f64]) -> Vec<Pick> {
+    /// Picks, and checks what the pick is explained with.
+    fn explained_pick(
+        policy: &dyn Policy,
+        request: &Request,
+        given: &[Arc<Target>],
+        rng: &mut fastrand::Rng,
+        keep: usize,
+    ) -> Pick {
+        let (pick, candidates) = candidates::explained(policy, request, given, rng, keep);
+        assert_eq!(candidates.len(), keep.min(given.len()));
+        let chosen = candidates.iter().find(|candidate| candidate.index == pick.index);
+        let chosen = chosen.expect("the chosen one is always kept");
+        assert_eq!(chosen.matched_tokens, pick.matched_tokens);
+        for candidate in &candidates {
+            let target = &given[candidate.index];
+            assert_eq!(candidate.in_flight, target.in_flight());
+            assert_eq!(candidate.matched_tokens, policy.matched_tokens(request, target.id));
+            assert!(candidate.score.is_none_or(f64::is_finite));
+        }
+        // A draw does not go by the score; every other rule that has one does.
+        if ["weighted", "all_weights_zero"].contains(&pick.reason) {
+            assert!(candidates.iter().all(|candidate| candidate.score.is_some()));
+        } else {
+            assert_eq!(candidates[0].index, pick.index, "{candidates:?}");
+        }
+        pick
+    }
+
+    /// Runs the steps on a fresh policy; checks every pick and returns them. With `keep`, each is
+    /// explained.
+    fn run(kind: PolicyKind, steps: &[Step], weights: &[f64], keep: Option<usize>) -> Vec<Pick> {
         let (policy, draws) = (built(kind), Draws::new(Some(9)));
         let all: Vec<_> = (0..).zip(weights).map(|(id, &w)| Arc::new(Target::new(id, w))).collect();
         let (mut held, mut picks) = (Vec::new(), Vec::new());
@@ -474,7 +537,11 @@ pub(crate) mod tests {
                     let given: Vec<_> =
                         all.iter().filter(|t| routable >> t.id & 1 == 1).cloned().collect();
                     let request = Request { prompt };
-                    let pick = policy.pick(&request, &given, &mut draws.next());
+                    let rng = &mut draws.next();
+                    let pick = match keep {
+                        Some(keep) => explained_pick(&*policy, &request, &given, rng, keep),
+                        None => policy.pick(&request, &given, rng, None),
+                    };
                     assert!(kind.reasons().contains(&pick.reason));
                     let tokens = (prompt.len() / BYTES_PER_TOKEN) as u32;
                     assert!(pick.matched_tokens.is_none_or(|matched| matched <= tokens));
@@ -496,9 +563,12 @@ pub(crate) mod tests {
         fn every_policy_picks_what_it_was_given_and_repeats_itself(
             steps in prop::collection::vec(step(), 1..60),
             weights in prop::collection::vec(0.0..4.0_f64, 8),
+            keep in 1..10_usize,
         ) {
             for &kind in PolicyKind::ALL {
-                prop_assert_eq!(run(kind, &steps, &weights), run(kind, &steps, &weights));
+                let picks = run(kind, &steps, &weights, None);
+                prop_assert_eq!(&run(kind, &steps, &weights, None), &picks);
+                prop_assert_eq!(&run(kind, &steps, &weights, Some(keep)), &picks, "explained");
             }
         }
     }

@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use super::candidates::Weighed;
 use super::{Options, Pick, Policy, Request, Target};
 
 const FEWER_IN_FLIGHT: &str = "fewer_in_flight";
@@ -13,6 +14,10 @@ const ONLY_WORKER: &str = "only_worker";
 
 /// Every reason this policy gives; `only_worker` when there was nothing to compare with.
 pub const REASONS: &[&str] = &[FEWER_IN_FLIGHT, ONLY_WORKER];
+
+/// See [`super::PolicyKind::score`].
+pub const SCORE: &str =
+    "Requests in flight of the two that were drawn; the lower wins. Null for the others.";
 
 /// See the module.
 pub struct PowerOfTwo;
@@ -24,7 +29,13 @@ impl PowerOfTwo {
 }
 
 impl Policy for PowerOfTwo {
-    fn pick(&self, _: &Request, targets: &[Arc<Target>], rng: &mut fastrand::Rng) -> Pick {
+    fn pick(
+        &self,
+        _: &Request,
+        targets: &[Arc<Target>],
+        rng: &mut fastrand::Rng,
+        weighed: Option<&mut Weighed>,
+    ) -> Pick {
         if targets.len() == 1 {
             return Pick { index: 0, reason: ONLY_WORKER, matched_tokens: None };
         }
@@ -32,6 +43,12 @@ impl Policy for PowerOfTwo {
         // Drawn from all but the first: those from its place on move up by one.
         let other = rng.usize(..targets.len() - 1);
         let second = if other >= first { other + 1 } else { other };
+        if let Some(weighed) = weighed {
+            let is_drawn = |index| index == first || index == second;
+            weighed.lowest_wins(|candidate| {
+                is_drawn(candidate.index).then_some(candidate.in_flight.into())
+            });
+        }
         // On a tie the first wins, which is random as the first was drawn at random.
         let fewer = targets[second].in_flight() < targets[first].in_flight();
         let index = if fewer { second } else { first };
@@ -42,7 +59,7 @@ impl Policy for PowerOfTwo {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::routing::tests::{close_to, loaded, tally};
+    use crate::routing::tests::{close_to, loaded, scores, tally};
 
     #[test]
     fn of_two_workers_the_one_with_fewer_in_flight() {
@@ -59,6 +76,15 @@ mod tests {
     }
 
     #[test]
+    fn the_two_that_were_drawn_have_a_score() {
+        let (targets, _held) = loaded(&[1, 2, 3, 4]);
+        let (pick, scores) = scores(&PowerOfTwo, b"", &targets);
+        let drawn: Vec<f64> = scores.iter().copied().flatten().collect();
+        assert_eq!(drawn.len(), 2);
+        assert_eq!(scores[pick.index], Some(drawn[0].min(drawn[1])));
+    }
+
+    #[test]
     fn ties_are_broken_at_random() {
         let (targets, _held) = loaded(&[1, 1, 1]);
         let counts = tally(&PowerOfTwo, &targets, 3000);
@@ -69,7 +95,7 @@ mod tests {
     fn a_single_worker_is_the_only_one() {
         let (targets, _held) = loaded(&[5]);
         let mut rng = fastrand::Rng::with_seed(0);
-        let pick = PowerOfTwo.pick(&Request { prompt: b"" }, &targets, &mut rng);
+        let pick = PowerOfTwo.pick(&Request { prompt: b"" }, &targets, &mut rng, None);
         assert_eq!((pick.index, pick.reason), (0, ONLY_WORKER));
     }
 }

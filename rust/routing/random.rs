@@ -2,12 +2,16 @@
 
 use std::sync::Arc;
 
+use super::candidates::Weighed;
 use super::{Options, Pick, Policy, Request, Target};
 
 const RANDOM: &str = "random";
 
 /// Every reason this policy gives.
 pub const REASONS: &[&str] = &[RANDOM];
+
+/// See [`super::PolicyKind::score`].
+pub const SCORE: &str = "Null: nothing is compared.";
 
 /// See the module.
 pub struct Random;
@@ -19,7 +23,13 @@ impl Random {
 }
 
 impl Policy for Random {
-    fn pick(&self, _: &Request, targets: &[Arc<Target>], rng: &mut fastrand::Rng) -> Pick {
+    fn pick(
+        &self,
+        _: &Request,
+        targets: &[Arc<Target>],
+        rng: &mut fastrand::Rng,
+        _: Option<&mut Weighed>,
+    ) -> Pick {
         Pick { index: rng.usize(..targets.len()), reason: RANDOM, matched_tokens: None }
     }
 }
@@ -27,12 +37,18 @@ impl Policy for Random {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::routing::tests::{close_to, loaded, tally};
+    use crate::routing::tests::{close_to, loaded, scores, tally};
 
     #[test]
     fn all_workers_are_equally_likely_whatever_their_load() {
         let (targets, _held) = loaded(&[0, 9, 1, 0]);
         let counts = tally(&Random, &targets, 4000);
         assert!(close_to(&counts, &[1000.0; 4]), "{counts:?}");
+    }
+
+    #[test]
+    fn nothing_is_compared() {
+        let (targets, _held) = loaded(&[0, 9]);
+        assert_eq!(scores(&Random, b"", &targets).1, [None, None]);
     }
 }

@@ -6,12 +6,16 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use super::candidates::Weighed;
 use super::{Options, Pick, Policy, Request, Target};
 
 const ROUND_ROBIN: &str = "round_robin";
 
 /// Every reason this policy gives.
 pub const REASONS: &[&str] = &[ROUND_ROBIN];
+
+/// See [`super::PolicyKind::score`].
+pub const SCORE: &str = "Null: nothing is compared.";
 
 /// See the module.
 pub struct RoundRobin {
@@ -26,7 +30,13 @@ impl RoundRobin {
 }
 
 impl Policy for RoundRobin {
-    fn pick(&self, _: &Request, targets: &[Arc<Target>], _: &mut fastrand::Rng) -> Pick {
+    fn pick(
+        &self,
+        _: &Request,
+        targets: &[Arc<Target>],
+        _: &mut fastrand::Rng,
+        _: Option<&mut Weighed>,
+    ) -> Pick {
         let mut next = self.next.load(Ordering::Relaxed);
         loop {
             let at = targets.partition_point(|target| target.id < next);
@@ -48,7 +58,7 @@ impl Policy for RoundRobin {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::routing::tests::options;
+    use crate::routing::tests::{options, scores};
 
     fn policy() -> RoundRobin {
         RoundRobin::new(&options(&[]).expect("defaults parse"))
@@ -60,7 +70,7 @@ mod tests {
 
     fn turn(policy: &RoundRobin, ids: &[u32]) -> u32 {
         let mut rng = fastrand::Rng::with_seed(0);
-        ids[policy.pick(&Request { prompt: b"" }, &targets(ids), &mut rng).index]
+        ids[policy.pick(&Request { prompt: b"" }, &targets(ids), &mut rng, None).index]
     }
 
     #[test]
@@ -83,6 +93,11 @@ mod tests {
     }
 
     #[test]
+    fn nothing_is_compared() {
+        assert_eq!(scores(&policy(), b"", &targets(&[2, 5])).1, [None, None]);
+    }
+
+    #[test]
     fn the_largest_id_wraps() {
         let policy = policy();
         let picked: Vec<_> = (0..4).map(|_| turn(&policy, &[1, u32::MAX])).collect();
@@ -98,7 +113,7 @@ mod tests {
                 scope.spawn(|| {
                     let mut rng = fastrand::Rng::with_seed(0);
                     for _ in 0..5000 {
-                        let pick = policy.pick(&Request { prompt: b"" }, &targets, &mut rng);
+                        let pick = policy.pick(&Request { prompt: b"" }, &targets, &mut rng, None);
                         counts[pick.index].fetch_add(1, Ordering::Relaxed);
                     }
                 });

@@ -2,12 +2,16 @@
 
 use std::sync::Arc;
 
+use super::candidates::Weighed;
 use super::{Options, Pick, Policy, Request, Target, least_in_flight};
 
 const SHORTEST_QUEUE: &str = "shortest_queue";
 
 /// Every reason this policy gives.
 pub const REASONS: &[&str] = &[SHORTEST_QUEUE];
+
+/// See [`super::PolicyKind::score`].
+pub const SCORE: &str = "Requests in flight; the lowest wins.";
 
 /// See the module.
 pub struct ShortestQueue;
@@ -19,8 +23,17 @@ impl ShortestQueue {
 }
 
 impl Policy for ShortestQueue {
-    fn pick(&self, _: &Request, targets: &[Arc<Target>], rng: &mut fastrand::Rng) -> Pick {
+    fn pick(
+        &self,
+        _: &Request,
+        targets: &[Arc<Target>],
+        rng: &mut fastrand::Rng,
+        weighed: Option<&mut Weighed>,
+    ) -> Pick {
         let index = least_in_flight(targets, rng);
+        if let Some(weighed) = weighed {
+            weighed.fewest_in_flight_wins();
+        }
         Pick { index, reason: SHORTEST_QUEUE, matched_tokens: None }
     }
 }
@@ -28,12 +41,18 @@ impl Policy for ShortestQueue {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::routing::tests::{close_to, loaded, tally};
+    use crate::routing::tests::{close_to, loaded, scores, tally};
 
     #[test]
     fn the_fewest_in_flight_win() {
         let (targets, _held) = loaded(&[3, 1, 2]);
         assert_eq!(tally(&ShortestQueue, &targets, 50), [0, 50, 0]);
+    }
+
+    #[test]
+    fn the_score_is_the_number_in_flight() {
+        let (targets, _held) = loaded(&[3, 1, 2]);
+        assert_eq!(scores(&ShortestQueue, b"", &targets).1, [Some(3.0), Some(1.0), Some(2.0)]);
     }
 
     #[test]

@@ -11,7 +11,9 @@ use hyper::header::HeaderValue;
 
 use super::{App, headers, now};
 use crate::error::{Error, Kind, shown};
-use crate::routing::{self, InFlight, Pick};
+use crate::routing::candidates::explained;
+use crate::routing::{self, InFlight, Pick, Target};
+use crate::tracking::Candidate;
 use crate::workers::breaker::Fitness;
 use crate::workers::{Pass, Snapshot, Worker};
 
@@ -25,6 +27,8 @@ pub(super) struct Picked {
     pub(super) pass: Pass,
     pub(super) reason: &'static str,
     pub(super) matched_tokens: Option<u32>,
+    /// What the policy chose among, if that is traced and the policy was asked.
+    pub(super) candidates: Option<Arc<Vec<Candidate>>>,
     /// How long the pick took.
     pub(super) took: Duration,
 }
@@ -57,12 +61,12 @@ pub(super) fn pick(app: &App, wish: &mut Wish<'_>) -> Result<Option<Picked>, Err
     let began = Instant::now();
     let snapshot = app.workers.snapshot();
     loop {
-        let (index, pick) = match wish.pin {
+        let (index, pick, candidates) = match wish.pin {
             Some(pin) => {
                 let index = pinned(&snapshot, pin)?;
                 let worker = snapshot.routable[index].index;
                 let matched_tokens = app.policy.matched_tokens(&wish.prompt, worker);
-                (index, Pick { index, reason: PINNED, matched_tokens })
+                (index, Pick { index, reason: PINNED, matched_tokens }, None)
             }
             None => match choose(app, &snapshot, wish) {
                 Some(chosen) => chosen,
@@ -77,19 +81,29 @@ pub(super) fn pick(app: &App, wish: &mut Wish<'_>) -> Result<Option<Picked>, Err
         let in_flight = worker.target.begin();
         app.policy.sent(&wish.prompt, worker.index);
         let Pick { reason, matched_tokens, .. } = pick;
-        return Ok(Some(Picked { worker, in_flight, pass, reason, matched_tokens, took }));
+        return Ok(Some(Picked {
+            worker,
+            in_flight,
+            pass,
+            reason,
+            matched_tokens,
+            candidates,
+            took,
+        }));
     }
 }
 
-/// What the policy picks among the best there are, and its place among all routable ones.
-fn choose(app: &App, snapshot: &Snapshot, wish: &mut Wish<'_>) -> Option<(usize, Pick)> {
-    let Wish { prompt, failed_on, draw, .. } = wish;
+/// The place of a worker among all routable ones, why it was picked, and, if that is traced, among which.
+type Choice = (usize, Pick, Option<Arc<Vec<Candidate>>>);
+
+/// What the policy picks among the best there are.
+fn choose(app: &App, snapshot: &Snapshot, wish: &mut Wish<'_>) -> Option<Choice> {
+    let failed_on = &wish.failed_on;
     if failed_on.is_empty() && !app.workers.is_any_limited(snapshot) {
         if snapshot.targets.is_empty() {
             return None;
         }
-        let pick = app.policy.pick(prompt, &snapshot.targets, draw);
-        return Some((pick.index, pick));
+        return Some(ask(app, wish, &snapshot.targets, |index| (index, &snapshot.routable[index])));
     }
     let now = now();
     let mut best = (u8::MAX, Vec::new());
@@ -107,8 +121,32 @@ fn choose(app: &App, snapshot: &Snapshot, wish: &mut Wish<'_>) -> Option<(usize,
     if targets.is_empty() {
         return None;
     }
-    let pick = app.policy.pick(prompt, &targets, draw);
-    Some((left[pick.index], pick))
+    Some(ask(app, wish, &targets, |index| (left[index], &snapshot.routable[left[index]])))
+}
+
+/// What the policy picks among these; `at` tells a target's place among all routable workers, and which it is.
+fn ask<'a>(
+    app: &App,
+    wish: &mut Wish<'_>,
+    targets: &[Arc<Target>],
+    at: impl Fn(usize) -> (usize, &'a Arc<Worker>),
+) -> Choice {
+    let Wish { prompt, draw, .. } = wish;
+    let traced = app.tracker.as_ref().and_then(|tracker| tracker.options().candidates_max());
+    let Some(keep) = traced else {
+        let pick = app.policy.pick(prompt, targets, draw, None);
+        return (at(pick.index).0, pick, None);
+    };
+    let (pick, candidates) = explained(&*app.policy, prompt, targets, draw, keep);
+    let named = |candidate: &routing::candidates::Candidate| {
+        // Each that may be picked has a name.
+        let worker = at(candidate.index).1.name()?.clone();
+        let routing::candidates::Candidate { in_flight, matched_tokens, score, .. } = *candidate;
+        Some(Candidate { worker, in_flight, matched_tokens, score })
+    };
+    let mut kept = Vec::with_capacity(candidates.len());
+    kept.extend(candidates.iter().filter_map(named));
+    (at(pick.index).0, pick, Some(Arc::new(kept)))
 }
 
 /// What speaks against a worker, the less the better; None if it may not be picked at all.

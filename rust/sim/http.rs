@@ -197,6 +197,7 @@ async fn server_info(State(worker): Shared) -> Response {
         "tp_size": 1,
         "dp_size": 1,
         "random_seed": worker.random_seed,
+        "enable_cache_report": true,
         "version": concat!("sim-", env!("CARGO_PKG_VERSION")),
     });
     if !options.hide_kv {

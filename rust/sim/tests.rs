@@ -320,9 +320,11 @@ async fn a_worker_tells_about_itself() {
     for path in ["/health", "/health_generate"] {
         assert_eq!(sim.get(path).await.status, 200);
     }
-    assert_eq!(sim.get("/v1/models").await.json()["data"][0]["id"], "sim-model");
+    let model = &sim.get("/v1/models").await.json()["data"][0];
+    assert_eq!((&model["id"], &model["max_model_len"]), (&json!("sim-model"), &json!(1000)));
     let info = sim.get("/get_server_info").await.json();
     assert_eq!((&info["max_total_num_tokens"], &info["base_gpu_id"]), (&json!(1000), &json!(4)));
+    assert_eq!(info["enable_cache_report"], true);
     assert_eq!(sim.get("/server_info").await.json(), info);
     assert_eq!(sim.get("/model_info").await.json()["model_path"], "sim-model");
     assert_eq!(sim.get("/get_load").await.json()[0]["num_reqs"], 0);

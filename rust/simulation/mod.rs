@@ -24,6 +24,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::options::{self, Options};
+use crate::routing::candidates::Weighed;
 use crate::routing::{self, Pick, Policy, Target, WorkerId};
 use crate::running;
 use crate::server::{App, routes, serve_connection};
@@ -308,8 +309,9 @@ impl Policy for Watched {
         request: &routing::Request<'_>,
         targets: &[Arc<Target>],
         draw: &mut fastrand::Rng,
+        weighed: Option<&mut Weighed>,
     ) -> Pick {
-        self.policy.pick(request, targets, draw)
+        self.policy.pick(request, targets, draw, weighed)
     }
 
     fn matched_tokens(&self, request: &routing::Request<'_>, worker: WorkerId) -> Option<u32> {

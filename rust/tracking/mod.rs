@@ -33,10 +33,10 @@ use serde::Serialize;
 pub use log::{LogError, TraceLog};
 pub use open::{AnswerFacts, OpenTrace, RequestFacts};
 pub use query::{Cursor, DEFAULT_LIMIT, Format, MAX_LIMIT, Query, QueryError};
-pub use record::Status;
+pub use record::{Candidate, Status};
 pub use stats::Stats;
 pub use store::Page;
-pub use trace::{AttemptView, Timestamp, Trace, csv_header, csv_rows};
+pub use trace::{AttemptView, CandidateView, Timestamp, Trace, csv_header, csv_rows};
 
 use crate::routing::WorkerName;
 use log::Log;
@@ -65,6 +65,11 @@ pub struct Options {
     #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
     pub trace_cleanup_interval_secs: u64,
 
+    /// Workers named in a trace's candidates with what the policy compared: the so many best of those it chose
+    /// among, 0 for none, -1 for all; needs enable_request_tracking
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true, value_parser = clap::value_parser!(i64).range(-1..))]
+    pub trace_candidates: i64,
+
     /// File to append each ended trace to, as one line of JSON; needs enable_request_tracking
     #[arg(long, value_name = "FILE")]
     pub trace_log: Option<PathBuf>,
@@ -85,7 +90,20 @@ impl Options {
             let why = "it takes the traces of enable_request_tracking, which is off";
             return Err(("trace_log", why.to_owned()));
         }
+        if self.trace_candidates != 0 && !self.enable_request_tracking {
+            let why = "it adds to the traces of enable_request_tracking, which is off";
+            return Err(("trace_candidates", why.to_owned()));
+        }
         Ok(())
+    }
+
+    /// How many candidates a trace keeps; `None` for none.
+    pub fn candidates_max(&self) -> Option<usize> {
+        match self.trace_candidates {
+            0 => None,
+            // All: no router has as many workers.
+            kept => Some(usize::try_from(kept).unwrap_or(usize::MAX)),
+        }
     }
 }
 

@@ -8,7 +8,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::record::{OptionalU64, Record, Status};
+use super::record::{Candidate, OptionalU64, Record, Status};
 use super::shard::{Place, Shard};
 use super::store::Key;
 use super::text::{CompactId, Names, Text, capped, parse_hex};
@@ -109,13 +109,15 @@ impl OpenTrace {
     }
 
     /// A worker was picked, for the first attempt or for another one. `reason` is the policy's,
-    /// cut at 64 bytes; `decision` the time it took to read the prompt and pick.
+    /// cut at 64 bytes; `decision` the time it took to read the prompt and pick; `candidates` what the
+    /// policy chose among, best first, if that is traced.
     pub fn routed(
         &mut self,
         worker: &Arc<WorkerName>,
         reason: &str,
         matched_tokens: Option<u32>,
         decision: Duration,
+        candidates: Option<Arc<Vec<Candidate>>>,
     ) {
         let from_worker = self.worker.replace(Arc::clone(worker));
         let from = std::mem::replace(&mut self.status, Status::Routed);
@@ -130,6 +132,7 @@ impl OpenTrace {
                 record.http_status = None;
                 record.matched_tokens = matched_tokens.into();
                 record.decision_ns = OptionalU64::nanos(decision);
+                record.candidates = candidates;
             });
         });
     }

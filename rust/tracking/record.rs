@@ -14,7 +14,7 @@ use smallvec::SmallVec;
 
 use super::WorkerName;
 use super::text::{CompactId, Names, Text, hex, parse_hex};
-use super::trace::{AttemptView, Timestamp, Trace};
+use super::trace::{AttemptView, CandidateView, Timestamp, Trace};
 
 /// Attempts kept of one request; beyond it the oldest go.
 const MAX_ATTEMPTS: usize = 32;
@@ -126,6 +126,19 @@ pub(super) struct Attempt {
     pub(super) http_status: Option<u16>,
 }
 
+/// A worker that the policy could have picked, as the policy saw it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Candidate {
+    /// Which worker.
+    pub worker: Arc<WorkerName>,
+    /// Its requests in flight, without this one.
+    pub in_flight: u32,
+    /// Tokens of the prompt the policy believes to be in its cache; `None` without a prefix tree.
+    pub matched_tokens: Option<u32>,
+    /// What the rule compared, a finite number; `None` if it compared nothing of this worker.
+    pub score: Option<f64>,
+}
+
 /// What is kept of one request.
 #[derive(Debug, Clone)]
 pub(super) struct Record {
@@ -143,6 +156,9 @@ pub(super) struct Record {
     pub(super) trace_id: Option<[u8; 16]>,
     /// Empty until a worker is picked; the last one's worker is the record's.
     pub(super) attempts: SmallVec<[Attempt; 1]>,
+    /// Of the last pick, best first; at most as many as there are workers. Shared with the copy that
+    /// goes to the trace log, and behind one pointer because most routers trace none.
+    pub(super) candidates: Option<Arc<Vec<Candidate>>>,
     pub(super) queue_us: OptionalU64,
     pub(super) decision_ns: OptionalU64,
     pub(super) first_byte_us: OptionalU64,
@@ -179,6 +195,7 @@ impl Record {
             worker_request_id: None,
             trace_id: None,
             attempts: SmallVec::new(),
+            candidates: None,
             queue_us: OptionalU64::NONE,
             decision_ns: OptionalU64::NONE,
             first_byte_us: OptionalU64::NONE,
@@ -222,7 +239,11 @@ impl Record {
         };
         let texts = [&self.model, &self.finish_reason, &self.error_message, &self.reason];
         let own = texts.into_iter().chain(self.attempts.iter().map(|attempt| &attempt.error));
+        let candidates = self.candidates.as_ref().map_or(0, |candidates| {
+            size_of::<Vec<Candidate>>() + candidates.capacity() * size_of::<Candidate>()
+        });
         self.request_id.len()
+            + candidates
             + self.worker_request_id.as_ref().map_or(0, CompactId::heap_bytes)
             + own.flatten().map(Text::own_bytes).sum::<usize>()
             + spilled
@@ -261,7 +282,7 @@ impl Record {
             worker_request_id: self.worker_request_id.as_ref().map(CompactId::to_string),
             trace_id: self.trace_id.map(hex),
             attempts: self.attempts.iter().map(Attempt::view).collect(),
-            candidates: (),
+            candidates: self.candidate_views(),
             same_id: None,
         }
     }
@@ -284,6 +305,14 @@ impl Record {
             latency_us: OptionalU64::of_thousandths(attempt.latency_ms),
             http_status: attempt.http_status,
         };
+        let attempts = trace.attempts.iter().map(&mut attempt).collect();
+        let candidate = |candidate: &CandidateView| Candidate {
+            worker: worker(&candidate.worker_url, &candidate.node_id),
+            in_flight: candidate.in_flight,
+            matched_tokens: candidate.matched_tokens,
+            score: candidate.score,
+        };
+        let candidates = trace.candidates.as_ref();
         Record {
             request_id: trace.request_id.as_str().into(),
             arrived_unix_us: trace.timestamp.unix_us(),
@@ -296,7 +325,8 @@ impl Record {
             reason,
             worker_request_id: trace.worker_request_id.as_deref().map(CompactId::new),
             trace_id: trace.trace_id.as_deref().and_then(parse_hex),
-            attempts: trace.attempts.iter().map(&mut attempt).collect(),
+            attempts,
+            candidates: candidates.map(|all| Arc::new(all.iter().map(candidate).collect())),
             queue_us: OptionalU64::of_thousandths(trace.queue_ms),
             decision_ns: OptionalU64::of_thousandths(trace.decision_us),
             first_byte_us: OptionalU64::of_thousandths(trace.first_byte_ms),
@@ -311,6 +341,19 @@ impl Record {
             stream: trace.stream,
             status: trace.status,
         }
+    }
+
+    fn candidate_views(&self) -> Option<Vec<CandidateView>> {
+        let chosen = self.worker().map(|worker| worker.index);
+        let view = |candidate: &Candidate| CandidateView {
+            worker_url: candidate.worker.url.to_string(),
+            node_id: candidate.worker.node_id.to_string(),
+            in_flight: candidate.in_flight,
+            matched_tokens: candidate.matched_tokens,
+            score: candidate.score,
+            chosen: Some(candidate.worker.index) == chosen,
+        };
+        self.candidates.as_ref().map(|candidates| candidates.iter().map(view).collect())
     }
 
     fn completion_time(&self) -> Option<Timestamp> {

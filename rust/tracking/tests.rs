@@ -9,6 +9,7 @@ pub(super) fn options(max_trace_entries: u32) -> Options {
         max_trace_entries,
         trace_ttl_seconds: 3600,
         trace_cleanup_interval_secs: 60,
+        trace_candidates: 0,
         trace_log: None,
         trace_log_max_mb: 100,
         trace_log_keep: 10,
@@ -49,7 +50,7 @@ fn a_completed_request_has_every_fact() {
         trace_id: Some("0af7651916cd43dd8448eb211c80319c"),
     });
     open.admitted(arrived.at + ms(1));
-    open.routed(&worker(4), "prefix_match", Some(512), Duration::from_nanos(3_100));
+    open.routed(&worker(4), "prefix_match", Some(512), Duration::from_nanos(3_100), None);
     assert_eq!((open.status(), status()), (Status::Routed, Status::Routed));
     open.sent(arrived.at + ms(2));
     open.headers(200);
@@ -89,10 +90,10 @@ fn a_completed_request_has_every_fact() {
 fn a_retry_keeps_both_attempts_and_the_last_worker() {
     let (tracker, arrived) = (tracker(), arrived());
     let mut open = tracker.open(arrived, "id", "/generate");
-    open.routed(&worker(0), "prefix_match", Some(7), ms(1));
+    open.routed(&worker(0), "prefix_match", Some(7), ms(1), None);
     open.sent(arrived.at + ms(1));
     open.attempt_failed(arrived.at + ms(3), Some(503), "busy");
-    open.routed(&worker(1), "least_loaded", None, ms(1));
+    open.routed(&worker(1), "least_loaded", None, ms(1), None);
     assert_eq!(open.worker(), Some(&worker(1)));
     open.sent(arrived.at + ms(4));
     open.headers(200);
@@ -127,7 +128,7 @@ fn a_refused_request_has_no_worker() {
 fn a_failed_answer_has_its_status_and_its_error_in_the_attempt_too() {
     let (tracker, arrived) = (tracker(), arrived());
     let mut open = tracker.open(arrived, "id", "/generate");
-    open.routed(&worker(0), "random", None, ms(0));
+    open.routed(&worker(0), "random", None, ms(0), None);
     open.headers(500);
     open.fail(arrived.at, Some(500), "worker answered 500");
     let trace = tracker.get("id").expect("it is held");
@@ -141,7 +142,7 @@ fn a_failed_answer_has_its_status_and_its_error_in_the_attempt_too() {
 fn what_the_client_was_not_answered_is_unknown() {
     let (tracker, arrived) = (tracker(), arrived());
     let mut open = tracker.open(arrived, "id", "/generate");
-    open.routed(&worker(0), "random", None, ms(0));
+    open.routed(&worker(0), "random", None, ms(0), None);
     open.headers(200);
     open.fail(arrived.at, None, "client disconnected");
     let trace = tracker.get("id").expect("it is held");
@@ -152,7 +153,7 @@ fn what_the_client_was_not_answered_is_unknown() {
 fn a_dropped_request_is_ended_all_the_same() {
     let tracker = tracker();
     let mut open = tracker.open(arrived(), "id", "/generate");
-    open.routed(&worker(0), "random", None, ms(0));
+    open.routed(&worker(0), "random", None, ms(0), None);
     open.headers(200);
     drop(open);
     let trace = tracker.get("id").expect("it is held");
@@ -168,7 +169,7 @@ fn a_request_whose_record_left_still_counts_and_touches_no_other() {
     let tracker = new_tracker(1);
     let mut first = tracker.open(arrived(), "first", "/generate");
     let second = tracker.open(arrived(), "second", "/generate");
-    first.routed(&worker(0), "random", None, ms(0));
+    first.routed(&worker(0), "random", None, ms(0), None);
     first.headers(200);
     first.complete(Instant::now());
     assert!(tracker.get("first").is_none());
@@ -186,7 +187,7 @@ fn texts_are_capped_between_characters() {
     let long = "中".repeat(1_000);
     let mut open = tracker.open(arrived, "id", "/generate");
     open.request(RequestFacts { model: Some(&long), trace_id: Some("odd"), ..Default::default() });
-    open.routed(&worker(0), "random", None, ms(0));
+    open.routed(&worker(0), "random", None, ms(0), None);
     open.answer(AnswerFacts {
         finish_reason: Some(&long),
         worker_request_id: Some(&long),
@@ -223,7 +224,7 @@ fn filters_see_the_facts() {
     {
         let mut open = tracker.open(arrived(), id, "/generate");
         open.request(RequestFacts { model: Some(model), ..Default::default() });
-        open.routed(&worker(u32::from(id == "b")), "random", None, ms(0));
+        open.routed(&worker(u32::from(id == "b")), "random", None, ms(0), None);
         open.answer(AnswerFacts { worker_request_id: Some(worker_id), ..Default::default() });
         open.complete(Instant::now());
     }
@@ -278,15 +279,66 @@ fn options_have_one_default_and_one_range() {
     ] {
         assert_eq!(parse(&arguments).ok(), Some(short.clone()));
     }
+    for (argument, kept) in [("0", None), ("3", Some(3)), ("-1", Some(usize::MAX))] {
+        let options = parse(&["--trace-candidates", argument]).expect("in the range");
+        assert_eq!(options.candidates_max(), kept);
+    }
     for argument in [
         "--max-trace-entries=0",
         "--max-trace-entries=2147483649",
         "--trace-ttl-seconds=0",
         "--trace-cleanup-interval-secs=0",
         "--enable-request-tracking=maybe",
+        "--trace-candidates=-2",
     ] {
         assert!(parse(&[argument]).is_err(), "{argument}");
     }
+}
+
+fn candidates(workers: &[u32]) -> Arc<Vec<Candidate>> {
+    let candidate = |&index: &u32| Candidate {
+        worker: worker(index),
+        in_flight: 10 + index,
+        matched_tokens: Some(3),
+        score: Some(0.1),
+    };
+    Arc::new(workers.iter().map(candidate).collect())
+}
+
+#[test]
+fn candidates_are_those_of_the_last_pick_and_tell_which_was_chosen() {
+    let (tracker, arrived) = (tracker(), arrived());
+    let mut open = tracker.open(arrived, "id", "/generate");
+    let told = || tracker.get("id").and_then(|trace| trace.candidates);
+    assert_eq!(told(), None);
+    open.routed(&worker(0), "prefix_match", Some(3), ms(0), Some(candidates(&[0, 1, 2])));
+    open.attempt_failed(arrived.at, None, "refused");
+    open.routed(&worker(2), "prefix_match", Some(3), ms(0), Some(candidates(&[1, 2])));
+    assert_eq!(
+        serde_json::to_value(told()).expect("plain data"),
+        serde_json::json!([
+            {"worker_url": "http://127.0.0.1:30002", "node_id": "gpu_1", "in_flight": 11, "matched_tokens": 3,
+             "score": 0.1, "chosen": false},
+            {"worker_url": "http://127.0.0.1:30003", "node_id": "gpu_2", "in_flight": 12, "matched_tokens": 3,
+             "score": 0.1, "chosen": true},
+        ])
+    );
+    open.routed(&worker(1), "pinned", None, ms(0), None);
+    assert_eq!(told(), None);
+}
+
+#[test]
+fn the_memory_of_candidates_is_counted() {
+    let memory_bytes = |candidates: Option<Arc<Vec<Candidate>>>| {
+        let (tracker, arrived) = (tracker(), arrived());
+        let mut open = tracker.open(arrived, "id", "/generate");
+        open.routed(&worker(0), "random", None, ms(0), candidates);
+        open.complete(arrived.at);
+        tracker.stats().memory_bytes
+    };
+    let all: Vec<u32> = (0..100).collect();
+    let added = memory_bytes(Some(candidates(&all))) - memory_bytes(None);
+    assert!((100 * size_of::<Candidate>()..100 * 64).contains(&added), "{added}");
 }
 
 #[test]
@@ -309,7 +361,7 @@ fn a_record_at_rest_takes_at_most_400_bytes() {
             trace_id: Some(&hex_id),
             ..Default::default()
         });
-        open.routed(&worker, "prefix_match", Some(512), ms(0));
+        open.routed(&worker, "prefix_match", Some(512), ms(0), None);
         open.answer(AnswerFacts { worker_request_id: Some(&hex_id), ..Default::default() });
         open.complete(arrived.at);
     }

@@ -73,6 +73,24 @@ pub struct AttemptView {
     pub latency_ms: Option<f64>,
 }
 
+/// A worker that the policy could have picked, as read.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CandidateView {
+    /// The worker.
+    pub worker_url: String,
+    /// That worker's node.
+    pub node_id: String,
+    /// Its requests in flight when the policy picked, without this one.
+    pub in_flight: u32,
+    /// Predicted by the policy's prefix tree.
+    pub matched_tokens: Option<u32>,
+    /// What the rule compared.
+    pub score: Option<f64>,
+    /// Whether it was picked.
+    pub chosen: bool,
+}
+
 /// Declares [`Trace`], its columns and its cells from one list of fields.
 macro_rules! trace {
     ($($(#[$doc:meta])* $field:ident: $kind:ty,)*) => {
@@ -154,8 +172,9 @@ trace! {
     trace_id: Option<String>,
     /// All attempts, the last one being the record's worker.
     attempts: Vec<AttemptView>,
-    /// Always null: what the policy weighed is not recorded.
-    candidates: (),
+    /// What the policy chose among at the last pick, best first; `None` if that is not traced, or
+    /// the policy was not asked.
+    candidates: Option<Vec<CandidateView>>,
 }
 
 /// A value in one CSV cell: text as it is, null as nothing, anything nested as JSON.
@@ -199,7 +218,7 @@ mod tests {
 
     use super::*;
     use crate::tracking::WorkerName;
-    use crate::tracking::record::{OptionalU32, OptionalU64, Record};
+    use crate::tracking::record::{Candidate, OptionalU32, OptionalU64, Record};
     use crate::tracking::text::{CompactId, Text, parse_hex};
 
     const ARRIVED_UNIX_US: i64 = 1_767_225_600_000_000;
@@ -225,6 +244,10 @@ mod tests {
         record.latency_us = OptionalU64::some(93_001);
         record.worker_request_id = Some(CompactId::new("0af7651916cd43dd8448eb211c80319c"));
         record.trace_id = parse_hex("0af7651916cd43dd8448eb211c80319c");
+        let worker = record.attempts[0].worker.clone();
+        let candidate =
+            Candidate { worker, in_flight: 2, matched_tokens: Some(512), score: Some(0.5) };
+        record.candidates = Some(Arc::new(vec![candidate]));
         record
     }
 
@@ -270,6 +293,7 @@ mod tests {
         assert_eq!(json["completion_time"], "2026-01-01T00:00:00.093001Z");
         assert_eq!(json["trace_id"], "0af7651916cd43dd8448eb211c80319c");
         assert_eq!(json["attempts"][0]["latency_ms"], 92.0);
+        assert_eq!(json["candidates"][0]["chosen"], true);
     }
 
     #[test]

@@ -10,6 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio::time::Instant;
 
 use super::*;
+use crate::routing::candidates::Weighed;
 use crate::routing::{Pick, Request};
 use crate::upstream::Stream;
 
@@ -122,7 +123,13 @@ struct Forgetful {
 }
 
 impl Policy for Forgetful {
-    fn pick(&self, _: &Request, _: &[Arc<Target>], _: &mut fastrand::Rng) -> Pick {
+    fn pick(
+        &self,
+        _: &Request,
+        _: &[Arc<Target>],
+        _: &mut fastrand::Rng,
+        _: Option<&mut Weighed>,
+    ) -> Pick {
         Pick { index: 0, reason: "first", matched_tokens: None }
     }
 

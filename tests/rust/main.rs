@@ -8,6 +8,7 @@ mod admission;
 mod bad_input;
 mod breaker;
 mod bytes;
+mod candidates;
 mod connections;
 mod dependencies;
 mod disconnects;

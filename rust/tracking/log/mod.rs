@@ -26,7 +26,8 @@ use super::record::Record;
 use file::LogFile;
 pub use reader::{LogError, TraceLog};
 
-/// Most records waiting to be written, a few hundred bytes each.
+/// Most records waiting to be written, a few hundred bytes each; their candidates are shared with the
+/// store while it holds them.
 const MAX_WAITING: usize = 65_536;
 
 /// The thread writes when it has this many bytes, or nothing more is waiting.

@@ -20,8 +20,8 @@ use crate::tracking::store::{Page, Store};
 use crate::tracking::text::Names;
 use crate::tracking::{MAX_KEPT_LOGS, Query, Stats, Trace};
 
-/// Longest line, far above what a record comes to.
-const MAX_LINE_BYTES: usize = 1 << 20;
+/// Longest line, far above what a record with thousands of candidates comes to.
+const MAX_LINE_BYTES: usize = 1 << 24;
 
 /// What only a running router knows of its statistics, beside its options.
 const UNKNOWN: [&str; 5] = ["evicted", "expired", "in_flight", "memory_bytes", "version"];

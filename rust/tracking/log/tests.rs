@@ -10,7 +10,7 @@ use super::file::{LogFile, older};
 use super::*;
 use crate::routing::WorkerName;
 use crate::tracking::tests::options;
-use crate::tracking::{AnswerFacts, Arrived, Query, RequestFacts, Tracker};
+use crate::tracking::{AnswerFacts, Arrived, Candidate, Query, RequestFacts, Tracker};
 
 const ROOM: u64 = 1 << 20;
 
@@ -39,6 +39,9 @@ fn error(path: &Path) -> String {
     TraceLog::read(path).expect_err("no good log").to_string()
 }
 
+/// In flight, matched tokens and score of a candidate.
+type Seen = (u32, Option<u32>, Option<f64>);
+
 /// How a request goes.
 #[derive(Debug, Clone)]
 struct Life {
@@ -54,6 +57,8 @@ struct Life {
     tokens: Option<u32>,
     latency_us: u64,
     error: Option<String>,
+    /// Workers 0, 1, and so on.
+    candidates: Option<Vec<Seen>>,
 }
 
 fn life() -> impl Strategy<Value = Life> {
@@ -61,9 +66,12 @@ fn life() -> impl Strategy<Value = Life> {
     let attempts = prop::collection::vec((0..3_u32, text()), 0..4);
     let request =
         ("[a-c]|.{1,20}", 0..3_i64, prop::option::of(text()), prop::option::of("[0-9a-f]{32}"));
+    let candidate = (any::<u32>(), any::<Option<u32>>(), prop::option::of(-1e300..1e300));
+    let candidates = prop::option::of(prop::collection::vec(candidate, 0..4));
     let answer =
         (prop::option::of(text()), any::<Option<u32>>(), any::<u32>(), prop::option::of(text()));
-    (request, attempts, answer, prop::bool::ANY).prop_map(|(request, attempts, answer, is_chat)| {
+    let life = (request, attempts, answer, candidates, prop::bool::ANY);
+    life.prop_map(|(request, attempts, answer, candidates, is_chat)| {
         let (id, after_us, model, trace_id) = request;
         let (worker_request_id, tokens, latency_us, error) = answer;
         let route = if is_chat { "/v1/chat/completions" } else { "/generate" };
@@ -79,8 +87,19 @@ fn life() -> impl Strategy<Value = Life> {
             tokens,
             latency_us,
             error,
+            candidates,
         }
     })
+}
+
+fn candidates(told: &[Seen]) -> Arc<Vec<Candidate>> {
+    let candidate = |(index, (in_flight, matched_tokens, score))| Candidate {
+        worker: worker(index),
+        in_flight,
+        matched_tokens,
+        score,
+    };
+    Arc::new((0..).zip(told.iter().copied()).map(candidate).collect())
 }
 
 /// Lives them one after the other.
@@ -103,6 +122,7 @@ fn live(tracker: &Arc<Tracker>, lives: &[Life]) {
                 "no_match",
                 Some(7),
                 Duration::from_nanos(life.latency_us),
+                life.candidates.as_deref().map(candidates),
             );
             open.sent(arrived.at);
             if index + 1 < life.attempts.len() {
@@ -312,7 +332,7 @@ fn two_lines() -> [String; 2] {
     let tracker = tracker(&path, 10);
     for id in ["a", "b"] {
         let mut open = tracker.open(Arrived::now(), id, "/generate");
-        open.routed(&worker(0), "no_match", None, Duration::from_nanos(1_500));
+        open.routed(&worker(0), "no_match", None, Duration::from_nanos(1_500), None);
         drop(open);
     }
     tracker.close_log();
@@ -355,7 +375,7 @@ fn a_line_that_is_no_trace_is_named() {
         (one.replacen("gpu_0", "gpu_1", 1), "its fields do not agree"),
         (one.replacen("\"decision_us\":1.5", "\"decision_us\":-1.5", 1), "its fields do not agree"),
         (one.replacen("\"timestamp\":\"2", "\"timestamp\":\"x", 1), "at column"),
-        ("x".repeat(1 << 20), "longer than"),
+        ("x".repeat(1 << 24), "longer than"),
     ] {
         assert_ne!(line, one);
         fs::write(older(&path, 7), format!("{two}\n{line}\n{two}\n")).expect("a file");
