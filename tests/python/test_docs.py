@@ -6,12 +6,14 @@ The word after a block's language, which renderers ignore, says what a test can 
     ```bash server      started, and left running for the blocks that follow; stops an earlier one on its port
     ```bash elsewhere   not run, as it builds, installs, or needs GPUs: its commands, targets, paths and flags exist
     ```python           run as a program; `python server` as above
+    ```python fragment  not run, as it is part of somebody's program: compiles
     ```json             parses; a trace in it has the fields of a trace
     ```yaml             shown only, but the flags and variables in it are options of the router
 
 Blocks run in order in a copy of `examples/`, with the pages' ports replaced by free ones.
 """
 
+import ast
 import contextlib
 import csv
 import json
@@ -32,7 +34,7 @@ import pytest
 from sglang_router_rs import Router, _core
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ["README.md", "docs/guide.md", "docs/operations.md", "docs/traces.md"]
+PAGES = ["README.md", "docs/guide.md", "docs/laboratory.md", "docs/operations.md", "docs/traces.md"]
 TWINS = [("README.md", "README.zh-CN.md"), ("docs/guide.md", "docs/guide.zh-CN.md")]
 LINKED = [
     *PAGES,
@@ -43,6 +45,7 @@ LINKED = [
     "docs/keys.md",
     "docs/monitoring.md",
     "docs/performance.md",
+    "docs/results.md",
     *(f"docs/decisions/{page.name}" for page in sorted((ROOT / "docs/decisions").iterdir())),
 ]
 BLOCK = re.compile(r"^```(\w+)(?: (\w+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -157,14 +160,20 @@ def check_elsewhere(_language: str, code: str) -> None:
             assert set(re.findall(r"--[\w-]+", line)) <= SGLANG_FLAGS, line
 
 
+def check_fragment(language: str, code: str) -> None:
+    assert language == "python", language
+    compile(code, "fragment", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_the_blocks_of_a_page_run(name: str, tmp_path: Path) -> None:
     page = Page(tmp_path)
     try:
         for language, how, code in blocks(name):
             if language in ("bash", "python"):
-                assert how in ("", "server", "elsewhere"), f"unknown mark: {how}"
-                {"": page.run, "server": page.start, "elsewhere": check_elsewhere}[how](language, code)
+                ways = {"": page.run, "server": page.start, "elsewhere": check_elsewhere, "fragment": check_fragment}
+                assert how in ways, f"unknown mark: {how}"
+                ways[how](language, code)
             else:
                 assert language in ("json", "text", "toml", "yaml"), f"unknown language: {language}"
     finally:

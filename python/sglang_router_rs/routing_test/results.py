@@ -45,9 +45,6 @@ _ERRORS_SHOWN = 5
 def row(exchange: Exchange) -> Row:
     """What the client knows of a request, as a row; the worker is the header's."""
     sent, finished, arrived = exchange.sent_at, exchange.finished_at, exchange.request.arrival_time
-    first, last = exchange.first_content_at, exchange.last_content_at
-    tokens = exchange.completion_tokens
-    has_gaps = first is not None and last is not None and tokens is not None and tokens > 1 and last > first
     made: Row = {
         "req_id": exchange.request_id,
         "input_length": exchange.request.input_length,
@@ -57,16 +54,16 @@ def row(exchange: Exchange) -> Row:
         "finish_time": finished,
         "server_latency": _between(sent, finished),
         "total_latency": _between(arrived, finished),
-        "ttft": _between(sent, first),
+        "ttft": _between(sent, exchange.first_content_at),
         "queue_time": _between(arrived, sent),
-        "itl_mean": (last - first) / (tokens - 1) if has_gaps else None,  # type: ignore[operator]
+        "itl_mean": _token_gap(exchange),
         "itl_p99": _gap_p99(exchange.gaps),
         "success": exchange.succeeded,
         "error": exchange.error or None,
         "http_status": exchange.http_status,
         "prompt_tokens": exchange.prompt_tokens,
         "cached_tokens": exchange.cached_tokens,
-        "completion_tokens": tokens,
+        "completion_tokens": exchange.completion_tokens,
         "worker_url": exchange.header_worker,
     }
     made.update((STAMP_PREFIX + name, value) for name, value in sorted(exchange.stamps.items()))
@@ -75,6 +72,14 @@ def row(exchange: Exchange) -> Row:
 
 def _between(begin: float | None, end: float | None) -> float | None:
     return None if begin is None or end is None else end - begin
+
+
+def _token_gap(exchange: Exchange) -> float | None:
+    """The mean time from one token to the next; unknown if all came in one frame."""
+    tokens = exchange.completion_tokens
+    if not exchange.gaps or tokens is None or tokens < 2:
+        return None
+    return sum(gap for gap, _ in exchange.gaps) / (tokens - 1)
 
 
 def _gap_p99(gaps: Sequence[tuple[float, int]]) -> float | None:
