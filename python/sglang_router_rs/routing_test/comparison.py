@@ -446,7 +446,7 @@ class Line:
 
 
 def lines(of: pd.DataFrame) -> list[Line]:
-    """The metrics of a table, such as ``12.3 ±0.4``, with the best of each marked; those that nobody knows are left out."""
+    """The metrics of a table, such as ``12.3 ±0.4``, the best of each marked; those that nobody knows are left out."""
     found = []
     for metric in METRICS:
         estimates = [_estimate(row[metric.name], "mean", "ci") for _, row in _rows(of)]

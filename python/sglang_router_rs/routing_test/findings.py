@@ -1,4 +1,4 @@
-"""What a comparison shows, in sentences that are computed from it. A difference is claimed only where the data hold it."""
+"""What a comparison shows, in sentences computed from it. A difference is claimed only where the data hold it."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def _confidence(repeats: int) -> str:
             "More repeats (--repeats) would."
         )
     return (
-        f"{repeats} repeats: policies are told apart where the 95 % interval of their ratio, paired by load, leaves out 1; "
-        "the intervals are not corrected for the number of comparisons."
+        f"{repeats} repeats: policies are told apart where the 95 % interval of their ratio, paired by load, leaves "
+        "out 1 (of their difference 0, where a value is 0). Intervals are not corrected for the number of comparisons."
     )
 
 
@@ -78,7 +78,12 @@ def _best(values: pd.DataFrame, metric: Metric, repeats: int) -> str:
     sentence = f"{SAID[metric.name]}: {best}, {own} {metric.unit}; next {following}, {means[following]:.{places}f}{by}."
     if repeats < 2:
         return sentence
-    unclear = [policy for policy in others if not ratios[policy].excludes(1)]
+    unclear = [policy for policy in others if not _apart(samples[policy], samples[best])]
     if not unclear:
         return f"{sentence} Told apart from every other policy."
     return f"{sentence} Not told apart from {', '.join(unclear)}."
+
+
+def _apart(one: pd.Series[float], other: pd.Series[float]) -> bool:
+    of_ratio = comparison.ratio(one, other)
+    return comparison.difference(one, other).excludes(0) if math.isnan(of_ratio.value) else of_ratio.excludes(1)
