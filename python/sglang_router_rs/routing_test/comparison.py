@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,7 +92,7 @@ class Metric:
 
 def numbers(rows: pd.DataFrame, name: str) -> Numbers:
     """A column as numbers, NaN where it is empty."""
-    return np.asarray(pd.to_numeric(rows[name]), dtype=np.float64)
+    return pd.to_numeric(rows[name]).to_numpy(dtype=np.float64, na_value=np.nan)
 
 
 def succeeded(rows: pd.DataFrame) -> pd.DataFrame:
@@ -209,11 +208,18 @@ METRICS = (
     *_latency("ttft", "TTFT", "ttft", "from the sending of a request to the first content of its stream", 50, 95, 99),
     *_latency("itl", "ITL", "itl_mean", "between two tokens: each request's mean, averaged over requests"),
     *_latency("e2e", "E2E", "total_latency", "from the scheduled arrival to the last byte of the answer", 50, 95, 99),
-    Metric("completed_per_sec", "completed", "1/s", "higher", "requests that succeeded per second", _completed_per_sec),
+    Metric(
+        "completed_per_sec",
+        "completed",
+        "requests/s",
+        "higher",
+        "requests that succeeded per second",
+        _completed_per_sec,
+    ),
     Metric(
         "prompt_tokens_per_sec",
         "prompt tokens",
-        "1/s",
+        "tokens/s",
         "higher",
         "as the workers counted them; empty if one answer told no count",
         _tokens_per_sec("prompt_tokens"),
@@ -221,7 +227,7 @@ METRICS = (
     Metric(
         "completion_tokens_per_sec",
         "completion tokens",
-        "1/s",
+        "tokens/s",
         "higher",
         "as the workers counted them; empty if one answer told no count",
         _tokens_per_sec("completion_tokens"),
@@ -266,6 +272,20 @@ COMPARED = (
 )
 # Those in which tracking may cost something.
 COSTS = ("router_cpu", "router_memory", "e2e_p50", "e2e_p99")
+# Columns of ``per_node``, and what they are called.
+NODE_COLUMNS = {
+    "policy": "policy",
+    "node": "worker",
+    "requests": "requests",
+    "share": "share (%)",
+    "failed": "failed",
+    "prompt_tokens": "prompt tokens",
+    "completion_tokens": "completion tokens",
+    "hit_rate": "hit rate (%)",
+    "ttft_mean": "TTFT mean (ms)",
+    "e2e_mean": "E2E mean (ms)",
+    "e2e_p99": "E2E p99 (ms)",
+}
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -414,7 +434,7 @@ def per_node(runs: Sequence[Run]) -> pd.DataFrame:
                     "e2e_p99": float(np.percentile(e2e, 99)) if len(e2e) else math.nan,
                 }
             )
-    return pd.DataFrame(found)
+    return pd.DataFrame(found, columns=list(NODE_COLUMNS))
 
 
 def shown(runs: Iterable[Run]) -> dict[str, list[Run]]:
@@ -474,7 +494,7 @@ def changes(of: pd.DataFrame) -> list[Line]:
 def text(of: pd.DataFrame) -> str:
     """A table for the terminal, at most ``WIDTH`` columns wide."""
     several = int(of.xs("repeats", axis=1, level=1).to_numpy().max()) > 1
-    notes = ["* best of the line."]
+    notes = ["* best of the line."] if len(of) > 1 else []
     if several:
         notes.append("± half the 95 % interval of the mean over the repeats.")
     parts = [*_blocks(lines(of), list(of.index)), " ".join(notes)]
@@ -489,28 +509,31 @@ def text(of: pd.DataFrame) -> str:
 
 
 def tracking_text(cost: pd.DataFrame) -> str:
-    """What tracking adds, for the terminal: a line per policy and metric; empty text for an empty table."""
-    said = tracking_sentences(cost)
-    return "\n".join(textwrap.fill(sentence, WIDTH, subsequent_indent="  ") for sentence in said) + "\n" if said else ""
+    """What tracking adds, for the terminal: a column per policy; empty for an empty table."""
+    found = tracking_lines(cost)
+    if not found:
+        return ""
+    policies = [(str(policy), True) for policy in cost.index.unique("policy")]
+    return "\n".join(["Tracking on - off, paired by load:", *_blocks(found, policies)]) + "\n"
 
 
-def tracking_sentences(cost: pd.DataFrame) -> list[str]:
-    """What tracking adds, in words, one sentence per policy."""
-    said = []
-    for policy in cost.index.unique("policy"):
-        parts = []
-        for name, row in cost.xs(policy).iterrows():
-            added = _estimate(row, "difference", "ci")
-            if math.isnan(added.value):
-                continue
-            places = decimals([row["off"], row["on"]])
-            clear = math.isnan(added.low) or added.excludes(0)
-            interval = "" if math.isnan(added.low) else f" [{added.low:+.{places}f}, {added.high:+.{places}f}]"
-            doubt = "" if clear else ", not told apart from nothing"
-            parts.append(f"{METRIC[str(name)].label} {added.value:+.{places}f} {row['unit']}{interval}{doubt}")
-        if parts:
-            said.append(f"Tracking on against off, {policy}: {'; '.join(parts)}.")
-    return said
+def tracking_lines(cost: pd.DataFrame) -> list[Line]:
+    """What tracking adds, such as ``+2.2 [-3.1, +7.4]``; a cell per policy, empty where nothing is known."""
+    found = []
+    for name in COSTS if len(cost) else ():
+        rows = [row for _, row in cost.xs(name, level="metric").iterrows()]
+        places = decimals([mean for row in rows for mean in (row["off"], row["on"])])
+        cells = tuple(_added(_estimate(row, "difference", "ci"), places) for row in rows)
+        if any(cells):
+            found.append(Line(METRIC[name].label, METRIC[name].unit, cells, (False,) * len(cells)))
+    return found
+
+
+def _added(more: Estimate, places: int) -> str:
+    if math.isnan(more.value):
+        return ""
+    interval = "" if math.isnan(more.low) else f" [{more.low:+,.{places}f}, {more.high:+,.{places}f}]"
+    return f"{more.value:+,.{places}f}{interval}"
 
 
 def decimals(values: Iterable[float]) -> int:
@@ -527,8 +550,8 @@ def with_interval(estimate: Estimate, places: int) -> str:
         return ""
     # A count that every repeat has in common needs no interval.
     known = not math.isnan(estimate.low) and (places or estimate.half_width)
-    half = f" ±{estimate.half_width:.{places}f}" if known else ""
-    return f"{estimate.value:.{places}f}{half}"
+    half = f" ±{estimate.half_width:,.{places}f}" if known else ""
+    return f"{estimate.value:,.{places}f}{half}"
 
 
 def change(to_first: Estimate) -> str:

@@ -23,7 +23,7 @@ SAID = {
 
 
 def findings(runs: Sequence[Run]) -> list[str]:
-    """The sentences, of the runs that ``comparison.shown`` selects and of what tracking adds."""
+    """The sentences, of the runs that ``comparison.shown`` selects."""
     selected = comparison.shown(runs)
     values = comparison.measured([run for its in selected.values() for run in its]).droplevel("tracking")
     said = [_failures(selected)]
@@ -31,7 +31,7 @@ def findings(runs: Sequence[Run]) -> list[str]:
         repeats = max(len(its) for its in selected.values())
         said.append(_confidence(repeats))
         said += [sentence for name in SAID if (sentence := _best(values, METRIC[name], repeats))]
-    return said + comparison.tracking_sentences(comparison.tracking_cost(runs))
+    return said
 
 
 def _failures(selected: dict[str, list[Run]]) -> str:
@@ -70,12 +70,14 @@ def _best(values: pd.DataFrame, metric: Metric, repeats: int) -> str:
     best, others = ranked[0], ranked[1:]
     places = comparison.decimals(means.values())
     if means[best] == means[ranked[-1]]:
-        return f"{SAID[metric.name]}: the same for all, {means[best]:.{places}f} {metric.unit}."
+        return f"{SAID[metric.name]}: the same for all, {means[best]:,.{places}f} {metric.unit}."
     own = comparison.with_interval(comparison.mean_interval(samples[best]), places)
     ratios = {policy: comparison.ratio(samples[policy], samples[best]) for policy in others}
     following = others[0]
     by = "" if math.isnan(ratios[following].value) else f" ({comparison.change(ratios[following])})"
-    sentence = f"{SAID[metric.name]}: {best}, {own} {metric.unit}; next {following}, {means[following]:.{places}f}{by}."
+    sentence = (
+        f"{SAID[metric.name]}: {best}, {own} {metric.unit}; next {following}, {means[following]:,.{places}f}{by}."
+    )
     if repeats < 2:
         return sentence
     unclear = [policy for policy in others if not _apart(samples[policy], samples[best])]

@@ -17,6 +17,8 @@ import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -58,6 +60,7 @@ def latency_cdfs(runs: Sequence[Run]) -> Figure:
         }
         _frame(axes, title=label, x="s")
         if not any(map(len, samples.values())):
+            axes.set_xticks([])
             _instead(axes, f"no {label} in these runs")
             continue
         for (policy, its), style in zip(shown(runs).items(), _styles(runs), strict=True):
@@ -75,31 +78,34 @@ def latency_cdfs(runs: Sequence[Run]) -> Figure:
 
 
 def ttft_over_time(runs: Sequence[Run]) -> Figure:
-    """TTFT of each request by its arrival, with the rolling median; one panel per policy, on the same axes."""
-    figure, panels = _small_multiples(runs, 1.75)
+    """TTFT of each request by when it was sent, with the rolling median; one panel per policy, on the same axes."""
     firsts = _firsts(runs)
     everything = np.concatenate([known(run.rows, "ttft") for run in firsts.values()])
+    if not len(everything):
+        return _only_words("no TTFT in these runs")
+    figure, panels = _small_multiples(runs, 1.75)
     for (policy, run), axes, style in zip(firsts.items(), panels, _styles(runs), strict=True):
         _frame(axes, title=_title(policy, run))
-        rows = succeeded(run.rows).sort_values("arrival_time")
+        rows = succeeded(run.rows).sort_values("to_server_time")
         rows = rows[rows["ttft"].notna()]
         if not len(rows):
             _instead(axes, "no TTFT in this run")
+            _crosses(axes, run)
             continue
-        arrival, ttft = numbers(rows, "arrival_time"), numbers(rows, "ttft")
+        sent, ttft = numbers(rows, "to_server_time"), numbers(rows, "ttft")
         some = _thinned(len(rows), CLOUD_POINTS)
         color = style["color"]
-        axes.scatter(arrival[some], ttft[some], s=5, alpha=0.3, color=color, linewidths=0, rasterized=True)
+        axes.scatter(sent[some], ttft[some], s=5, alpha=0.3, color=color, linewidths=0, rasterized=True)
+        _crosses(axes, run)
         window = max(len(rows) // 25, 5)
         median = pd.Series(ttft).rolling(window, center=True, min_periods=1).median().to_numpy()
         some = _thinned(len(rows), CURVE_POINTS)
         # The outline keeps the line apart from its own cloud.
-        axes.plot(arrival[some], median[some], color=INK, linewidth=2.6)
-        axes.plot(arrival[some], median[some], color=color, linewidth=1.4, label=policy)
-        _crosses(axes, run)
+        axes.plot(sent[some], median[some], color=INK, linewidth=2.6)
+        axes.plot(sent[some], median[some], color=color, linewidth=1.4, label=policy)
     if _wide(everything):
         panels[0].set_yscale("log")
-    _outer_labels(panels, "arrival [s]", "TTFT [s]")
+    _outer_labels(panels, "sent [s]", "TTFT [s]")
     _legend(figure, _cross_key(runs))
     return figure
 
@@ -108,6 +114,8 @@ def requests_over_time(runs: Sequence[Run]) -> Figure:
     """Requests per second at each worker, stacked, and the share of each; a row per policy, on the same time axis."""
     firsts = _firsts(runs)
     names = nodes(runs)
+    if not names:
+        return _only_words("no request reached a worker")
     figure = _figure(0.9 + 1.35 * len(firsts))
     grid = figure.subplots(len(firsts), 2, sharex=True, sharey="col", squeeze=False)
     edges = _edges([numbers(run.rows, "to_server_time") for run in firsts.values()], most=60)
@@ -116,7 +124,6 @@ def requests_over_time(runs: Sequence[Run]) -> Figure:
     for (policy, run), (rate, share) in zip(firsts.items(), grid, strict=True):
         sent = numbers(run.rows, "to_server_time")
         counts = np.array([_histogram(sent[run.rows["worker_url"].eq(url).to_numpy()], edges) for url in names])
-        counts = counts.reshape(len(names), len(middle))
         _frame(rate, title=_title(policy, run), y="requests/s")
         _frame(share, y="share [%]")
         if not counts.sum():
@@ -139,21 +146,18 @@ def prefix_hits(runs: Sequence[Run]) -> Figure:
     """Prompt tokens found in the workers' caches: over time, in total, and per worker."""
     policies = shown(runs)
     names = nodes(runs)
+    rates = {policy: [comparison.hit_rate(run.rows) for run in its] for policy, its in policies.items()}
+    if np.isnan(np.concatenate(list(rates.values()))).all():
+        return _only_words("the workers reported no cached tokens")
     figure = _figure(4.2 + 0.27 * len(policies))
     over_time, total, per_node = figure.subplot_mosaic(
         [["time", "total"], ["node", "node"]], width_ratios=[2, 1]
     ).values()
-    _frame(over_time, title="over time", x="arrival [s]", y="hit rate [%]")
+    _frame(over_time, title="over time", x="sent [s]", y="hit rate [%]")
     _frame(total, title="in total", x="hit rate [%]")
     _frame(per_node, title="per worker: hit rate [%]")
-    rates = {policy: [comparison.hit_rate(run.rows) for run in its] for policy, its in policies.items()}
-    if np.isnan(np.concatenate(list(rates.values()))).all():
-        for axes in (over_time, total, per_node):
-            _instead(axes, "the workers reported no cached tokens")
-        return figure
-
     firsts = _firsts(runs)
-    edges = _edges([numbers(run.rows, "arrival_time") for run in firsts.values()], most=40)
+    edges = _edges([numbers(run.rows, "to_server_time") for run in firsts.values()], most=40)
     for (policy, run), style in zip(firsts.items(), _styles(runs), strict=True):
         rate = _hit_rates(run, edges)
         told = ~np.isnan(rate)
@@ -179,6 +183,8 @@ def timeline(runs: Sequence[Run]) -> Figure:
     """What each worker had at hand: a bar per request if that is legible, else the number in flight as a heat map."""
     firsts = _firsts(runs)
     urls = list(nodes(runs))
+    if not urls:
+        return _only_words("no request reached a worker")
     if all(_as_bars(run, urls) for run in firsts.values()):
         return _bars(runs)
     return _in_flight(runs)
@@ -220,30 +226,24 @@ def _in_flight(runs: Sequence[Run]) -> Figure:
     edges = _edges([numbers(run.rows, "finish_time") for run in firsts.values()], most=BINS)
     middle = (edges[1:] + edges[:-1]) / 2
     counts = {
-        policy: np.array([_in_flight_at(_sent(run, url), middle) for url in names]).reshape(len(names), len(middle))
-        for policy, run in firsts.items()
+        policy: np.array([_in_flight_at(_sent(run, url), middle) for url in names]) for policy, run in firsts.items()
     }
-    most = max((float(count.max()) for count in counts.values() if count.size), default=0.0)
+    scale = Normalize(0, max(1.0, *(float(count.max()) for count in counts.values())))
     figure, panels = _small_multiples(runs, 0.75 + 0.17 * len(names))
-    mesh = None
     for (policy, run), axes in zip(firsts.items(), panels, strict=True):
         _frame(axes, title=_title(policy, run), grid=False)
-        if not names:
-            _instead(axes, "no request reached a worker")
-            continue
         lanes = np.arange(len(names) + 1) - 0.5
-        mesh = axes.pcolormesh(edges, lanes, counts[policy], cmap=SCALE, vmin=0, vmax=max(most, 1), rasterized=True)
+        axes.pcolormesh(edges, lanes, counts[policy], cmap=SCALE, norm=scale, rasterized=True)
         for lane, url in enumerate(names):
             rows = _sent(run, url)
             broken = numbers(rows[~rows["success"].eq(True)], "finish_time")
             broken = broken[_thinned(len(broken), CROSSES // len(names))]
             axes.plot(broken, np.full(len(broken), lane), **CROSS)
         _lanes(axes, list(names.values()))
-    if mesh is not None:
-        bar = figure.colorbar(mesh, ax=panels, label="requests in flight", aspect=40, pad=0.01)
-        bar.ax.tick_params(colors=INK, labelsize=8)
-        bar.ax.yaxis.label.set_color(INK)
-        bar.outline.set_visible(False)
+    bar = figure.colorbar(ScalarMappable(scale, SCALE), ax=panels, label="requests in flight", aspect=40, pad=0.01)
+    bar.ax.tick_params(colors=INK, labelsize=8)
+    bar.ax.yaxis.label.set_color(INK)
+    bar.outline.set_visible(False)
     _outer_labels(panels, "time [s]")
     _legend(figure, _cross_key(runs))
     return figure
@@ -289,10 +289,10 @@ def _in_flight_at(rows: pd.DataFrame, times: Numbers) -> Numbers:
 
 
 def _hit_rates(run: Run, edges: Numbers) -> Numbers:
-    # In %, per bin of arrivals; NaN where nothing is known.
-    arrival = numbers(run.rows, "arrival_time")
-    bins = np.digitize(arrival, edges[1:-1])
-    return np.array([comparison.hit_rate(run.rows[bins == place]) for place in range(len(edges) - 1)])
+    # In %, per bin of the times of sending; NaN where nothing is known.
+    rows = run.rows[run.rows["to_server_time"].notna()]
+    bins = np.digitize(numbers(rows, "to_server_time"), edges[1:-1])
+    return np.array([comparison.hit_rate(rows[bins == place]) for place in range(len(edges) - 1)])
 
 
 def _hit_rate_at(runs: Sequence[Run], url: str) -> float:
@@ -371,13 +371,21 @@ def _instead(axes: Axes, words: str) -> None:
     axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", va="center", fontsize=9, color=INK)
 
 
+def _only_words(words: str) -> Figure:
+    figure = _figure(1)
+    figure.text(0.5, 0.5, words, ha="center", va="center", fontsize=9, color=INK)
+    return figure
+
+
 def _title(policy: str, run: Run) -> str:
     failed = len(_failed(run))
     return f"{_short(policy)}: {failed:,} of {len(run.rows):,} failed" if failed else _short(policy)
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 28 else f"{name[:27]}…"
+    # Dollars would be read as formulae.
+    cut = name if len(name) <= 28 else f"{name[:27]}…"
+    return cut.replace("$", r"\$")
 
 
 def _lanes(axes: Axes, labels: list[str]) -> None:
@@ -417,11 +425,13 @@ def _policy_legend(figure: Figure, runs: Sequence[Run]) -> None:
 
 
 def _crosses(axes: Axes, run: Run) -> None:
-    # Failed requests by their arrival, at the upper edge.
-    arrival = numbers(_failed(run), "arrival_time")
-    arrival = arrival[_thinned(len(arrival), CROSSES)]
-    if len(arrival):
-        axes.plot(arrival, np.full(len(arrival), 0.96), transform=axes.get_xaxis_transform(), **CROSS)
+    # Failed requests at the upper edge, by when they were sent or, if they never were, should have been.
+    failed = _failed(run)
+    sent = numbers(failed, "to_server_time")
+    times = np.where(np.isnan(sent), numbers(failed, "arrival_time"), sent)
+    times = times[_thinned(len(times), CROSSES)]
+    if len(times):
+        axes.plot(times, np.full(len(times), 0.96), transform=axes.get_xaxis_transform(), **CROSS)
 
 
 def _cross_key(runs: Sequence[Run]) -> list[Line2D]:
@@ -434,6 +444,14 @@ def _legend(figure: Figure, keys: Sequence[Line2D | Patch]) -> None:
         return
     longest = max(len(str(key.get_label())) for key in keys)
     columns = min(max(110 // (longest + 6), 1), 8, len(keys))
-    legend = figure.legend(handles=list(keys), loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
-    for text in legend.get_texts():
-        text.set_color(INK)
+    # A label that begins with an underscore would be left out, so texts are set afterwards.
+    legend = figure.legend(
+        handles=list(keys),
+        labels=["-"] * len(keys),
+        loc="outside lower center",
+        ncols=columns,
+        fontsize=8,
+        frameon=False,
+    )
+    for text, key in zip(legend.get_texts(), keys, strict=True):
+        text.set(text=str(key.get_label()), color=INK)

@@ -1,6 +1,6 @@
 """A comparison as one HTML file that needs nothing else: no script, no download, light and dark, wide and narrow.
 
-Numbers come from ``comparison``, sentences from ``findings``, pictures from ``plots``; here they are only put on a page.
+Numbers come from ``comparison``, sentences from ``findings``, pictures from ``plots``; here they are put on a page.
 Every text from outside is escaped. Colours of text and grid in the pictures become those of the page.
 """
 
@@ -26,8 +26,9 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from .. import __version__
 from . import comparison, plots
-from .comparison import METRICS, Run
+from .comparison import METRICS, NODE_COLUMNS, Run
 from .findings import findings
 
 TITLE = "Routing policies on the same load"
@@ -60,9 +61,10 @@ PLOTS = (
     Plot(
         "TTFT over time",
         plots.ttft_over_time,
-        "Each dot is a request at its scheduled arrival; the line is the rolling median over a 25th of the requests. "
-        f"A line that rises to the right is a load that the workers cannot keep up with. At most {plots.CLOUD_POINTS:,} "
-        "dots per policy are drawn, evenly chosen; crosses at the upper edge are requests that failed. First repeat.",
+        "Each dot is a request, at the time when it was sent; the line is the rolling median over a 25th of "
+        "them. A line that rises to the right is a load that the workers cannot keep up with. At most "
+        f"{plots.CLOUD_POINTS:,} dots per policy are drawn, evenly chosen. "
+        "Crosses at the upper edge are requests that failed. First repeat.",
     ),
     Plot(
         "Requests per worker over time",
@@ -73,7 +75,7 @@ PLOTS = (
     Plot(
         "Prefix hits",
         plots.prefix_hits,
-        "Prompt tokens that were in the worker's cache, as a share of all prompt tokens, where the worker reports both. "
+        "Prompt tokens that were in the worker's cache, as a share of all prompt tokens, where it reports both. "
         "Over time: first repeat. In total: mean of the repeats, with its 95 % interval. Per worker: all repeats.",
     ),
     Plot(
@@ -101,13 +103,14 @@ def write(runs: Sequence[Run], settings: dict[str, str], path: str | Path, warni
     """
     parts = [
         f"<h1>{escape(TITLE)}: {escape(', '.join(dict.fromkeys(run.policy for run in runs)))}</h1>",
+        _what_was_run(settings, machine()),
         _warnings(warnings),
         _section("What it shows", _list(findings(runs))),
         _section("Metrics", _metrics(runs)),
+        _tracking(runs),
         *(_section(plot.title, _figure(plot, runs)) for plot in PLOTS),
         _section("Per worker", _per_node(runs)),
         _section("Failures", _failures(runs)),
-        _section("What was run", _table(["", ""], [*settings.items(), *machine().items()], kind="words")),
     ]
     page = string.Template(importlib.resources.files(__package__).joinpath("report.html").read_text("utf-8"))
     Path(path).write_text(page.substitute(title=escape(TITLE), body="\n".join(filter(None, parts))), "utf-8")
@@ -125,7 +128,8 @@ def machine() -> dict[str, str]:
         "cores": str(os.cpu_count() or ""),
         "kernel": f"{platform.system()} {platform.release()}",
         "Python": platform.python_version(),
-        **{name: _version(name) for name in ("sglang_router_rs", "numpy", "pandas", "scipy", "matplotlib")},
+        "sglang_router_rs": __version__,
+        **{name: _version(name) for name in ("numpy", "pandas", "scipy", "matplotlib")},
     }
     return {name: value for name, value in found.items() if value}
 
@@ -164,6 +168,12 @@ def _masked(arguments: Iterable[str]) -> list[str]:
 # --- parts of the page ------------------------------------------------------------------------------------------------
 
 
+def _what_was_run(settings: dict[str, str], found: dict[str, str]) -> str:
+    at_a_glance = ", ".join(found[name] for name in ("date", "CPU", "kernel") if name in found)
+    words = _table(["", ""], [*settings.items(), *found.items()], kind="words")
+    return f"<details><summary>What was run: {escape(at_a_glance)}</summary>{words}</details>"
+
+
 def _warnings(warnings: Sequence[str]) -> str:
     return f'<section class="warnings"><h2>Warnings</h2>{_list(warnings)}</section>' if warnings else ""
 
@@ -176,7 +186,7 @@ def _metrics(runs: Sequence[Run]) -> str:
     rows = [[_labelled(line), *line.cells] for line in lines]
     parts = [_table(heads, rows, best=[(False, *line.best) for line in lines])]
     repeats = int(table.xs("repeats", axis=1, level=1).to_numpy().max())
-    note = "The best of each line is marked."
+    note = "The best of each line is marked, whether or not others are told apart from it." if len(table) > 1 else ""
     if repeats > 1:
         note += f" ± is half the 95 % interval of the mean over {repeats} repeats (Student's t)."
     parts.append(f'<p class="faint">{note}</p>')
@@ -192,6 +202,20 @@ def _metrics(runs: Sequence[Run]) -> str:
     words = _table(["", "unit", "meaning"], meanings, kind="words")
     parts.append(f"<details><summary>What the metrics are</summary>{words}</details>")
     return "".join(parts)
+
+
+def _tracking(runs: Sequence[Run]) -> str:
+    cost = comparison.tracking_cost(runs)
+    lines = comparison.tracking_lines(cost)
+    if not lines:
+        return ""
+    rows = [[_labelled(line), *line.cells] for line in lines]
+    note = (
+        "On - off, paired by load; in brackets the 95 % interval over the repeats, without which nothing tells a "
+        "difference from chance. Where it holds 0, no cost was found."
+    )
+    content = _table(["", *map(str, cost.index.unique("policy"))], rows) + f'<p class="faint">{note}</p>'
+    return _section("What tracking costs", content)
 
 
 def _labelled(line: comparison.Line) -> str:
@@ -218,21 +242,9 @@ def svg(figure: Figure, label: str) -> str:
 
 def _per_node(runs: Sequence[Run]) -> str:
     table = comparison.per_node(runs)
-    heads = {
-        "policy": "policy",
-        "node": "worker",
-        "requests": "requests",
-        "share": "share (%)",
-        "failed": "failed",
-        "prompt_tokens": "prompt tokens",
-        "completion_tokens": "completion tokens",
-        "hit_rate": "hit rate (%)",
-        "ttft_mean": "TTFT mean (ms)",
-        "e2e_mean": "E2E mean (ms)",
-        "e2e_p99": "E2E p99 (ms)",
-    }
-    rows = [[_number(row[name]) for name in heads] for _, row in table.iterrows()]
-    return _table(list(heads.values()), rows) + '<p class="faint">Sums and means over all repeats.</p>'
+    told = [name for name in NODE_COLUMNS if table[name].notna().any()]
+    rows = [[_number(row[name]) for name in told] for _, row in table.iterrows()]
+    return _table([NODE_COLUMNS[name] for name in told], rows) + '<p class="faint">Sums and means over all repeats.</p>'
 
 
 def _number(value: object) -> str:
