@@ -358,12 +358,12 @@ def table(runs: Sequence[Run]) -> pd.DataFrame:
         ValueError: as ``measured``.
     """
     values = measured(runs)
-    lines = variants(runs)
+    order = variants(runs)
     columns: dict[tuple[str, str], list[float]] = {}
     for metric in METRICS:
-        for variant in lines:
+        for variant in order:
             sample = _sample(values, variant, metric)
-            base = _sample(values, (lines[0][0], variant[1]), metric)
+            base = _sample(values, (order[0][0], variant[1]), metric)
             own, to_first = mean_interval(sample), ratio(sample, base)
             statistics = {
                 "mean": own.value,
@@ -377,7 +377,7 @@ def table(runs: Sequence[Run]) -> pd.DataFrame:
             }
             for statistic, value in statistics.items():
                 columns.setdefault((metric.name, statistic), []).append(value)
-    index = pd.MultiIndex.from_tuples(lines, names=["policy", "tracking"])
+    index = pd.MultiIndex.from_tuples(order, names=["policy", "tracking"])
     made = pd.DataFrame(columns, index=index)
     counts = [column for column in made.columns if column[1] in ("repeats", "pairs")]
     return made.astype(dict.fromkeys(counts, np.int64))
@@ -390,10 +390,10 @@ def tracking_cost(runs: Sequence[Run]) -> pd.DataFrame:
     ``repeats``.
     """
     values = measured(runs)
-    lines = variants(runs)
+    order = variants(runs)
     found = []
-    for policy in dict.fromkeys(policy for policy, _ in lines):
-        if not {(policy, True), (policy, False)} <= set(lines):
+    for policy in dict.fromkeys(policy for policy, _ in order):
+        if not {(policy, True), (policy, False)} <= set(order):
             continue
         for metric in (METRIC[name] for name in COSTS):
             on, off = _sample(values, (policy, True), metric), _sample(values, (policy, False), metric)
@@ -473,7 +473,9 @@ def lines(of: pd.DataFrame) -> list[Line]:
         means = [estimate.value for estimate in estimates]
         if all(map(math.isnan, means)):
             continue
-        places = decimals(means)
+        # Counts have no unit.
+        whole = not metric.unit and all(mean == round(mean) for mean in means)
+        places = 0 if whole else decimals(means)
         cells = tuple(with_interval(estimate, places) for estimate in estimates)
         found.append(Line(metric.label, metric.unit, cells, _best(means, metric.better)))
     return found
@@ -522,8 +524,10 @@ def tracking_lines(cost: pd.DataFrame) -> list[Line]:
     found = []
     for name in COSTS if len(cost) else ():
         rows = [row for _, row in cost.xs(name, level="metric").iterrows()]
-        places = decimals([mean for row in rows for mean in (row["off"], row["on"])])
-        cells = tuple(_added(_estimate(row, "difference", "ci"), places) for row in rows)
+        added = [_estimate(row, "difference", "ci") for row in rows]
+        most = max((abs(more.value) for more in added if not math.isnan(more.value)), default=0.0)
+        places = decimals([most])
+        cells = tuple(_added(more, places) for more in added)
         if any(cells):
             found.append(Line(METRIC[name].label, METRIC[name].unit, cells, (False,) * len(cells)))
     return found
@@ -537,9 +541,9 @@ def _added(more: Estimate, places: int) -> str:
 
 
 def decimals(values: Iterable[float]) -> int:
-    """Decimal places with which the smallest of the values has three digits, at most three; none for whole numbers."""
+    """Decimal places with which the smallest of the values has three digits, at most three."""
     sizes = [abs(value) for value in values if value and math.isfinite(value)]
-    if all(size.is_integer() for size in map(float, sizes)):
+    if not sizes:
         return 0
     return min(max(2 - math.floor(math.log10(min(sizes))), 0), 3)
 
@@ -548,9 +552,8 @@ def with_interval(estimate: Estimate, places: int) -> str:
     """The value, and ± its interval if there is one; empty if it is not known."""
     if math.isnan(estimate.value):
         return ""
-    # A count that every repeat has in common needs no interval.
-    known = not math.isnan(estimate.low) and (places or estimate.half_width)
-    half = f" ±{estimate.half_width:,.{places}f}" if known else ""
+    # What every repeat has in common, such as a count, needs no interval.
+    half = f" ±{estimate.half_width:,.{places}f}" if estimate.half_width > 0 else ""
     return f"{estimate.value:,.{places}f}{half}"
 
 
