@@ -194,7 +194,7 @@ def test_tracking_costs_the_difference_of_its_pairs() -> None:
     # t(0.975, 1) = 12.7062, s = √2
     assert [cpu["difference"], cpu["ci_high"]] == pytest.approx([2, 14.7062], rel=1e-5)
     assert (cpu["off"], cpu["on"]) == pytest.approx((15, 17))
-    assert "+2.00 [-10.71, +14.71]" in comparison.tracking_text(cost)
+    assert "+2.0 [-10.7, +14.7]" in comparison.tracking_text(cost)
 
 
 def test_without_pairs_tracking_costs_nothing_known() -> None:

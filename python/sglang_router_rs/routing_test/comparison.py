@@ -525,8 +525,8 @@ def tracking_lines(cost: pd.DataFrame) -> list[Line]:
     for name in COSTS if len(cost) else ():
         rows = [row for _, row in cost.xs(name, level="metric").iterrows()]
         added = [_estimate(row, "difference", "ci") for row in rows]
-        most = max((abs(more.value) for more in added if not math.isnan(more.value)), default=0.0)
-        places = decimals([most])
+        sizes = [abs(end) for more in added for end in (more.value, more.low, more.high) if not math.isnan(end)]
+        places = decimals([max(sizes, default=0)])
         cells = tuple(_added(more, places) for more in added)
         if any(cells):
             found.append(Line(METRIC[name].label, METRIC[name].unit, cells, (False,) * len(cells)))

@@ -94,10 +94,11 @@ def ttft_over_time(runs: Sequence[Run]) -> Figure:
             continue
         sent, ttft = numbers(rows, "to_server_time"), numbers(rows, "ttft")
         some = _thinned(len(rows), CLOUD_POINTS)
+        alpha = 0.3 if len(some) > 500 else 0.8
         color = style["color"]
-        axes.scatter(sent[some], ttft[some], s=5, alpha=0.3, color=color, linewidths=0, rasterized=True)
+        axes.scatter(sent[some], ttft[some], s=5, alpha=alpha, color=color, linewidths=0, rasterized=True)
         _crosses(axes, run)
-        window = max(len(rows) // 25, 5)
+        window = max(len(rows) // 25, 9)
         median = pd.Series(ttft).rolling(window, center=True, min_periods=1).median().to_numpy()
         some = _thinned(len(rows), CURVE_POINTS)
         # The outline keeps the line apart from its own cloud.
@@ -119,7 +120,6 @@ def requests_over_time(runs: Sequence[Run]) -> Figure:
     figure = _figure(0.9 + 1.35 * len(firsts))
     grid = figure.subplots(len(firsts), 2, sharex=True, sharey="col", squeeze=False)
     edges = _edges([numbers(run.rows, "to_server_time") for run in firsts.values()], most=60)
-    middle = (edges[1:] + edges[:-1]) / 2
     colors = _node_colors(len(names))
     for (policy, run), (rate, share) in zip(firsts.items(), grid, strict=True):
         sent = numbers(run.rows, "to_server_time")
@@ -130,10 +130,10 @@ def requests_over_time(runs: Sequence[Run]) -> Figure:
             _instead(rate, "no request reached a worker")
             _instead(share, "no request reached a worker")
             continue
-        rate.stackplot(middle, counts / np.diff(edges), colors=colors, step="mid")
+        rate.stackplot(edges, _closed(counts / np.diff(edges)), colors=colors, step="post")
         with np.errstate(invalid="ignore"):
             part = np.nan_to_num(100 * counts / counts.sum(axis=0))
-        share.stackplot(middle, part, colors=colors, step="mid")
+        share.stackplot(edges, _closed(part), colors=colors, step="post")
         share.set_ylim(0, 100)
     for axes in grid[-1]:
         axes.set_xlabel("sent [s]", fontsize=9)
@@ -309,6 +309,11 @@ def _edges(times: Sequence[Numbers], most: int) -> Numbers:
 
 def _histogram(values: Numbers, edges: Numbers) -> Numbers:
     return np.asarray(np.histogram(values[~np.isnan(values)], edges)[0], dtype=np.float64)
+
+
+def _closed(counts: Numbers) -> Numbers:
+    # For steps from edge to edge: the last bin is there twice, for both its ends.
+    return np.concatenate([counts, counts[:, -1:]], axis=1)
 
 
 def _thinned(count: int, most: int) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -62,7 +62,7 @@ PLOTS = (
         "TTFT over time",
         plots.ttft_over_time,
         "Each dot is a request, at the time when it was sent; the line is the rolling median over a 25th of "
-        "them. A line that rises to the right is a load that the workers cannot keep up with. At most "
+        "them, at least 9. A line that rises to the right is a load that the workers cannot keep up with. At most "
         f"{plots.CLOUD_POINTS:,} dots per policy are drawn, evenly chosen. "
         "Crosses at the upper edge are requests that failed. First repeat.",
     ),
