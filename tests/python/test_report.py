@@ -1,0 +1,509 @@
+"""Runs side by side: the table against numbers worked out by hand, what plots show, a page that needs nothing else."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.collections import PathCollection
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from sglang_router_rs.routing_test import comparison, plots, report
+from sglang_router_rs.routing_test.columns import NAMES
+from sglang_router_rs.routing_test.comparison import Run
+from sglang_router_rs.routing_test.findings import findings
+
+URLS = ("http://127.0.0.1:1", "http://127.0.0.1:2")
+DRAWN = (
+    plots.latency_cdfs,
+    plots.ttft_over_time,
+    plots.requests_over_time,
+    plots.prefix_hits,
+    plots.timeline,
+)
+
+
+def request(**values: Any) -> dict[str, Any]:
+    """A row: a request that succeeded, unless told otherwise."""
+    row: dict[str, Any] = dict.fromkeys(NAMES)
+    row |= {"arrival_time": 0.0, "to_server_time": 0.0, "finish_time": 1.0, "server_latency": 1.0, "total_latency": 1.0}
+    row |= {"ttft": 0.1, "itl_mean": 0.01, "success": True, "http_status": 200}
+    row |= {
+        "prompt_tokens": 100,
+        "cached_tokens": 0,
+        "completion_tokens": 10,
+        "worker_url": URLS[0],
+        "node_id": "gpu_0",
+    }
+    return row | values
+
+
+def run(policy: str = "random", rows: list[dict[str, Any]] | None = None, **values: Any) -> Run:
+    rows = [request()] if rows is None else rows
+    frame = pd.DataFrame(rows, columns=list(NAMES))
+    given = {"tracking": True, "repeat": 0, "router_cpu_secs": None, "router_rss_bytes": None}
+    return Run(policy=policy, rows=frame, summary={"duration_secs": 2.0}, **(given | values))
+
+
+def many(policy: str, count: int, nodes: int = 2, **values: Any) -> list[dict[str, Any]]:
+    """Rows of a plausible run."""
+    draw = np.random.default_rng(len(policy))
+    sent = np.sort(draw.uniform(0, 10, count))
+    return [
+        request(
+            arrival_time=at,
+            to_server_time=at,
+            finish_time=at + took,
+            server_latency=took,
+            total_latency=took,
+            ttft=took / 5,
+            cached_tokens=int(draw.integers(0, 100)),
+            worker_url=f"http://127.0.0.1:{node}",
+            node_id=f"gpu_{node}",
+        )
+        | values
+        for at, took, node in zip(sent, draw.uniform(0.1, 0.5, count), draw.integers(0, nodes, count), strict=True)
+    ]
+
+
+FAILED = {
+    "success": False,
+    "error": "it broke",
+    "http_status": None,
+    "ttft": None,
+    "itl_mean": None,
+    "prompt_tokens": None,
+    "cached_tokens": None,
+    "completion_tokens": None,
+}
+
+
+def at_latency(secs: float, policy: str = "random", **values: Any) -> Run:
+    return run(policy, [request(total_latency=secs)], **values)
+
+
+def texts(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(Text)]
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_of_a_run_are_those_worked_out_by_hand() -> None:
+    rows = [
+        request(ttft=0.1, total_latency=1.0, itl_mean=0.01, cached_tokens=50),
+        request(ttft=0.2, total_latency=2.0, itl_mean=0.03, cached_tokens=None),
+        request(ttft=0.6, total_latency=6.0, itl_mean=0.02, worker_url=URLS[1], node_id="gpu_1"),
+        # Its latencies do not count; that the worker got it does.
+        request(**FAILED | {"total_latency": 100.0}),
+    ]
+    table = comparison.table([run(rows=rows, router_cpu_secs=0.001, router_rss_bytes=3 * 2**20)])
+    expected = {
+        "requests": 4,
+        "failed": 1,
+        "ttft_mean": 300,
+        "ttft_p50": 200,
+        "ttft_p95": 560,
+        "ttft_p99": 592,
+        "itl_mean": 20,
+        "e2e_mean": 3000,
+        "e2e_p50": 2000,
+        "e2e_p95": 5600,
+        "e2e_p99": 5920,
+        "completed_per_sec": 1.5,
+        "prompt_tokens_per_sec": 150,
+        "completion_tokens_per_sec": 15,
+        "hit_rate": 25,
+        "request_imbalance": 1.5,
+        "prefill_imbalance": 100 / 75,
+        "router_cpu": 250,
+        "router_memory": 3,
+    }
+    means = table.xs("mean", axis=1, level=1).loc[("random", True)].to_dict()
+    assert means == pytest.approx(expected)
+
+
+def test_nodes_that_only_another_policy_used_count_as_idle() -> None:
+    both = [request(), request(worker_url=URLS[1], node_id="gpu_1")]
+    table = comparison.table([run("spread", both), run("one", [request(), request()])])
+    assert list(table["request_imbalance"]["mean"]) == [1, 2]
+
+
+def test_intervals_are_students() -> None:
+    estimate = comparison.mean_interval([10, 12, 14])
+    # t(0.975, 2) = 4.302653, s = 2
+    half = 4.302653 * 2 / math.sqrt(3)
+    assert (estimate.value, estimate.low, estimate.high) == pytest.approx((12, 12 - half, 12 + half))
+    assert estimate.repeats == 3
+
+
+@given(st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=12))
+def test_intervals_hold_their_mean(values: list[float]) -> None:
+    estimate = comparison.mean_interval(values)
+    assert estimate.low <= estimate.value <= estimate.high
+
+
+def test_one_repeat_has_no_interval() -> None:
+    table = comparison.table([at_latency(1), at_latency(2, "other")])
+    for statistic in ("ci_low", "ci_high", "ratio_low", "ratio_high"):
+        assert table.xs(statistic, axis=1, level=1).loc[("other", True)].isna().all()
+    assert table.loc[("other", True), ("e2e_mean", "ratio")] == 2
+    assert "±" not in comparison.text(table)
+
+
+def test_ratios_are_paired_by_load() -> None:
+    # What differs between the draws is a hundred times what differs between the policies.
+    runs = [at_latency(secs, repeat=repeat) for repeat, secs in enumerate((1, 10, 100))]
+    runs += [at_latency(secs, "other", repeat=repeat) for repeat, secs in enumerate((1.1, 12, 130))]
+    line = comparison.table(runs).loc[("other", True)]["e2e_mean"]
+    logs = [math.log(1.1), math.log(1.2), math.log(1.3)]
+    middle, half = np.mean(logs), 4.302653 * np.std(logs, ddof=1) / math.sqrt(3)
+    expected = [math.exp(middle), math.exp(middle - half), math.exp(middle + half)]
+    assert [line["ratio"], line["ratio_low"], line["ratio_high"]] == pytest.approx(expected)
+    assert line["pairs"] == 3
+
+
+def test_a_repeat_without_its_pair_is_left_out_of_ratios() -> None:
+    runs = [at_latency(1, repeat=0), at_latency(4, repeat=1), at_latency(2, "other", repeat=0)]
+    line = comparison.table(runs).loc[("other", True)]["e2e_mean"]
+    assert (line["ratio"], line["pairs"]) == (2, 1)
+
+
+def test_a_zero_has_no_ratio() -> None:
+    other = run("other", [request(cached_tokens=50)])
+    assert math.isnan(comparison.table([run(), other]).loc[("other", True), ("hit_rate", "ratio")])
+
+
+def test_tracking_costs_the_difference_of_its_pairs() -> None:
+    runs = [run(tracking=False, repeat=k, router_cpu_secs=secs) for k, secs in enumerate((10e-6, 20e-6))]
+    runs += [run(tracking=True, repeat=k, router_cpu_secs=secs) for k, secs in enumerate((11e-6, 23e-6))]
+    cost = comparison.tracking_cost([*runs, run("untracked", tracking=False)])
+    assert set(cost.index.unique("policy")) == {"random"}
+    cpu = cost.loc[("random", "router_cpu")]
+    # t(0.975, 1) = 12.7062, s = √2
+    assert [cpu["difference"], cpu["ci_high"]] == pytest.approx([2, 14.7062], rel=1e-5)
+    assert (cpu["off"], cpu["on"]) == pytest.approx((15, 17))
+    assert "+2.0 [-10.7, +14.7]" in comparison.tracking_text(cost)
+
+
+def test_without_pairs_tracking_costs_nothing_known() -> None:
+    cost = comparison.tracking_cost([run()])
+    assert cost.empty
+    assert comparison.tracking_text(cost) == ""
+
+
+def test_a_missing_count_makes_a_sum_unknown() -> None:
+    table = comparison.table([run(rows=[request(), request(completion_tokens=None)])])
+    assert math.isnan(table.loc[("random", True), ("completion_tokens_per_sec", "mean")])
+    assert table.loc[("random", True), ("completed_per_sec", "mean")] == 1
+
+
+def test_untracked_runs_know_their_workers_by_the_names_of_tracked_ones() -> None:
+    runs = [run(), run(tracking=False, rows=[request(node_id=None), request(worker_url=URLS[1], node_id=None)])]
+    assert comparison.nodes(runs) == {URLS[0]: "gpu_0", URLS[1]: URLS[1]}
+
+
+def test_workers_of_the_same_name_stay_two() -> None:
+    names = comparison.nodes([run(rows=[request(), request(worker_url=URLS[1])])])
+    assert list(names.values()) == [f"gpu_0 ({url})" for url in URLS]
+
+
+def test_workers_are_in_the_order_of_their_numbers() -> None:
+    rows = [request(worker_url=f"http://w:{port}", node_id=f"gpu_{port}") for port in (10, 9, 100)]
+    assert list(comparison.nodes([run(rows=rows)]).values()) == ["gpu_9", "gpu_10", "gpu_100"]
+
+
+def test_requests_without_a_worker_have_a_line_of_their_own() -> None:
+    table = comparison.per_node([run(rows=[request(), request(**FAILED | {"worker_url": None, "node_id": None})])])
+    assert list(table["node"]) == ["gpu_0", comparison.NO_WORKER]
+    assert list(table["share"]) == [50, 50]
+    assert list(table["failed"]) == [0, 1]
+
+
+def test_the_same_run_twice_is_an_error() -> None:
+    with pytest.raises(ValueError, match="policy random, tracking True, repeat 0"):
+        comparison.table([run(), run()])
+    with pytest.raises(ValueError, match="no runs"):
+        comparison.table([])
+
+
+# --- the table as text, CSV, JSON -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policies", [1, 2, 6, 9])
+def test_text_fits_the_terminal(policies: int) -> None:
+    runs = [
+        at_latency(1 + k + repeat / 7, f"a_policy_with_a_long_name_{k}", repeat=repeat, tracking=tracking)
+        for k in range(policies)
+        for repeat in range(3)
+        for tracking in (True, False)
+    ]
+    text = comparison.text(comparison.table(runs))
+    assert max(map(len, text.splitlines())) <= comparison.WIDTH
+    assert text.count("E2E p99 (ms)") >= 1
+
+
+def test_text_marks_the_best_of_each_line() -> None:
+    text = comparison.text(comparison.table([at_latency(1), at_latency(2, "other")]))
+    line = next(line for line in text.splitlines() if line.startswith("E2E mean"))
+    assert line.split()[-2:] == ["1,000*", "2,000"]
+    assert "+100.0 %" in text
+    # Nobody is better where all are the same, and a metric that nobody knows has no line.
+    assert "*" not in next(line for line in text.splitlines() if line.startswith("TTFT mean"))
+    assert "router CPU" not in text
+
+
+def test_text_shows_intervals_with_the_places_of_their_means() -> None:
+    runs = [at_latency(secs, repeat=repeat) for repeat, secs in enumerate((0.010, 0.012, 0.014))]
+    assert "12.0 ±5.0" in comparison.text(comparison.table(runs))
+
+
+def test_csv_is_tidy_and_empty_where_nothing_is_known() -> None:
+    made = comparison.summary_csv(comparison.table([at_latency(1.5, tracking=False)]))
+    rows = list(csv.DictReader(io.StringIO(made)))
+    assert list(rows[0]) == ["policy", "tracking", "metric", "unit", "mean", "ci_low", "ci_high", "repeats"]
+    found = {row["metric"]: row for row in rows}
+    assert found["e2e_mean"] == {
+        "policy": "random",
+        "tracking": "False",
+        "metric": "e2e_mean",
+        "unit": "ms",
+        "mean": "1500.0",
+        "ci_low": "",
+        "ci_high": "",
+        "repeats": "1",
+    }
+    assert (found["router_cpu"]["mean"], found["router_cpu"]["repeats"]) == ("", "0")
+
+
+def test_json_has_null_where_nothing_is_known() -> None:
+    runs = [at_latency(1), at_latency(3, "other")]
+    text = comparison.as_json(comparison.table(runs), comparison.tracking_cost(runs))
+    content = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert content["baseline"] == "random"
+    of = {(row["policy"], row["metric"]): row for row in content["ratios"]}
+    assert of["other", "e2e_mean"]["ratio"] == pytest.approx(3)
+    assert of["other", "e2e_mean"]["ratio_low"] is None
+
+
+# --- findings ---------------------------------------------------------------------------------------------------------
+
+
+def said(runs: list[Run], start: str) -> str:
+    return next(sentence for sentence in findings(runs) if sentence.startswith(start))
+
+
+def test_a_clear_difference_is_claimed() -> None:
+    runs = [at_latency(secs, repeat=repeat) for repeat, secs in enumerate((2.0, 4.1, 8.0))]
+    runs += [at_latency(secs, "fast", repeat=repeat) for repeat, secs in enumerate((1.0, 2.0, 4.0))]
+    sentence = said(runs, "Lowest mean E2E")
+    assert "fast" in sentence
+    assert sentence.endswith("Told apart from every other policy.")
+
+
+def test_a_difference_within_chance_is_not() -> None:
+    runs = [at_latency(secs, repeat=repeat) for repeat, secs in enumerate((1.0, 2.0, 3.0))]
+    runs += [at_latency(secs, "other", repeat=repeat) for repeat, secs in enumerate((1.2, 1.7, 2.9))]
+    assert said(runs, "Lowest mean E2E").endswith("Not told apart from random.")
+
+
+def test_a_value_of_zero_is_told_apart_by_its_difference() -> None:
+    runs = [run(repeat=repeat) for repeat in range(3)]
+    runs += [run("hits", [request(cached_tokens=50 + repeat)], repeat=repeat) for repeat in range(3)]
+    assert said(runs, "Highest prefix").endswith("Told apart from every other policy.")
+
+
+def test_one_run_each_claims_nothing() -> None:
+    found = " ".join(findings([at_latency(1), at_latency(2, "other")]))
+    assert "nothing tells a difference from chance" in found
+    assert "old apart" not in found
+
+
+def test_equal_policies_have_no_winner() -> None:
+    assert said([run(), run("other")], "Lowest mean TTFT") == "Lowest mean TTFT: the same for all, 100 ms."
+
+
+def test_failures_are_told_first() -> None:
+    assert findings([run(rows=[request(), request(**FAILED)])])[0].startswith("Requests that failed: random 1 of 2.")
+    assert findings([run()])[0] == "All 1 requests succeeded."
+
+
+# --- plots ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("draw", DRAWN)
+@pytest.mark.parametrize("count", [40, 400])
+def test_every_plot_names_every_policy(draw: Any, count: int) -> None:
+    policies = ["random", "round_robin", "cache_aware"]
+    figure = draw([run(policy, many(policy, count)) for policy in policies])
+    assert set(policies) <= set(texts(figure))
+
+
+@pytest.mark.parametrize("draw", [plots.requests_over_time, plots.prefix_hits, plots.timeline])
+def test_plots_of_workers_name_every_worker(draw: Any) -> None:
+    found = texts(draw([run(rows=many("random", 600, nodes=16))]))
+    assert {f"gpu_{node}" for node in range(16)} <= set(found)
+
+
+def test_a_policy_has_the_same_colour_everywhere() -> None:
+    runs = [run(policy, many(policy, 100)) for policy in ("random", "cache_aware")]
+    curve = [line for line in plots.latency_cdfs(runs).axes[1].lines if line.get_label() == "cache_aware"]
+    median = [line for line in plots.ttft_over_time(runs).axes[1].lines if line.get_label() == "cache_aware"]
+    assert curve[0].get_color() == median[0].get_color() == plots.PALETTE[1]
+
+
+def test_a_curve_ends_below_all_by_what_failed() -> None:
+    rows = [*many("random", 30), *many("random", 10, **FAILED)]
+    curve = plots.latency_cdfs([run(rows=rows)]).axes[1].lines[0]
+    assert float(np.max(curve.get_ydata())) == 75
+
+
+@pytest.mark.parametrize("draw", [plots.ttft_over_time, plots.requests_over_time, plots.timeline])
+@pytest.mark.parametrize("count", [30, 400])
+def test_failed_requests_are_told(draw: Any, count: int) -> None:
+    figure = draw([run(rows=[*many("random", count), *many("random", 7, **FAILED)])])
+    assert f"random: 7 of {count + 7} failed" in texts(figure)
+
+
+@pytest.mark.parametrize("draw", [plots.latency_cdfs, plots.ttft_over_time])
+def test_plots_without_ttft_say_so(draw: Any) -> None:
+    figure = draw([run(rows=many("random", 50, ttft=None))])
+    assert "no TTFT in these runs" in texts(figure)
+
+
+def test_plots_without_cached_tokens_say_so() -> None:
+    assert "the workers reported no cached tokens" in texts(
+        plots.prefix_hits([run(rows=[request(cached_tokens=None)])])
+    )
+
+
+@pytest.mark.parametrize("draw", [plots.requests_over_time, plots.timeline])
+def test_plots_without_workers_say_so(draw: Any) -> None:
+    figure = draw([run(rows=[request(**FAILED | {"worker_url": None, "node_id": None})])])
+    assert "no request reached a worker" in texts(figure)
+
+
+def test_what_is_drawn_is_bounded() -> None:
+    runs = [run(rows=[*many("random", 9000), *many("random", 3000, **FAILED)])]
+    for draw in DRAWN:
+        for axes in draw(runs).axes:
+            assert all(len(line.get_xdata()) <= plots.CLOUD_POINTS for line in axes.lines)  # type: ignore[arg-type]
+            assert len(axes.patches) <= plots.BARS
+            clouds = [cloud for cloud in axes.collections if isinstance(cloud, PathCollection)]
+            assert all(len(cloud.get_offsets()) <= plots.CLOUD_POINTS for cloud in clouds)  # type: ignore[arg-type]
+
+
+def test_requests_in_flight_share_no_row_of_bars() -> None:
+    rows = run(rows=[request(to_server_time=at, finish_time=at + 1) for at in (0.0, 0.5, 1.0, 1.2, 1.4)]).rows
+    assert plots._places(rows) == [0, 1, 0, 2, 3]
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def page(path: Path, runs: list[Run], settings: dict[str, str] | None = None, warnings: list[str] | None = None) -> str:
+    report.write(runs, settings or {}, path / "report.html", warnings or [])
+    return (path / "report.html").read_text("utf-8")
+
+
+def test_the_page_loads_nothing(tmp_path: Path) -> None:
+    runs = [run(policy, many(policy, 300), repeat=k) for policy in ("random", "cache_aware") for k in range(2)]
+    html = page(tmp_path, runs)
+    loaded = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'\s>]*)""", html) + re.findall(r"url\(([^)]*)\)", html)
+    assert len(loaded) > 10
+    assert [target for target in loaded if not target.startswith(("#", "data:"))] == []
+    for word in ("<script", "@import", "<iframe", "<object", "<!DOCTYPE svg"):
+        assert word not in html
+
+
+def test_the_page_shows_table_words_plots_and_settings(tmp_path: Path) -> None:
+    runs = [run("random", many("random", 50)), run("other", [*many("other", 50), *many("other", 3, **FAILED)])]
+    html = page(tmp_path, runs, {"request_rate": "50/s"}, ["the generator was late"])
+    assert html.count("<svg ") == len(report.PLOTS)
+    for words in (
+        "request_rate",
+        "50/s",
+        "the generator was late",
+        "it broke",
+        "E2E p99 (ms)",
+        "gpu_1",
+        "command line",
+    ):
+        assert words in html
+    for plot in report.PLOTS:
+        assert plot.title in html
+
+
+def test_nothing_from_outside_becomes_markup(tmp_path: Path) -> None:
+    evil = '--><script>alert("x")</script>&amp;'
+    rows = [request(node_id=evil, worker_url=f"http://{evil}"), request(**FAILED | {"error": evil})]
+    html = page(tmp_path, [run(evil, rows)], {evil: evil}, [evil])
+    assert "<script" not in html
+    assert "--&gt;&lt;script&gt;" in html
+    assert "&amp;amp;" in html
+
+
+@pytest.mark.parametrize("name", ["$x", r"$\frac{$", "_hidden", "$$", "a\nb"])
+def test_names_are_not_read_as_formulae(tmp_path: Path, name: str) -> None:
+    assert "<svg " in page(tmp_path, [run(name, [request(node_id=name)]), run("other")])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "rows",
+    [
+        many("random", 40, **FAILED),
+        many("random", 40, **FAILED | {"worker_url": None, "node_id": None, "to_server_time": None}),
+        [
+            request(
+                **dict.fromkeys(("ttft", "itl_mean", "prompt_tokens", "cached_tokens", "completion_tokens", "node_id"))
+            )
+        ],
+        [request()] * 40,
+        [],
+    ],
+    ids=["all failed", "never sent", "little known", "all at once", "no requests"],
+)
+def test_the_page_stands_whatever_is_missing(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    html = page(tmp_path, [run(rows=rows), run("other", rows)])
+    assert "nan" not in re.sub(r"<svg.*?</svg>", "", html, flags=re.DOTALL)
+
+
+def test_kinds_of_errors_are_bounded(tmp_path: Path) -> None:
+    rows = [request(**FAILED | {"error": f"kind {k} {'x' * 1000}"}) for k in range(report.ERRORS + 5)]
+    html = page(tmp_path, [run(rows=rows)])
+    assert "And 5 failures of 5 further kinds." in html
+    assert "x" * (report.ERROR_LENGTH + 1) not in html
+
+
+def test_secrets_of_the_command_line_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = [
+        "compare",
+        "--api-key",
+        "s3cret",
+        "--admin-api-key=s3cret",
+        "--tokenizer",
+        "path",
+        "--auth-token",
+        "s3cret",
+    ]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert report.machine()["command line"] == (
+        "compare --api-key '***' '--admin-api-key=***' --tokenizer path --auth-token '***'"
+    )
+
+
+def test_a_path_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="nowhere"):
+        report.write([run()], {}, tmp_path / "nowhere" / "report.html")
