@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from sglang_router_rs.routing_test import comparison, plots, report
+from sglang_router_rs.routing_test import about, comparison, plots, report, results
 from sglang_router_rs.routing_test.columns import NAMES
 from sglang_router_rs.routing_test.comparison import Run
 from sglang_router_rs.routing_test.findings import findings
@@ -270,7 +270,7 @@ def test_text_shows_intervals_with_the_places_of_their_means() -> None:
 
 
 def test_csv_is_tidy_and_empty_where_nothing_is_known() -> None:
-    made = comparison.summary_csv(comparison.table([at_latency(1.5, tracking=False)]))
+    made = comparison.tidy(comparison.table([at_latency(1.5, tracking=False)])).to_csv(index=False)
     rows = list(csv.DictReader(io.StringIO(made)))
     assert list(rows[0]) == ["policy", "tracking", "metric", "unit", "mean", "ci_low", "ci_high", "repeats"]
     found = {row["metric"]: row for row in rows}
@@ -287,9 +287,10 @@ def test_csv_is_tidy_and_empty_where_nothing_is_known() -> None:
     assert (found["router_cpu"]["mean"], found["router_cpu"]["repeats"]) == ("", "0")
 
 
-def test_json_has_null_where_nothing_is_known() -> None:
+def test_json_has_null_where_nothing_is_known(tmp_path: Path) -> None:
     runs = [at_latency(1), at_latency(3, "other")]
-    text = comparison.as_json(comparison.table(runs), comparison.tracking_cost(runs))
+    made = comparison.as_dict(comparison.table(runs), comparison.tracking_cost(runs))
+    text = results.save_json(made, tmp_path / "made.json").read_text()
     content = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert content["baseline"] == "random"
     of = {(row["policy"], row["metric"]): row for row in content["ratios"]}
@@ -499,7 +500,7 @@ def test_secrets_of_the_command_line_are_masked(monkeypatch: pytest.MonkeyPatch)
         "s3cret",
     ]
     monkeypatch.setattr(sys, "argv", arguments)
-    assert report.machine()["command line"] == (
+    assert about.machine()["command line"] == (
         "compare --api-key '***' '--admin-api-key=***' --tokenizer path --auth-token '***'"
     )
 

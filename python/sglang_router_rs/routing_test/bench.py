@@ -12,11 +12,12 @@ from urllib.parse import urlsplit
 
 from ..client import NotThisRouter, TracingDisabled
 from . import attribution, results
+from .about import about
 from .cluster import RunError
 from .config import LoadConfig
 from .load import plan
 from .options import OptionError, add_flags, given, option
-from .run import about, attribute, measure, save, warnings
+from .run import attribute, measure, save, warnings
 from .service import Service, prepare
 
 DESCRIPTION = """\

@@ -23,13 +23,14 @@ import pandas as pd
 from .. import _core
 from ..client import NotThisRouter, TracingDisabled
 from . import attribution, comparison, report, results
+from .about import about
 from .bench import Parser, check_writable, complain
 from .cluster import Cluster, Process, RunError, Worker, free_ports
 from .comparison import Run
 from .config import LoadConfig
 from .load import Load, plan
 from .options import OptionError, add_flags, at_least, given, option
-from .run import about, attribute, measure, warnings
+from .run import attribute, measure, warnings
 from .service import Service, prepare
 
 DESCRIPTION = """\
@@ -189,14 +190,16 @@ class Comparison:
 
     def save(self) -> list[Path]:
         """Write report, tables and rows of the runs there are; returns the paths."""
-        directory, config = self._directory, self.config
+        directory = self._directory
         rows = pd.concat([_labelled(run) for run in self.runs], ignore_index=True)
-        facts = about(config)
-        table = comparison.table(self.runs)
+        table, cost = comparison.table(self.runs), comparison.tracking_cost(self.runs)
+        facts = about(self.config, warnings=self.warnings)
+        settings = {name: str(value) for name, value in facts["config"].items() if value is not None}
+        report.write(self.runs, settings, directory / "report.html", self.warnings)
         return [
-            report.write(self.runs, facts, self.warnings, directory / "report.html"),
+            directory / "report.html",
             results.save_csv(comparison.tidy(table), directory / "summary.csv"),
-            results.save_json({**facts, "comparison": comparison.as_json(table)}, directory / "summary.json"),
+            results.save_json({**facts, **comparison.as_dict(table, cost)}, directory / "summary.json"),
             results.save_csv(rows, directory / "rows.csv"),
         ]
 
@@ -253,6 +256,8 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         return complain(error)
     print(comparison.text(comparison.table(done.runs)))
+    if len(config.tracking) > 1:
+        print(comparison.tracking_text(comparison.tracking_cost(done.runs)))
     for line in done.warnings:
         print(f"warning: {line}", file=sys.stderr)
     print("written:", *files)

@@ -11,7 +11,6 @@ succeeded. Nothing here reads or writes files.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -637,13 +636,8 @@ def tidy(of: pd.DataFrame) -> pd.DataFrame:
     return made.astype({"repeats": np.int64})
 
 
-def summary_csv(of: pd.DataFrame) -> str:
-    """``tidy`` as CSV; what is not known is empty."""
-    return tidy(of).to_csv(index=False, lineterminator="\n")
-
-
-def as_json(of: pd.DataFrame, cost: pd.DataFrame) -> str:
-    """A table and ``tracking_cost`` as JSON: ``metrics``, ``ratios`` to the policy ``baseline``, ``tracking``."""
+def as_dict(of: pd.DataFrame, cost: pd.DataFrame) -> dict[str, Any]:
+    """A table and ``tracking_cost`` as plain values: ``metrics``, ``ratios`` to the ``baseline``, ``tracking``."""
     ratios = [
         {
             "policy": policy,
@@ -655,19 +649,10 @@ def as_json(of: pd.DataFrame, cost: pd.DataFrame) -> str:
         for (policy, tracking), row in _rows(of)
         for name in METRIC
     ]
-    content = {
+    return {
         "baseline": of.index[0][0],
         "confidence": CONFIDENCE,
         "metrics": tidy(of).to_dict("records"),
         "ratios": ratios,
         "tracking": cost.reset_index().to_dict("records"),
     }
-    return json.dumps(_without_nan(content), indent=1, ensure_ascii=False) + "\n"
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

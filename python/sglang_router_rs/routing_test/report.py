@@ -6,19 +6,13 @@ Every text from outside is escaped. Colours of text and grid in the pictures bec
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.resources
 import io
 import math
-import os
-import platform
 import re
-import shlex
 import string
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
 
@@ -26,8 +20,8 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from .. import __version__
 from . import comparison, plots
+from .about import machine
 from .comparison import METRICS, NODE_COLUMNS, Run
 from .findings import findings
 
@@ -38,8 +32,6 @@ ERRORS = 30
 ERROR_LENGTH = 300
 # Of the parts of a picture that are drawn as pixels.
 DPI = 160
-# Arguments whose values are nobody's business.
-SECRET = re.compile(r"api.?key|secret|password|token$|authorization", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -114,55 +106,6 @@ def write(runs: Sequence[Run], settings: dict[str, str], path: str | Path, warni
     ]
     page = string.Template(importlib.resources.files(__package__).joinpath("report.html").read_text("utf-8"))
     Path(path).write_text(page.substitute(title=escape(TITLE), body="\n".join(filter(None, parts))), "utf-8")
-
-
-def machine() -> dict[str, str]:
-    """Versions, machine, date and command line of this process; what is not known is left out.
-
-    Values of arguments that are named like secrets are masked.
-    """
-    found = {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC"),
-        "command line": shlex.join(_masked(sys.argv)),
-        "CPU": _cpu(),
-        "cores": str(os.cpu_count() or ""),
-        "kernel": f"{platform.system()} {platform.release()}",
-        "Python": platform.python_version(),
-        "sglang_router_rs": __version__,
-        **{name: _version(name) for name in ("numpy", "pandas", "scipy", "matplotlib")},
-    }
-    return {name: value for name, value in found.items() if value}
-
-
-def _cpu() -> str:
-    try:
-        described = Path("/proc/cpuinfo").read_text("utf-8", errors="replace")
-    except OSError:
-        return platform.processor()
-    name = re.search(r"^model name\s*:\s*(.+)$", described, re.MULTILINE)
-    return name[1] if name else platform.processor()
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def _masked(arguments: Iterable[str]) -> list[str]:
-    masked = []
-    hide_next = False
-    for argument in arguments:
-        name, equals, _ = argument.partition("=")
-        if hide_next and not argument.startswith("-"):
-            masked.append("***")
-            hide_next = False
-            continue
-        secret = bool(SECRET.search(name))
-        masked.append(f"{name}=***" if secret and equals else argument)
-        hide_next = secret and not equals and argument.startswith("-")
-    return masked
 
 
 # --- parts of the page ------------------------------------------------------------------------------------------------

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from ..client import Trace
 from . import attribution
+from .about import about
 from .attribution import Row
 from .cluster import Cluster, Worker, free_ports
 from .config import RoutingConfig
 from .load import plan
 from .results import Results
-from .run import AttributionError, about, attribute, measure, save, warnings
+from .run import AttributionError, attribute, measure, save, warnings
 from .service import Service, prepare
 
 

@@ -8,26 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime
-import os
-import platform
-import shlex
 import signal
 import sys
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from .. import __version__
 from ..client import Trace
 from . import results
 from .attribution import NO_HEADER, Disagreement, disagreements, fill
 from .cluster import RunError
-from .config import LoadConfig
 from .exchange import Exchange
 from .generator import Generator, Sent, Target
 from .load import Load
@@ -41,34 +34,6 @@ SHOWN = 10
 
 class AttributionError(RunError):
     """The worker of some requests is not certain: the results are void."""
-
-
-def machine() -> dict[str, Any]:
-    """What a figure must name: processor, cores, kernel."""
-    model = "unknown"
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
-    return {"cpu": model, "cores": os.cpu_count(), "kernel": f"{platform.system()} {platform.release()}"}
-
-
-def about(config: LoadConfig, **more: Any) -> dict[str, Any]:
-    """What was run, where and when; without its keys."""
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    settings = asdict(config)
-    keys = {name: value for name, value in settings.items() if name.endswith("api_key") and value is not None}
-    words = ["python -m sglang_router_rs", *map(shlex.quote, sys.argv[1:])]
-    command = " ".join(words) if Path(sys.argv[0]).name == "__main__.py" else shlex.join(sys.argv)
-    for key in keys.values():
-        command = command.replace(key, "***")
-    return {
-        "version": __version__,
-        "date": now,
-        "command": command,
-        "machine": machine(),
-        "config": settings | dict.fromkeys(keys, "***"),
-        **more,
-    }
 
 
 async def measure(
