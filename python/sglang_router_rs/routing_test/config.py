@@ -19,10 +19,12 @@ class LoadConfig:
     """
 
     num_requests: int = option(1000, "requests that are measured", at_least(1))
-    request_rate: float = option(50.0, "requests per second on average, but for --arrivals trace; inf sends all at once", above(0, infinite=True))
+    request_rate: float = option(
+        50.0, "requests per second on average, but for --arrivals trace; inf sends all at once", above(0, infinite=True)
+    )
     arrivals: str | None = option(
         None,
-        "when requests arrive: poisson (default), constant, burst, or trace (default for trace:FILE: the times of the file)",
+        "when requests arrive: poisson (default), constant, burst, or trace (default for trace:FILE: its own times)",
         one_of(*ARRIVALS),
     )
     burst_size: int = option(10, "requests that arrive at once with --arrivals burst", at_least(1))
