@@ -15,6 +15,7 @@ from . import attribution, results
 from .about import about
 from .cluster import RunError
 from .config import LoadConfig
+from .interruption import interruptible
 from .load import plan
 from .options import OptionError, add_flags, given, option
 from .run import attribute, measure, save, warnings
@@ -141,7 +142,7 @@ def main(argv: list[str]) -> int:
     arguments = made.parse_args(argv)
     try:
         config = BenchConfig(**given(arguments, BenchConfig))
-        outcome = asyncio.run(bench(config))
+        outcome = asyncio.run(interruptible(bench(config)))
         return report(outcome, config)
     except OptionError as error:
         made.error(error.as_flag)

@@ -28,6 +28,7 @@ from .bench import Parser, check_writable, complain
 from .cluster import Cluster, Process, RunError, Worker, free_ports
 from .comparison import Run
 from .config import LoadConfig
+from .interruption import interruptible
 from .load import Load, plan
 from .options import OptionError, add_flags, at_least, given, option
 from .run import attribute, measure, warnings
@@ -138,6 +139,9 @@ class Comparison:
         return await cluster.start_workers(free_ports(len(gpus)), gpus, config.model_path, self._worker_args)
 
     async def _run(self, cluster: Cluster, workers: Sequence[Worker], turn: Turn, load: Load) -> None:
+        name = self._name(turn)
+        runs = len(self.config.policies) * len(self.config.tracking) * self.config.repeats
+        print(f"run {len(self.runs) + 1} of {runs}: {name}", file=sys.stderr)
         port = free_ports(1)[0]
         settings = dict(setting.split("=", 1) for setting in self.config.router_options)
         if turn.tracking:
@@ -154,7 +158,6 @@ class Comparison:
                 await service.flush_caches()
                 spent = router.cpu_secs
 
-            name = self._name(turn)
             made, exchanges = await measure(target, load, name, before)
             used = _used(router, spent)
             traces = None
@@ -242,7 +245,7 @@ def main(argv: list[str]) -> int:
         if worker_args and config.workers:
             raise OptionError("workers", config.workers, "run already: nothing can follow --")
         done = Comparison(config, worker_args)
-        asyncio.run(done.run())
+        asyncio.run(interruptible(done.run()))
     except OptionError as error:
         made.error(error.as_flag)
     except (RunError, TracingDisabled, NotThisRouter, OSError, ValueError) as error:

@@ -12,6 +12,7 @@ from .about import about
 from .attribution import Row
 from .cluster import Cluster, Worker, free_ports
 from .config import RoutingConfig
+from .interruption import interruptible
 from .load import plan
 from .results import Results
 from .run import AttributionError, attribute, measure, save, warnings
@@ -50,6 +51,29 @@ class RoutingTest:
             AttributionError: after everything was saved, if the worker of a request is not certain.
             KeyboardInterrupt: likewise, if SIGINT or SIGTERM ended the run.
         """
+        return await interruptible(self._run())
+
+    async def fetch_request_traces(self, request_ids: Sequence[str]) -> dict[str, Trace]:
+        """The router's traces of these requests by id, asked for in pages of 1,000; unknown ids are left out.
+
+        Traces that have not ended are waited for, for up to ten seconds.
+        """
+        traces = await self._fetch(request_ids)
+        self._traces.update(traces)
+        return traces
+
+    async def analyze_results(self, results: list[Row], request_ids: Sequence[str]) -> list[Row]:
+        """Write what the traces say into rows that have a ``req_id``: worker, node, reason and the router's times.
+
+        Rows whose request the router does not know stay as they are.
+        """
+        traces = await self.fetch_request_traces(request_ids)
+        for row in results:
+            if row["req_id"] in traces:
+                attribution.fill(row, traces[row["req_id"]])
+        return results
+
+    async def _run(self) -> Results:
         config = self.config
         load = plan(config)
         output = Path(config.output_dir) / "results.csv"
@@ -73,26 +97,6 @@ class RoutingTest:
         if made.interrupted:
             raise KeyboardInterrupt
         return made
-
-    async def fetch_request_traces(self, request_ids: Sequence[str]) -> dict[str, Trace]:
-        """The router's traces of these requests by id, asked for in pages of 1,000; unknown ids are left out.
-
-        Traces that have not ended are waited for, for up to ten seconds.
-        """
-        traces = await self._fetch(request_ids)
-        self._traces.update(traces)
-        return traces
-
-    async def analyze_results(self, results: list[Row], request_ids: Sequence[str]) -> list[Row]:
-        """Write what the traces say into rows that have a ``req_id``: worker, node, reason and the router's times.
-
-        Rows whose request the router does not know stay as they are.
-        """
-        traces = await self.fetch_request_traces(request_ids)
-        for row in results:
-            if row["req_id"] in traces:
-                attribution.fill(row, traces[row["req_id"]])
-        return results
 
     async def _fetch(self, request_ids: Sequence[str]) -> dict[str, Trace]:
         async with self._service.traces() as client:

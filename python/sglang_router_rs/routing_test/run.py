@@ -6,12 +6,9 @@ it has; a run whose workers are not certain is saved and then refused.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import signal
 import sys
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from .attribution import NO_HEADER, Disagreement, disagreements, fill
 from .cluster import RunError
 from .exchange import Exchange
 from .generator import Generator, Sent, Target
+from .interruption import interrupted_by
 from .load import Load
 from .results import Results
 
@@ -81,26 +79,8 @@ async def _warm_up(target: Target, load: Load) -> None:
 
 
 async def _send(generator: Generator, load: Load, ids: Sequence[str], warmup: bool = False) -> Sent:
-    with _ended_by_signals(generator.stop):
+    with interrupted_by(generator.stop):
         return await generator.send(load.warmup if warmup else load.requests, ids)
-
-
-@contextlib.contextmanager
-def _ended_by_signals(stop: Callable[[], object]) -> Iterator[None]:
-    loop = asyncio.get_running_loop()
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    earlier = {number: signal.getsignal(number) for number in numbers}
-    # Off the main thread signals are somebody else's.
-    with contextlib.suppress(ValueError, RuntimeError):
-        for number in numbers:
-            loop.add_signal_handler(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in earlier.items():
-            with contextlib.suppress(ValueError, RuntimeError):
-                if loop.remove_signal_handler(number):
-                    signal.signal(number, handler)
 
 
 def attribute(made: Results, exchanges: Sequence[Exchange], traces: dict[str, Trace] | None) -> None:

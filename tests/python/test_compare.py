@@ -1,0 +1,135 @@
+"""``compare``: every policy gets the same load, on empty caches, and what came of it is kept whatever happens."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from running import Program, Sim, ask, module
+from sglang_router_rs.routing_test import OptionError
+from sglang_router_rs.routing_test.columns import NAMES
+from sglang_router_rs.routing_test.compare import CompareConfig
+
+LOAD = [
+    "--request-rate=200",
+    "--output-len=4",
+    "--input-len=64",
+    "--prefix-len=32",
+    "--dataset=shared-prefix",
+    "--warmup=2",
+]
+
+
+def compare(directory: Path, *flags: str) -> Program:
+    return module("compare", *LOAD, "--output-dir", str(directory), *flags)
+
+
+def compared(directory: Path, *flags: str) -> tuple[pd.DataFrame, dict[str, Any], str]:
+    with compare(directory, *flags) as program:
+        assert program.end() == 0, program.output
+        output = program.output
+    return pd.read_csv(directory / "rows.csv"), json.loads((directory / "summary.json").read_text()), output
+
+
+def test_each_policy_gets_the_same_load_on_workers_it_starts(tmp_path: Path) -> None:
+    rows, summary, output = compared(
+        tmp_path, "--sim=2", "--policies", "round_robin,cache_aware", "--num-requests=40", "--", "--speed=50"
+    )
+    assert list(rows.columns)[: len(NAMES) + 3] == ["policy", "tracking", "repeat", *NAMES]
+    per_policy = {name: part.reset_index() for name, part in rows.groupby("policy")}
+    assert list(per_policy["round_robin"].node_id.value_counts()) == [20, 20]
+    for column in ("arrival_time", "input_length"):
+        assert per_policy["round_robin"][column].equals(per_policy["cache_aware"][column])
+    assert rows.success.all()
+    assert set(rows.gpu_id) == {"gpu_0", "gpu_1"}
+    assert (rows.routing_policy == rows.policy).all()
+    # Each began on empty caches: the first of each run at each worker found nothing.
+    assert (rows.groupby(["policy", "node_id"]).cached_tokens.first() == 0).all()
+    assert "round_robin" in output
+    assert "written:" in output
+    page = (tmp_path / "report.html").read_text()
+    assert "round_robin" in page
+    assert not re.search(r"""(src|href)=["']?https?:|url\(["']?https?:""", page)
+    found = {(it["policy"], it["metric"]): it["mean"] for it in summary["metrics"]}
+    assert found["cache_aware", "requests"] == 40
+    one = json.loads((tmp_path / "runs" / "cache_aware.summary.json").read_text())
+    assert one["secs"]["ttft"]["mean"] * 1e3 == pytest.approx(found["cache_aware", "ttft_mean"])
+    assert one["secs"]["ttft"]["mean"] == pytest.approx(per_policy["cache_aware"].ttft.mean(), abs=1e-6)
+
+
+def test_repeats_and_tracking_are_runs_of_their_own_and_workers_may_run_already(tmp_path: Path) -> None:
+    with Sim("--speed", "50") as workers:
+        flags = [
+            "--workers",
+            *workers.urls,
+            "--policies=random",
+            "--num-requests=10",
+            "--repeats=2",
+            "--tracking=on,off",
+        ]
+        rows, summary, output = compared(tmp_path, *flags)
+        assert all(ask(f"{url}/health").status == 200 for url in workers.urls)
+    runs = rows.groupby(["policy", "tracking", "repeat"])
+    assert sorted(runs.groups) == [("random", tracking, repeat) for tracking in (False, True) for repeat in (0, 1)]
+    # Another draw for each repeat, the same with and without tracking.
+    times = {key: list(part.arrival_time) for key, part in runs}
+    assert times["random", True, 0] == times["random", False, 0] != times["random", True, 1]
+    # Without tracking the worker is still known, from the headers; what only a trace says is empty.
+    without = rows[~rows.tracking]
+    assert without.worker_url.isin(workers.urls).all()
+    assert without.reason.isna().all()
+    assert rows[rows.tracking].reason.notna().all()
+    intervals = [it for it in summary["metrics"] if it["metric"] == "e2e_mean"]
+    assert all(it["ci_low"] < it["mean"] < it["ci_high"] for it in intervals)
+    assert "racking" in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_done_is_kept_when_it_is_interrupted(number: signal.Signals, tmp_path: Path) -> None:
+    # By whichever signal, and whether or not requests of the second run have begun to leave.
+    with compare(tmp_path, "--sim=1", "--policies=random,round_robin", "--num-requests=100") as program:
+        program.find("run 2 of 2: round_robin")
+        program.send(number)
+        assert program.end() == 130, program.output
+    rows = pd.read_csv(tmp_path / "rows.csv")
+    assert (rows.policy == "random").sum() == 100
+    assert (rows.policy == "round_robin").sum() < 100
+    assert (tmp_path / "report.html").exists()
+
+
+def test_a_worker_that_does_not_start_is_shown_with_its_words(tmp_path: Path) -> None:
+    with compare(tmp_path, "--sim=1", "--", "--speed=0") as program:
+        assert program.end() == 1
+        assert "worker-gpu_0 ended with status 2" in program.output
+        assert "--speed" in program.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "one of --workers, --sim and --gpus"),
+        ({"sim": 2, "workers": ["http://a"]}, "one of --workers, --sim and --gpus"),
+        ({"sim": 0}, "sim=0"),
+        ({"sim": 1, "policies": ["round_robbin"]}, "round_robbin.*round_robin"),
+        ({"sim": 1, "policies": []}, "policies"),
+        ({"sim": 1, "tracking": ["on", "on"]}, "tracking"),
+        ({"gpus": [0]}, "model_path"),
+        ({"sim": 1, "model_path": "m"}, "model_path"),
+        ({"sim": 1, "router_options": ["cache_threshold"]}, "NAME=VALUE"),
+        ({"sim": 1, "output_dir": "/proc/nowhere"}, "cannot be written"),
+    ],
+)
+def test_options_that_do_not_fit_are_errors(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        CompareConfig(**options)
+
+
+def test_an_option_of_the_router_is_checked_by_the_router(tmp_path: Path) -> None:
+    with compare(tmp_path, "--sim=1", "--router-options", "cache_threshold=2", "--", "--speed=50") as program:
+        assert program.end() == 1
+        assert "cache-threshold" in program.output
