@@ -7,6 +7,7 @@ it has; a run whose workers are not certain is saved and then refused.
 from __future__ import annotations
 
 import sys
+import tempfile
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -100,23 +101,32 @@ def attribute(made: Results, exchanges: Sequence[Exchange], traces: dict[str, Tr
             fill(row, trace)
 
 
-def save(made: Results, summary: dict[str, Any], output: Path) -> list[Path]:
-    """Write the rows to ``output``, the summary and the cumulative figures beside it; returns all paths.
+def save(made: Results, summary: dict[str, Any], output: Path) -> None:
+    """Write the rows to ``output``, the summary and the cumulative figures beside it, and print what they amount to.
 
     Raises:
-        OSError: names the path.
+        OSError: names the path, and where the results are instead, among the system's temporary files.
     """
+    print(results.text(summary))
+    for line in summary["warnings"]:
+        print(f"warning: {line}", file=sys.stderr)
+    try:
+        files = _write(made, summary, output)
+    except OSError as error:
+        # A run may have taken hours.
+        refuge = Path(tempfile.mkdtemp(prefix="routing-test-")) / output.name
+        _write(made, summary, refuge)
+        raise OSError(f"{error}; the results are in {refuge.parent}") from error
+    print("written:", *files)
+
+
+def _write(made: Results, summary: dict[str, Any], output: Path) -> list[Path]:
     table = made.table
-    files = [
+    return [
         results.save_csv(table, output),
         results.save_json(summary, output.with_suffix(".summary.json")),
         results.save_csv(results.cumulative(table), output.with_suffix(".cumulative.csv")),
     ]
-    print(results.text(summary))
-    for line in summary["warnings"]:
-        print(f"warning: {line}", file=sys.stderr)
-    print("written:", *files)
-    return files
 
 
 def warnings(made: Results, summary: dict[str, Any], limit: int | None) -> list[str]:
