@@ -1,0 +1,61 @@
+"""The verdicts of tools/laboratory.py: what it finds when the laboratory does not tell the truth."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import laboratory
+import pytest
+
+
+def log_of(path: Path, *lines: tuple[str, float, str, int]) -> Path:
+    names = ("event", "at", "request_id", "port")
+    path.write_text("".join(json.dumps(dict(zip(names, line, strict=True))) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    """a and b together for a second, then b alone for two."""
+    return log_of(
+        tmp_path / "requests.jsonl",
+        ("arrived", 0.0, "warmup-1", 1001),
+        ("arrived", 1.0, "a", 1001),
+        ("arrived", 1.0, "b", 1002),
+        ("ended", 2.0, "a", 1001),
+        ("ended", 4.0, "b", 1002),
+    )
+
+
+def test_requests_at_the_workers_are_counted_from_their_log(log: Path) -> None:
+    events = laboratory.events(log)
+    assert laboratory.most_at_once(events) == 2
+    assert laboratory.mean_in_flight(events) == pytest.approx((2 * 1 + 1 * 2) / 3)
+
+
+def row(req_id: str, gpu: str | None, port: int) -> dict[str, Any]:
+    return {"req_id": req_id, "gpu_id": gpu, "worker_url": f"http://127.0.0.1:{port}"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "rows"),
+    [
+        ([], [row("a", "gpu_0", 1001), row("b", "gpu_1", 1002)]),
+        (["a"], [row("a", None, 1001)]),
+        (["a"], [row("a", "gpu_1", 1001)]),
+        (["b"], [row("b", "gpu_0", 1001)]),
+        (["c"], [row("c", "gpu_0", 1001)]),
+    ],
+)
+def test_a_row_of_another_worker_is_found(log: Path, wrong: list[str], rows: list[dict[str, Any]]) -> None:
+    found = laboratory.whose(SimpleNamespace(rows=rows), log, [1001, 1002])
+    assert [line.partition(":")[0] for line in found] == wrong
+
+
+def test_a_measure_that_is_away_is_found() -> None:
+    assert laboratory.away("ttft", 0.104, 0.1, 0.05) == []
+    assert laboratory.away("ttft", 0.106, 0.1, 0.05) == ["ttft is 0.106, not 0.1"]
+    assert laboratory.away("ttft", 0.094, 0.1, 0.05) != []
