@@ -47,7 +47,7 @@ def row(exchange: Exchange) -> Row:
     sent, finished, arrived = exchange.sent_at, exchange.finished_at, exchange.request.arrival_time
     first, last = exchange.first_content_at, exchange.last_content_at
     tokens = exchange.completion_tokens
-    has_gaps = first is not None and last is not None and tokens is not None and tokens > 1 and last > first
+    has_gaps = bool(exchange.gaps) and tokens is not None and tokens > 1
     made: Row = {
         "req_id": exchange.request_id,
         "input_length": exchange.request.input_length,
