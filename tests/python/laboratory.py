@@ -77,7 +77,7 @@ def service(routes: Mapping[str, Handler]) -> Iterator[str]:
         app.router.add_route(method, path, handler)
 
     async def start() -> web.AppRunner:
-        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         return runner
