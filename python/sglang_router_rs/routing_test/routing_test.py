@@ -9,6 +9,7 @@ from pathlib import Path
 from ..client import Trace
 from . import attribution
 from .attribution import Row
+from .bench import check_writable
 from .cluster import Cluster, Worker, free_ports
 from .config import RoutingConfig
 from .load import plan
@@ -45,13 +46,14 @@ class RoutingTest:
         Raises:
             RunError: a process does not start, a port is taken, or the router cannot be measured.
             TracingDisabled, NotThisRouter: of a router that runs already.
-            OptionError: an option does not fit the data, the model or the router.
+            OptionError: an option does not fit the data, the model or the router, or output_dir cannot be written.
             AttributionError: after everything was saved, if the worker of a request is not certain.
             KeyboardInterrupt: likewise, if SIGINT or SIGTERM ended the run.
         """
         config = self.config
         load = plan(config)
         output = Path(config.output_dir) / "results.csv"
+        check_writable("output_dir", output)
         async with AsyncExitStack() as stack:
             cluster = await stack.enter_async_context(Cluster(output.parent / "logs"))
             if config.start_router:
