@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sglang_router_rs import PolicyType, Router, _core, _options
-from sglang_router_rs.router import _texts
+from sglang_router_rs.router import option_texts
 
 OPTIONS = {option["name"]: option for option in _core.options()}
 
@@ -57,7 +57,7 @@ def keywords(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def texts(given_options: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    return [(name, _texts(name, value)) for name, value in given_options.items()]
+    return [(name, option_texts(name, value)) for name, value in given_options.items()]
 
 
 def by_keywords(given_options: dict[str, Any]) -> str:

@@ -90,6 +90,13 @@ def disagreements(exchange: Exchange, row: Row, trace: Trace | None) -> Iterable
     return (Disagreement(exchange.request_id, problem) for problem in _problems(exchange, row, trace))
 
 
+def strangers(exchange: Exchange, url: str) -> Iterable[Disagreement]:
+    """What speaks against a worker that a request was sent to directly: an answer that names another one."""
+    if exchange.header_worker not in (None, url):
+        problem = f"the header says that {exchange.header_worker} served it, not {url}: is that a router?"
+        yield Disagreement(exchange.request_id, problem)
+
+
 def _problems(exchange: Exchange, row: Row, trace: Trace | None) -> Iterable[str]:
     if exchange.succeeded and exchange.header_worker is None:
         yield NO_HEADER

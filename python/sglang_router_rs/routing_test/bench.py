@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import NoReturn
 from urllib.parse import urlsplit
 
+import aiohttp
+
 from ..client import NotThisRouter, TracingDisabled
 from . import attribution, results
 from .about import about
@@ -18,7 +20,7 @@ from .config import LoadConfig
 from .interruption import interruptible
 from .load import plan
 from .options import OptionError, add_flags, given, option
-from .run import attribute, measure, save, warnings
+from .run import attribute, measure, save, void, warnings
 from .service import Service, prepare
 
 DESCRIPTION = """\
@@ -58,12 +60,20 @@ class BenchConfig(LoadConfig):
             raise OptionError("decisions", self.decisions, "needs a router; there is none with --worker-url")
         for name in ("router_url", "worker_url"):
             url = getattr(self, name)
-            parts = urlsplit(url or "http://localhost")
-            if parts.scheme not in ("http", "https") or not parts.netloc or parts.path.strip("/"):
+            if url is not None and not _is_base_url(url):
                 raise OptionError(name, url, "is not http://HOST:PORT")
         for name in ("output", "decisions"):
             if getattr(self, name) is not None:
                 check_writable(name, Path(getattr(self, name)))
+
+
+def _is_base_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        is_complete = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+    return is_complete and parts.scheme in ("http", "https") and url.rstrip("/") == f"{parts.scheme}://{parts.netloc}"
 
 
 def check_writable(name: str, path: Path) -> None:
@@ -72,9 +82,9 @@ def check_writable(name: str, path: Path) -> None:
     Raises:
         OptionError: names the option, the path and the reason.
     """
-    if path.is_dir():
-        raise OptionError(name, str(path), "is a directory; name a file")
     try:
+        if path.is_dir():
+            raise OptionError(name, str(path), "is a directory; name a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         probe = path.with_name(f".{path.name}.probe")
         probe.write_text("")
@@ -125,13 +135,19 @@ async def bench(config: BenchConfig) -> results.Results:
     made, exchanges = await measure(target, load, before=before)
     made.about = about(config, target=service.url)
     if service.has_traces:
-        async with service.traces() as client:
-            traces = await attribution.fetch(client, [exchange.request_id for exchange in exchanges])
+        try:
+            async with service.traces() as client:
+                traces = await attribution.fetch(client, [exchange.request_id for exchange in exchanges])
+        except (aiohttp.ClientError, asyncio.TimeoutError, OSError, RuntimeError) as error:
+            # What was measured is not lost with the router.
+            void(made, exchanges, f"the router's traces cannot be read: {str(error) or type(error).__name__}")
+            return made
         attribute(made, exchanges, traces)
         if config.decisions is not None:
             made.decisions = attribution.decisions(traces)
     else:
-        for row in made.rows:
+        for exchange, row in zip(exchanges, made.rows, strict=True):
+            made.disagreements += attribution.strangers(exchange, service.url)
             row["worker_url"] = service.url
     return made
 

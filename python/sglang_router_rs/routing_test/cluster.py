@@ -83,6 +83,8 @@ class Process:
         # The options are those of this run alone.
         environment = {key: value for key, value in os.environ.items() if not key.startswith("SGLANG_ROUTER__")}
         with log.open("ab") as output:
+            # What earlier runs wrote stays.
+            self._log_start = output.tell()
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -138,7 +140,8 @@ class Process:
         self._process.wait()
 
     def _log_end(self) -> str:
-        lines = self.log.read_text(errors="replace").splitlines()[-LINES_SHOWN:]
+        text = self.log.read_bytes()[self._log_start :].decode(errors="replace")
+        lines = text.splitlines()[-LINES_SHOWN:]
         return "\n".join(f"  {line}" for line in lines) or "  (it printed nothing)"
 
 

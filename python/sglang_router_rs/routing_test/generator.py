@@ -176,7 +176,7 @@ class Generator:
     def _read(self, exchange: Exchange, data: bytes, now: float | None = None) -> None:
         try:
             answer = json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise AnswerError(f"the answer is not JSON: {error_text(data)}") from None
         if not isinstance(answer, dict):
             raise AnswerError(f"the answer is not a JSON object: {error_text(data)}")
@@ -184,7 +184,7 @@ class Generator:
             raise AnswerError(error_text(data))
         try:
             self._route.read(exchange, answer, self._now() if now is None else now)
-        except (AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, OverflowError, TypeError, ValueError) as error:
             raise AnswerError(f"the answer has another shape than expected ({error}): {error_text(data)}") from None
         if now is None:
             # Nothing is known of when the tokens of a whole answer came.

@@ -81,10 +81,18 @@ def check(options: Any) -> None:
         if not _is_a(value, wanted):
             names = " or ".join(kind.__name__ for kind in wanted)
             raise OptionError(field.name, value, f"takes {names}, not {type(value).__name__}")
+        if isinstance(value, list):
+            _check_items(field.name, value, _item_kind(shapes[field.name]))
         judge = field.metadata.get("check")
         problem = judge(value) if judge else None
         if problem:
             raise OptionError(field.name, value, problem)
+
+
+def _check_items(name: str, values: list[Any], wanted: type) -> None:
+    for value in values:
+        if not _is_a(value, (wanted,)):
+            raise OptionError(name, values, f"takes a list of {wanted.__name__}, not of {type(value).__name__}")
 
 
 def add_flags(parser: argparse.ArgumentParser, options: type, leave_out: frozenset[str] = frozenset()) -> None:
@@ -100,8 +108,8 @@ def add_flags(parser: argparse.ArgumentParser, options: type, leave_out: frozens
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **settings)
             continue
         if list in kinds:
-            items = typing.get_args(_without_none(shapes[field.name])) or (str,)
-            settings |= {"nargs": "+", "type": _list_parser(items[0])}
+            items = _item_kind(shapes[field.name])
+            settings |= {"action": "extend", "nargs": "+", "type": _list_parser(items)}
         else:
             settings["type"] = _parser(kinds[0])
         parser.add_argument(flag, metavar=field.metadata.get("metavar") or field.name.upper(), **settings)
@@ -152,6 +160,11 @@ def _without_none(shape: Any) -> Any:
     if isinstance(shape, types.UnionType) or typing.get_origin(shape) is typing.Union:
         return next(part for part in typing.get_args(shape) if part is not types.NoneType)
     return shape
+
+
+def _item_kind(shape: Any) -> type:
+    kind: type = typing.get_args(_without_none(shape))[0]
+    return kind
 
 
 def _kinds(shape: Any) -> tuple[type, ...]:

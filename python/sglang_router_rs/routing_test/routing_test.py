@@ -10,6 +10,7 @@ from ..client import Trace
 from . import attribution
 from .about import about
 from .attribution import Row
+from .bench import check_writable
 from .cluster import Cluster, Worker, free_ports
 from .config import RoutingConfig
 from .interruption import interruptible
@@ -47,7 +48,7 @@ class RoutingTest:
         Raises:
             RunError: a process does not start, a port is taken, or the router cannot be measured.
             TracingDisabled, NotThisRouter: of a router that runs already.
-            OptionError: an option does not fit the data, the model or the router.
+            OptionError: an option does not fit the data, the model or the router, or output_dir cannot be written.
             AttributionError: after everything was saved, if the worker of a request is not certain.
             KeyboardInterrupt: likewise, if SIGINT or SIGTERM ended the run.
         """
@@ -77,6 +78,7 @@ class RoutingTest:
         config = self.config
         load = plan(config)
         output = Path(config.output_dir) / "results.csv"
+        check_writable("output_dir", output)
         async with AsyncExitStack() as stack:
             cluster = await stack.enter_async_context(Cluster(output.parent / "logs"))
             if config.start_router:

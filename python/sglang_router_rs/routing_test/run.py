@@ -101,6 +101,11 @@ def attribute(made: Results, exchanges: Sequence[Exchange], traces: dict[str, Tr
             fill(row, trace)
 
 
+def void(made: Results, exchanges: Sequence[Exchange], problem: str) -> None:
+    """Say of every request that its worker is not certain."""
+    made.disagreements += [Disagreement(exchange.request_id, problem) for exchange in exchanges]
+
+
 def save(made: Results, summary: dict[str, Any], output: Path) -> None:
     """Write the rows to ``output``, the summary and the cumulative figures beside it, and print what they amount to.
 
