@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import socket
 import threading
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from aiohttp import web
 from laboratory import LOAD, Bench, Handler, answers, bench, service
@@ -404,6 +406,26 @@ def test_a_full_disk_is_told_in_one_line(tmp_path: Path, tracing: Router, full_d
     done = bench(output, f"--router-url={tracing.url}", *LOAD)
     full_disk(resource.RLIM_INFINITY)
     assert done.status == 1
-    assert done.err == f"error: [Errno 27] cannot write {output}: File too large\n"
+    assert done.err.startswith(f"error: cannot write {output}: File too large; nor elsewhere (cannot write /")
+    assert done.err.endswith("File too large): the results are lost\n")
+    assert done.err.count("\n") == 1
     assert output.read_text() == "earlier\n"
     assert os.listdir(tmp_path) == ["r.csv"]
+
+
+def test_results_that_find_no_room_are_kept_among_temporary_files(
+    tmp_path: Path, tracing: Router, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = results.save_csv
+
+    def save_csv(table: pd.DataFrame, path: Path) -> Path:
+        if path.parent == tmp_path:
+            raise OSError(f"cannot write {path}: No space left on device")
+        return write(table, path)
+
+    monkeypatch.setattr(results, "save_csv", save_csv)
+    done = bench(tmp_path / "r.csv", f"--router-url={tracing.url}", *LOAD)
+    assert done.status == 1
+    refuge = Path(done.err.rpartition("the results are in ")[2].strip())
+    assert len(pd.read_csv(refuge / "r.csv")) > 0
+    shutil.rmtree(refuge)

@@ -6,6 +6,7 @@ it has; a run whose workers are not certain is saved and then refused.
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tempfile
 import uuid
@@ -119,10 +120,19 @@ def save(made: Results, summary: dict[str, Any], output: Path) -> None:
         files = _write(made, summary, output)
     except OSError as error:
         # A run may have taken hours.
-        refuge = Path(tempfile.mkdtemp(prefix="routing-test-")) / output.name
-        _write(made, summary, refuge)
-        raise OSError(f"{error}; the results are in {refuge.parent}") from error
+        raise OSError(f"{error}; {_kept_elsewhere(made, summary, output.name)}") from error
     print("written:", *files)
+
+
+def _kept_elsewhere(made: Results, summary: dict[str, Any], name: str) -> str:
+    """Write the files where there may be room; says where that is."""
+    refuge = Path(tempfile.mkdtemp(prefix="routing-test-"))
+    try:
+        _write(made, summary, refuge / name)
+    except OSError as error:
+        shutil.rmtree(refuge)
+        return f"nor elsewhere ({error}): the results are lost"
+    return f"the results are in {refuge}"
 
 
 def _write(made: Results, summary: dict[str, Any], output: Path) -> list[Path]:

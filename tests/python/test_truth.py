@@ -1,4 +1,4 @@
-"""The verdicts of tools/laboratory.py: what it finds when the laboratory does not tell the truth."""
+"""The verdicts of tools/truth.py: what it finds when the laboratory does not tell the truth."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import laboratory
 import pytest
+import truth
 
 
 def log_of(path: Path, *lines: tuple[str, float, str, int]) -> Path:
@@ -31,9 +31,9 @@ def log(tmp_path: Path) -> Path:
 
 
 def test_requests_at_the_workers_are_counted_from_their_log(log: Path) -> None:
-    events = laboratory.events(log)
-    assert laboratory.most_at_once(events) == 2
-    assert laboratory.mean_in_flight(events) == pytest.approx((2 * 1 + 1 * 2) / 3)
+    events = truth.events(log)
+    assert truth.most_at_once(events) == 2
+    assert truth.mean_in_flight(events) == pytest.approx((2 * 1 + 1 * 2) / 3)
 
 
 def row(req_id: str, gpu: str | None, port: int) -> dict[str, Any]:
@@ -51,11 +51,11 @@ def row(req_id: str, gpu: str | None, port: int) -> dict[str, Any]:
     ],
 )
 def test_a_row_of_another_worker_is_found(log: Path, wrong: list[str], rows: list[dict[str, Any]]) -> None:
-    found = laboratory.whose(SimpleNamespace(rows=rows), log, [1001, 1002])
+    found = truth.whose(SimpleNamespace(rows=rows), log, [1001, 1002])
     assert [line.partition(":")[0] for line in found] == wrong
 
 
 def test_a_measure_that_is_away_is_found() -> None:
-    assert laboratory.away("ttft", 0.104, 0.1, 0.05) == []
-    assert laboratory.away("ttft", 0.106, 0.1, 0.05) == ["ttft is 0.106, not 0.1"]
-    assert laboratory.away("ttft", 0.094, 0.1, 0.05) != []
+    assert truth.away("ttft", 0.104, 0.1, 0.05) == []
+    assert truth.away("ttft", 0.106, 0.1, 0.05) == ["ttft is 0.106, not 0.1"]
+    assert truth.away("ttft", 0.094, 0.1, 0.05) != []

@@ -1,7 +1,7 @@
 """Does the laboratory tell the truth? Its rows against what simulated workers wrote down themselves.
 
-    make bench-laboratory                              the defaults
-    make bench-laboratory LABORATORY="--requests 500"  with options
+    make bench-truth                              the defaults
+    make bench-truth TRUTH="--requests 500"  with options
 
 Three runs of ``RoutingTest``: a steady stream of requests over four workers (is every row's worker the one whose own
 log has the request, and did the requests leave when they should?); many at once (were they in flight together?); and
@@ -183,7 +183,7 @@ def main() -> int:
     made.add_argument("--rate", type=positive, default=500, help="requests per second of the steady run")
     made.add_argument("--at-once", type=int, default=3000, help="requests of the second run")
     made.add_argument("--truth", type=int, default=60, help="requests of the third run")
-    return carry_out("laboratory", parsed(made), run)
+    return carry_out("truth", parsed(made), run)
 
 
 if __name__ == "__main__":
