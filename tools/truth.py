@@ -115,7 +115,7 @@ async def steady(directory: Path, requests: int, rate: float) -> list[Rule]:
 
 async def at_once(directory: Path, requests: int) -> list[Rule]:
     """Are many requests really in flight together?"""
-    load = {"num_requests": requests, "request_rate": float("inf"), "input_len": 64, "output_len": 64}
+    load = {"num_requests": requests, "request_rate": float("inf"), "input_len": 64, "output_len": 128}
     results, log = await run_one(directory, 4, [], policy="round_robin", **load)
     most = most_at_once(events(log))
     few = [] if most > requests * AT_ONCE_SHARE else [f"{most} of {requests}"]
