@@ -406,9 +406,10 @@ def test_a_full_disk_is_told_in_one_line(tmp_path: Path, tracing: Router, full_d
     done = bench(output, f"--router-url={tracing.url}", *LOAD)
     full_disk(resource.RLIM_INFINITY)
     assert done.status == 1
-    assert done.err.startswith(f"error: cannot write {output}: File too large; nor elsewhere (cannot write /")
-    assert done.err.endswith("File too large): the results are lost\n")
-    assert done.err.count("\n") == 1
+    # Beside it may stand how late the generator was.
+    (error,) = [line for line in done.err.splitlines() if not line.startswith("warning: ")]
+    assert error.startswith(f"error: cannot write {output}: File too large; nor elsewhere (cannot write /")
+    assert error.endswith("File too large): the results are lost")
     assert output.read_text() == "earlier\n"
     assert os.listdir(tmp_path) == ["r.csv"]
 
