@@ -147,7 +147,7 @@ def test_an_interrupted_run_keeps_what_is_done(tmp_path: Path) -> None:
     rows, counts = done.rows, done.summary["requests"]
     assert 10 <= len(rows) < 1000
     assert (counts["planned"], counts["total"], counts["succeeded"]) == (1000, len(rows), rows.success.sum())
-    assert counts["succeeded"] >= 8
+    assert counts["succeeded"] > 0
     assert done.summary["interrupted"] is True
     assert (rows.error[~rows.success] == "interrupted before its end").all()
     assert rows.to_server_time.notna().all()
