@@ -12,9 +12,7 @@ from sglang_router_rs.client import AsyncRouterTraceClient, Trace
 from sglang_router_rs.routing_test import attribution
 from sglang_router_rs.routing_test.attribution import NO_HEADER
 from sglang_router_rs.routing_test.exchange import Exchange
-from sglang_router_rs.routing_test.results import Results
 from sglang_router_rs.routing_test.results import row as row_of
-from sglang_router_rs.routing_test.run import attribute
 
 URL = "http://127.0.0.1:30005"
 
@@ -61,8 +59,8 @@ REFUSED_TRACE = {"worker_url": None, "node_id": None, "status": "failed", "reaso
 NO_ANSWER = {"answer_id": None, "answer_port": None}
 
 
-def problems(seen: Exchange, known: Trace | None, **row: Any) -> list[str]:
-    found = list(attribution.disagreements(seen, {**row_of(seen), **row}, known))
+def problems(seen: Exchange, known: Trace | None) -> list[str]:
+    found = list(attribution.disagreements(seen, known))
     assert {one.req_id for one in found} <= {"r-1"}
     return [one.problem for one in found]
 
@@ -118,18 +116,30 @@ def test_an_answer_without_a_trace_is_not_attributed() -> None:
         assert problems(seen, None) == ["the router has no trace of it"]
 
 
-def test_what_an_analysis_wrote_into_the_row_is_checked_too() -> None:
-    assert problems(exchange(), trace(), gpu_id="gpu_4", worker_url=URL) == []
-    assert problems(exchange(), trace(), gpu_id="gpu_5") == ["gpu_id: the row says gpu_5, the trace gpu_4"]
-    assert problems(exchange(), trace(), worker_url="http://w") == [
-        f"worker_url: the row says http://w, the trace {URL}"
-    ]
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({}, []),
+        ({"own": 1}, []),
+        ({"gpu_id": "gpu_5"}, ["gpu_id: the row says gpu_5, the trace gpu_4"]),
+        ({"worker_url": None}, [f"worker_url: the row says None, the trace {URL}"]),
+    ],
+)
+def test_what_an_analysis_wrote_into_the_row_is_checked_too(changed: dict[str, Any], told: list[str]) -> None:
+    row = row_of(exchange())
+    attribution.fill(row, trace())
+    seen = {**row, **changed}
+    found = attribution.restore([exchange()], [seen], {"r-1": trace()})
+    assert [(one.req_id, one.problem) for one in found] == [("r-1", problem) for problem in told]
+    # And taken back; what is the analysis' own stays.
+    assert {name: seen[name] for name in row} == row
+    assert seen.get("own") == changed.get("own")
+    assert list(attribution.restore([exchange()], [{}], {})) == []
 
 
 def test_a_row_is_filled_from_its_trace() -> None:
-    made = Results([row_of(exchange())])
-    attribute(made, [exchange()], {"r-1": trace()})
-    assert made.disagreements == []
+    row = row_of(exchange())
+    assert list(attribution.by_traces([exchange()], [row], {"r-1": trace()})) == []
     told = {
         "worker_url": URL,
         "node_id": "gpu_4",
@@ -143,42 +153,41 @@ def test_a_row_is_filled_from_its_trace() -> None:
         "router_ttft_ms": 41.0,
         "router_latency_ms": 93.0,
     }
-    assert made.rows[0].items() >= told.items()
+    assert row.items() >= told.items()
 
 
 def test_a_request_that_no_worker_was_picked_for_stays_without_one() -> None:
     seen = exchange(**REFUSED, **NO_ANSWER)
-    made = Results([row_of(seen)])
-    attribute(made, [seen], {"r-1": trace(**REFUSED_TRACE)})
-    assert made.disagreements == []
-    assert [made.rows[0][name] for name in ("worker_url", "node_id", "gpu_id", "reason")] == [None] * 4
-    assert made.rows[0]["attempts"] == 0
+    row = row_of(seen)
+    assert list(attribution.by_traces([seen], [row], {"r-1": trace(**REFUSED_TRACE)})) == []
+    assert [row[name] for name in ("worker_url", "node_id", "gpu_id", "reason")] == [None] * 4
+    assert row["attempts"] == 0
 
 
 def test_rows_are_joined_by_id_and_never_by_position() -> None:
     exchanges = [
         exchange(request_id=f"r-{number}", header_worker=f"http://w:{number}", **NO_ANSWER) for number in (1, 2)
     ]
-    made = Results([row_of(one) for one in exchanges])
+    rows = [row_of(one) for one in exchanges]
     traces = {f"r-{number}": trace(request_id=f"r-{number}", worker_url=f"http://w:{number}") for number in (2, 1)}
-    attribute(made, exchanges, traces)
-    assert made.disagreements == []
-    assert [row["worker_url"] for row in made.rows] == ["http://w:1", "http://w:2"]
+    assert list(attribution.by_traces(exchanges, rows, traces)) == []
+    assert [row["worker_url"] for row in rows] == ["http://w:1", "http://w:2"]
 
 
 def test_without_tracking_the_headers_are_the_only_witness() -> None:
     exchanges = [exchange(), exchange(request_id="r-2", header_worker=None), exchange(request_id="r-3", **REFUSED)]
-    made = Results([row_of(one) for one in exchanges])
-    attribute(made, exchanges, None)
-    assert made.disagreements == [("r-2", NO_HEADER)]
-    assert (made.rows[0]["worker_url"], made.rows[0]["gpu_id"]) == (URL, "gpu_4")
-    assert made.rows[2]["worker_url"] is None
+    rows = [row_of(one) for one in exchanges]
+    assert list(attribution.by_headers(exchanges, rows)) == [("r-2", NO_HEADER)]
+    assert (rows[0]["worker_url"], rows[0]["gpu_id"]) == (URL, "gpu_4")
+    assert rows[2]["worker_url"] is None
 
 
 def test_a_worker_that_is_asked_directly_may_not_name_another() -> None:
-    assert list(attribution.strangers(exchange(), URL)) == []
-    assert list(attribution.strangers(exchange(header_worker=None), URL)) == []
-    (found,) = attribution.strangers(exchange(), "http://127.0.0.1:30001")
+    rows = [row_of(exchange())]
+    assert list(attribution.by_address([exchange()], rows, URL)) == []
+    assert list(attribution.by_address([exchange(header_worker=None)], rows, URL)) == []
+    assert rows[0]["worker_url"] == URL
+    (found,) = attribution.by_address([exchange()], rows, "http://127.0.0.1:30001")
     assert URL in found.problem
 
 

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import NoReturn
 from urllib.parse import urlsplit
 
-import aiohttp
-
 from ..client import NotThisRouter, TracingDisabled
 from . import attribution, results
 from .about import about
@@ -20,7 +18,7 @@ from .config import LoadConfig
 from .interruption import interruptible
 from .load import plan
 from .options import OptionError, add_flags, given, option
-from .run import attribute, measure, save, void, warnings
+from .run import attribute, measure, save, warnings
 from .service import Service, prepare
 
 DESCRIPTION = """\
@@ -134,21 +132,9 @@ async def bench(config: BenchConfig) -> results.Results:
     before = service.flush_caches if config.flush_cache else None
     made, exchanges = await measure(target, load, before=before)
     made.about = about(config, target=service.url)
-    if service.has_traces:
-        try:
-            async with service.traces() as client:
-                traces = await attribution.fetch(client, [exchange.request_id for exchange in exchanges])
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError, RuntimeError) as error:
-            # What was measured is not lost with the router.
-            void(made, exchanges, f"the router's traces cannot be read: {str(error) or type(error).__name__}")
-            return made
-        attribute(made, exchanges, traces)
-        if config.decisions is not None:
-            made.decisions = attribution.decisions(traces)
-    else:
-        for exchange, row in zip(exchanges, made.rows, strict=True):
-            made.disagreements += attribution.strangers(exchange, service.url)
-            row["worker_url"] = service.url
+    traces = await attribute(service, made, exchanges)
+    if config.decisions is not None:
+        made.decisions = attribution.decisions(traces)
     return made
 
 

@@ -22,7 +22,7 @@ import pandas as pd
 
 from .. import _core
 from ..client import NotThisRouter, TracingDisabled
-from . import attribution, comparison, report, results
+from . import comparison, report, results
 from .about import about
 from .bench import Parser, check_writable, complain
 from .cluster import Cluster, Process, RunError, Worker, free_ports
@@ -160,11 +160,7 @@ class Comparison:
 
             made, exchanges = await measure(target, load, name, before)
             used = _used(router, spent)
-            traces = None
-            if turn.tracking:
-                async with service.traces() as client:
-                    traces = await attribution.fetch(client, [exchange.request_id for exchange in exchanges])
-            attribute(made, exchanges, traces)
+            await attribute(service, made, exchanges)
         finally:
             cluster.stop(router)
         self._keep(made, name, Run(*turn, made.table, {}, *used), [*load.notes, *lacks])

@@ -146,8 +146,9 @@ class Generator:
                 return ""
         except AnswerError as error:
             return str(error)
-        except asyncio.TimeoutError:
-            return f"no end after {target.timeout_secs:g} s"
+        except asyncio.TimeoutError as error:
+            # Only that of a connection says more.
+            return str(error) or f"no end after {target.timeout_secs:g} s"
         except (aiohttp.ClientError, OSError) as error:
             return f"{type(error).__name__}: {error}"
 

@@ -36,7 +36,7 @@ class RoutingTest:
     def __init__(self, config: RoutingConfig) -> None:
         self.config = config
         self._service = Service(f"http://localhost:{config.base_port}")
-        # What the default fetch_request_traces has read in this run, so that it is not read twice.
+        # Of the last run: they have ended, and need not be read again.
         self._traces: dict[str, Trace] = {}
 
     async def run(self) -> Results:
@@ -59,9 +59,10 @@ class RoutingTest:
 
         Traces that have not ended are waited for, for up to ten seconds.
         """
-        traces = await self._fetch(request_ids)
-        self._traces.update(traces)
-        return traces
+        missing = [name for name in request_ids if name not in self._traces]
+        async with self._service.traces() as client:
+            found = self._traces | await attribution.fetch(client, missing)
+        return {name: found[name] for name in request_ids if name in found}
 
     async def analyze_results(self, results: list[Row], request_ids: Sequence[str]) -> list[Row]:
         """Write what the traces say into rows that have a ``req_id``: worker, node, reason and the router's times.
@@ -86,23 +87,19 @@ class RoutingTest:
             target, _ = await prepare(self._service, config, load)
             made, exchanges = await measure(target, load)
             made.about = about(config, target=self._service.url)
-            ids = [exchange.request_id for exchange in exchanges]
-            await self.analyze_results(made.rows, ids)
-            missing = [name for name in ids if name not in self._traces]
-            traces = {**self._traces, **await self._fetch(missing)}
-            attribute(made, exchanges, traces)
-        summary = made.summary()
-        lines = warnings(made, summary, config.max_concurrency)
-        save(made, summary | {"warnings": lines}, output)
+            self._traces = await attribute(self._service, made, exchanges)
+            try:
+                await self.analyze_results(list(made.rows), [exchange.request_id for exchange in exchanges])
+            finally:
+                made.disagreements += attribution.restore(exchanges, made.rows, self._traces)
+                summary = made.summary()
+                lines = warnings(made, summary, config.max_concurrency)
+                save(made, summary | {"warnings": lines}, output)
         if made.disagreements:
             raise AttributionError("\n".join([*lines, f"saved nevertheless: {output}"]))
         if made.interrupted:
             raise KeyboardInterrupt
         return made
-
-    async def _fetch(self, request_ids: Sequence[str]) -> dict[str, Trace]:
-        async with self._service.traces() as client:
-            return await attribution.fetch(client, request_ids)
 
     async def _start(self, cluster: Cluster, requests: int) -> None:
         config = self.config

@@ -6,6 +6,7 @@ it has; a run whose workers are not certain is saved and then refused.
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import sys
 import tempfile
@@ -14,17 +15,19 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 from tqdm import tqdm
 
 from ..client import Trace
-from . import results
-from .attribution import NO_HEADER, Disagreement, disagreements, fill
+from . import attribution, results
+from .attribution import Disagreement
 from .cluster import RunError
 from .exchange import Exchange
 from .generator import Generator, Sent, Target
 from .interruption import interrupted_by
 from .load import Load
 from .results import Results
+from .service import Service
 
 # A generator this late has not sent the load that was asked for.
 LATE_SECS = 0.020
@@ -85,26 +88,27 @@ async def _send(generator: Generator, load: Load, ids: Sequence[str], warmup: bo
         return await generator.send(load.warmup if warmup else load.requests, ids)
 
 
-def attribute(made: Results, exchanges: Sequence[Exchange], traces: dict[str, Trace] | None) -> None:
-    """Write into the rows what the traces say, and find where the witnesses of a request's worker disagree.
+async def attribute(service: Service, made: Results, exchanges: Sequence[Exchange]) -> dict[str, Trace]:
+    """Write into the rows who served them, and find where the witnesses of a request's worker disagree.
 
-    Without traces the headers of the answers are the only witness, and a successful row without them is found.
+    The witnesses of a router with request tracking are its headers, its traces and the answers; of one without, its
+    headers; a worker is its own. If the router is gone, what was measured is kept, and void. Returns the traces.
     """
-    for exchange, row in zip(exchanges, made.rows, strict=True):
-        if traces is None:
-            row["node_id"] = row["gpu_id"] = exchange.header_node
-            if exchange.succeeded and exchange.header_worker is None:
-                made.disagreements.append(Disagreement(exchange.request_id, NO_HEADER))
-            continue
-        trace = traces.get(exchange.request_id)
-        made.disagreements += disagreements(exchange, row, trace)
-        if trace is not None:
-            fill(row, trace)
-
-
-def void(made: Results, exchanges: Sequence[Exchange], problem: str) -> None:
-    """Say of every request that its worker is not certain."""
-    made.disagreements += [Disagreement(exchange.request_id, problem) for exchange in exchanges]
+    traces: dict[str, Trace] = {}
+    if not service.is_router:
+        made.disagreements += attribution.by_address(exchanges, made.rows, service.url)
+    elif not service.has_traces:
+        made.disagreements += attribution.by_headers(exchanges, made.rows)
+    else:
+        try:
+            async with service.traces() as client:
+                traces = await attribution.fetch(client, [exchange.request_id for exchange in exchanges])
+        except (aiohttp.ClientError, asyncio.TimeoutError, OSError, RuntimeError) as error:
+            problem = f"the router's traces cannot be read: {str(error) or type(error).__name__}"
+            made.disagreements += [Disagreement(exchange.request_id, problem) for exchange in exchanges]
+            return traces
+        made.disagreements += attribution.by_traces(exchanges, made.rows, traces)
+    return traces
 
 
 def save(made: Results, summary: dict[str, Any], output: Path) -> None:

@@ -94,8 +94,8 @@ async def prepare(
                 )
         model = await _model(service, session)
         longest = model.get("max_model_len")
-        if longest is not None:
-            _check_lengths(config, load, int(longest))
+        if isinstance(longest, int):
+            _check_lengths(config, load, longest)
         name = config.model or model.get("id")
         if ROUTES[config.route].needs_model and name is None:
             raise OptionError("model", None, f"{service.url}/v1/models names none; give its name")
