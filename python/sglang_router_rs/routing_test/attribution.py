@@ -124,12 +124,13 @@ def restore(exchanges: Sequence[Exchange], rows: Sequence[Row], traces: Mapping[
         trace = traces.get(exchange.request_id)
         if trace is None:
             continue
-        for column, name in (("worker_url", "worker_url"), ("node_id", "node_id"), ("gpu_id", "node_id")):
-            if row.get(column) != trace[name]:
-                problem = f"{column}: the row says {row.get(column)}, the trace {trace[name]}"
-                yield Disagreement(exchange.request_id, problem)
+        # That the header contradicts the trace has been told.
+        worker, node = exchange.header_worker or trace["worker_url"], trace["node_id"]
+        for column, known in (("worker_url", worker), ("node_id", node), ("gpu_id", node)):
+            if row.get(column) != known:
+                yield Disagreement(exchange.request_id, f"{column}: the row says {row.get(column)}, the trace {known}")
         fill(row, trace)
-        row["worker_url"] = exchange.header_worker or trace["worker_url"]
+        row["worker_url"] = worker
 
 
 def _problems(exchange: Exchange, trace: Trace | None) -> Iterable[str]:
