@@ -57,7 +57,7 @@ def bench(output: Path, *flags: str) -> Bench:
 def arrived(log: Path) -> dict[str, int]:
     """The port that each request arrived at, by id, from the workers' own log."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    asked = [(line["request_id"], line["port"]) for line in lines if line["event"] == "arrived"]
+    asked = [(line["request_id"], line["port"]) for line in lines if line["event"] == "arrived" and line["request_id"]]
     assert len(asked) == len({name for name, _ in asked}), "an id was used twice, or sent to two workers"
     return dict(asked)
 

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from laboratory import requests
-from sglang_router_rs.routing_test.config import ROUTES as PATHS
 from sglang_router_rs.routing_test.exchange import (
     ERROR_CHARS,
     ROUTES,
@@ -20,7 +19,7 @@ from sglang_router_rs.routing_test.exchange import (
     error_text,
 )
 
-GENERATE, COMPLETIONS, CHAT = PATHS
+GENERATE, COMPLETIONS, CHAT = ROUTES
 
 events = st.lists(st.binary(min_size=1, max_size=20).filter(lambda data: not set(data) & set(b"\r\n")), max_size=8)
 
@@ -156,7 +155,7 @@ def test_an_abort_is_no_success(route: str, frame: Json, message: str) -> None:
     assert str(error.value) == message
 
 
-@pytest.mark.parametrize("route", PATHS)
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("stream", [True, False])
 def test_bodies_ask_for_so_many_tokens(route: str, stream: bool) -> None:
     request = requests(1, output_length=7)[0]
@@ -200,7 +199,7 @@ leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_s
 values = st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner), max_leaves=12)
 
 
-@given(values, st.sampled_from(PATHS))
+@given(values, st.sampled_from(sorted(ROUTES)))
 def test_an_answer_of_any_shape_is_read_or_refused(value: object, route: str) -> None:
     answer = {"meta_info": value, "choices": value, "usage": value}
     made = exchange()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sglang_router_rs import _core
 from sglang_router_rs.routing_test import LoadConfig, OptionError, RoutingConfig
 from sglang_router_rs.routing_test import options as lab
 from sglang_router_rs.routing_test.bench import BenchConfig
@@ -30,7 +31,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "arrivals": st.sampled_from(ARRIVALS),
     "range_ratio": st.floats(0, 1),
     "input_len": st.integers(1, 10**6),
-    "route": st.sampled_from(ROUTES),
+    "route": st.sampled_from(sorted(ROUTES)),
     "model": texts,
     "stream": st.booleans(),
     "seed": st.integers(0, 2**64),
@@ -39,8 +40,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "base_port": st.integers(0, 65535),
     "gpu_ids": st.lists(st.integers(0, 99), min_size=1, unique=True),
     "worker_args": st.lists(words, min_size=1),
-    "worker_urls": st.lists(words, min_size=1),
-    "policy": texts,
+    "policy": st.sampled_from([policy["name"] for policy in _core.policies()]),
 }
 
 
@@ -101,12 +101,12 @@ def test_a_value_of_another_type_is_named(options: type) -> None:
         ("num_requests", True, "takes int, not bool"),
         ("num_requests", "5", "takes int, not str"),
         ("num_requests", None, "takes int, not NoneType"),
-        ("request_rate", 0, "must be a number above 0, or inf"),
-        ("request_rate", -0.5, "must be a number above 0, or inf"),
-        ("request_rate", math.nan, "must be a number above 0, or inf"),
-        ("request_rate", -math.inf, "must be a number above 0, or inf"),
+        ("request_rate", 0, "must be a number from 1e-06 on, or inf"),
+        ("request_rate", -0.5, "must be a number from 1e-06 on, or inf"),
+        ("request_rate", math.nan, "must be a number from 1e-06 on, or inf"),
+        ("request_rate", -math.inf, "must be a number from 1e-06 on, or inf"),
         ("request_rate", True, "takes float, not bool"),
-        ("trace_speed", math.inf, "must be a number above 0"),
+        ("trace_speed", math.inf, "must be a number from 1e-06 on"),
         ("range_ratio", math.nan, "must be between 0 and 1"),
         ("range_ratio", 1.5, "must be between 0 and 1"),
         ("arrivals", "uniform", "must be one of poisson, constant, burst, trace"),

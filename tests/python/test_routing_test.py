@@ -192,12 +192,15 @@ def test_an_analysis_may_add_to_the_rows(tmp_path: Path, running: Router) -> Non
             assert [row["req_id"] for row in results] == list(request_ids)
             results = await super().analyze_results(results, request_ids)
             for row in results:
-                row["sglang_share_time"] = row["server_latency"] / 2
+                row["half"] = row["server_latency"] / 2
+            results[0]["note"] = "the first"
             return results
 
     run(Test(config(tmp_path, start_router=False, base_port=running.port)))
     rows = pd.read_csv(tmp_path / "results.csv")
-    assert (rows.sglang_share_time - rows.server_latency / 2).abs().max() < 2e-6
+    assert list(rows.columns[-2:]) == ["half", "note"]
+    assert (rows.half - rows.server_latency / 2).abs().max() < 2e-6
+    assert rows.note.dropna().to_dict() == {0: "the first"}
 
 
 def test_an_analysis_that_names_another_worker_voids_the_run(tmp_path: Path, running: Router) -> None:
@@ -261,14 +264,32 @@ def test_what_does_not_start_is_told_with_its_own_words(tmp_path: Path) -> None:
     port = free_ports(1)[0]
     with pytest.raises(RunError, match=r"(?s)worker-gpu_0 ended with status 2:.*--frobnicate"):
         run(RoutingTest(config(tmp_path, worker_base_port=port, num_workers=1, worker_args=["--frobnicate"])))
-    for value in (7, "often"):
-        with pytest.raises(RunError, match=r"(?s)router ended with status .*--cache-threshold") as error:
-            run(RoutingTest(config(tmp_path, worker_urls=["http://h:1"], router_options={"cache_threshold": value})))
-        # Not what the log has of an earlier one.
-        assert str(error.value).count("error: ") == 1
-    for options in ({"no such": 1}, {"node_ids": 1}):
-        with pytest.raises(OptionError, match="router_options"):
-            run(RoutingTest(config(tmp_path, worker_urls=["http://h:1"], router_options=options)))
+    # Not what the log has of an earlier one.
+    (tmp_path / "logs" / "worker-gpu_0.log").write_text("error: long ago\n")
+    with pytest.raises(RunError, match="ended with status 2") as error:
+        run(RoutingTest(config(tmp_path, worker_base_port=port, num_workers=1, worker_args=["--frobnicate"])))
+    assert str(error.value).count("error: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"router_options": {"no such": 1}}, "router_options"),
+        ({"router_options": {"node_ids": {}}}, "the run sets it"),
+        ({"router_options": {"enable_request_tracking": False}}, "an option of the run"),
+        ({"router_options": {"cache_threshold": 7}}, "from 0 to 1"),
+        ({"router_options": {"cache_threshold": "often"}}, "from 0 to 1"),
+        ({"policy": "cacheaware"}, "must be one of"),
+        ({"worker_base_port": 65535, "num_workers": 2}, "65536"),
+        ({"worker_urls": ["http://h:1"], "gpu_ids": [7]}, "has no effect"),
+        ({"start_router": False, "policy": "random"}, "has no effect"),
+        ({"start_router": False, "worker_urls": ["http://h:1"]}, "has no effect"),
+        ({"trace_speed": 2.0}, "has no effect"),
+    ],
+)
+def test_options_that_cannot_act_are_refused(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(OptionError, match=told):
+        RoutingConfig(**options)
 
 
 def test_a_router_that_cannot_be_measured_is_refused(tmp_path: Path, running: Router, log: Path) -> None:

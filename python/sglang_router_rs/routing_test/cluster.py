@@ -35,6 +35,8 @@ WORKER_START_SECS = 1800.0
 ROUTER_START_SECS = 60.0
 STOP_SECS = 20.0
 LOOK_EVERY_SECS = 0.05
+# Of the kernel's clocks of a process, the one that the scheduler keeps.
+_CPUCLOCK_SCHED = 2
 # Of a log, in the message about a process that ended.
 LINES_SHOWN = 15
 
@@ -63,7 +65,8 @@ def check_free(port: int) -> None:
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            raise RunError(f"port {port}: {error.strerror}; stop what listens there, or take another port") from None
+            reason = f"{error.strerror}, by a server or an outgoing connection"
+            raise RunError(f"port {port}: {reason}; stop that, or take another port") from None
 
 
 @dataclass(frozen=True)
@@ -96,10 +99,9 @@ class Process:
 
     @property
     def cpu_secs(self) -> float:
-        """Processor time it has taken, in user and system mode together."""
-        # The name of the program, in brackets, may hold spaces.
-        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        """Processor time it has taken, in user and system mode together, to the nanosecond."""
+        # The id of another process's clock, as clock_getcpuclockid(3) makes it on Linux: /proc counts in 10 ms only.
+        return time.clock_gettime((~self._process.pid << 3) | _CPUCLOCK_SCHED)
 
     @property
     def resident_bytes(self) -> int:

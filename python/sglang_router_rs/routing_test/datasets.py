@@ -98,7 +98,11 @@ def read(source: Source) -> tuple[list[Entry], list[str]]:
     except OSError as error:
         raise source.wrong(f"cannot be read: {error.strerror or error}") from error
     if len(entries) < source.config.num_requests:
-        raise OptionError("num_requests", source.config.num_requests, f"{path} has only {len(entries)} {things}")
+        raise OptionError(
+            "num_requests",
+            source.config.num_requests,
+            f"{path} has only {len(entries)} {things}: ask for {len(entries)}",
+        )
     return entries, notes
 
 

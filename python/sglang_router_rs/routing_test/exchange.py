@@ -10,10 +10,12 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .columns import STAMP_ENDS
-from .load import Request
+
+if TYPE_CHECKING:
+    from .load import Request
 
 Json = dict[str, Any]
 

@@ -133,12 +133,16 @@ class Generator:
         headers = {**target.headers, "content-type": "application/json", "x-request-id": exchange.request_id}
         try:
             async with session.post(
-                target.url + target.route, data=json.dumps(body).encode(), headers=headers, trace_request_ctx=exchange
+                target.url + target.route,
+                data=json.dumps(body).encode(),
+                headers=headers,
+                allow_redirects=False,
+                trace_request_ctx=exchange,
             ) as response:
                 exchange.http_status = response.status
                 exchange.header_worker = response.headers.get("x-sglang-worker")
                 exchange.header_node = response.headers.get("x-sglang-node")
-                if not response.ok:
+                if not 200 <= response.status < 300:
                     return f"HTTP {response.status}: {error_text(await response.read())}"
                 if response.content_type == "text/event-stream":
                     return await self._read_stream(response, exchange)

@@ -33,19 +33,19 @@ class OptionError(ValueError):
 Check = Callable[[Any], "str | None"]
 
 
-def at_least(lowest: float) -> Check:
-    """Numbers from ``lowest`` on; not NaN, not infinite."""
-    return lambda value: None if lowest <= value < math.inf else f"must be a number from {lowest:g} on"
-
-
-def above(bound: float, infinite: bool = False) -> Check:
-    """Numbers above ``bound``, and ``inf`` where that means something."""
+def at_least(lowest: float, infinite: bool = False) -> Check:
+    """Numbers from ``lowest`` on, and ``inf`` where that means something; never NaN."""
 
     def check(value: float) -> str | None:
-        fits = value > bound and (infinite or value < math.inf)
-        return None if fits else f"must be a number above {bound:g}{', or inf' if infinite else ''}"
+        fits = value >= lowest and (infinite or value < math.inf)
+        return None if fits else f"must be a number from {lowest:g} on{', or inf' if infinite else ''}"
 
     return check
+
+
+def above(bound: float) -> Check:
+    """Numbers above ``bound``; not NaN, not infinite."""
+    return lambda value: None if bound < value < math.inf else f"must be a number above {bound:g}"
 
 
 def between(lowest: float, highest: float) -> Check:

@@ -21,6 +21,9 @@ from .exchange import Exchange
 # A microsecond: finer than the clock of an event loop.
 _DECIMALS = "%.6f"
 
+# Tokens in a summary, and whose sum they are.
+_TOKENS = {"prompt": "prompt_tokens", "cached": "cached_tokens", "completion": "completion_tokens"}
+
 # The clients' measures that a summary describes, in seconds.
 _MEASURES = ("ttft", "itl_mean", "server_latency", "total_latency", "queue_time")
 _ROUTER_MEASURES = ("router_queue_ms", "router_ttft_ms", "router_latency_ms")
@@ -91,11 +94,13 @@ def _gap_p99(gaps: Sequence[tuple[float, int]]) -> float | None:
 
 
 def frame(rows: Sequence[Row]) -> pd.DataFrame:
-    """Rows as a table: the columns in their order, then SGLang's stamps by name."""
-    stamps = sorted({name for row in rows for name in row if name.startswith(STAMP_PREFIX)})
+    """Rows as a table: the columns in their order, SGLang's stamps by name, then what an analysis has added."""
+    given = dict.fromkeys(name for row in rows for name in row)
+    stamps = sorted(name for name in given if name.startswith(STAMP_PREFIX))
     kinds = {column.name: column.kind for column in COLUMNS} | dict.fromkeys(stamps, "Float64")
     table = {name: pd.array([row.get(name) for row in rows], dtype=kind) for name, kind in kinds.items()}  # type: ignore[call-overload]
-    return pd.DataFrame(table)
+    added = {name: pd.Series([row.get(name) for row in rows], dtype=object) for name in given if name not in kinds}
+    return pd.DataFrame({**table, **{name: values.convert_dtypes() for name, values in added.items()}})
 
 
 def described(values: pd.Series[Any]) -> dict[str, float | int | None]:
@@ -108,35 +113,42 @@ def described(values: pd.Series[Any]) -> dict[str, float | int | None]:
 
 
 def _part(rows: pd.DataFrame, duration_secs: float) -> dict[str, Any]:
-    """What some requests amount to; rates are over the duration of the whole run."""
+    """What some requests amount to. Tokens, rates and latencies are of those that succeeded: a refusal is no service.
+
+    Rates are over the duration of the whole run. What one of them does not tell is not known of all.
+    """
     good = rows[rows["success"].fillna(False).astype(bool)]
     known = good.dropna(subset=["prompt_tokens", "cached_tokens"])
-    prompt, cached, made = (int(rows[name].sum()) for name in ("prompt_tokens", "cached_tokens", "decode_length"))
+    tokens = {name: _total(good[column]) for name, column in _TOKENS.items()}
     known_prompt = int(known["prompt_tokens"].sum())
     return {
         "requests": {"total": len(rows), "succeeded": len(good), "failed": len(rows) - len(good)},
-        "tokens": {"prompt": prompt, "cached": cached, "completion": made},
+        "tokens": tokens,
         "hit_rate": int(known["cached_tokens"].sum()) / known_prompt if known_prompt else None,
         "rates": {
             "requests_per_sec": _rate(len(good), duration_secs),
-            "prompt_tokens_per_sec": _rate(prompt, duration_secs),
-            "completion_tokens_per_sec": _rate(made, duration_secs),
+            "prompt_tokens_per_sec": _rate(tokens["prompt"], duration_secs),
+            "completion_tokens_per_sec": _rate(tokens["completion"], duration_secs),
         },
-        # Of requests that succeeded: a refusal is quick, and no service.
         "secs": {name: described(good[name]) for name in _MEASURES},
         "router_ms": {name: described(good[name]) for name in _ROUTER_MEASURES},
     }
 
 
-def _rate(count: float, secs: float) -> float | None:
-    return count / secs if secs > 0 else None
+def _total(counts: pd.Series[Any]) -> int | None:
+    return None if counts.isna().any() else int(counts.sum())
+
+
+def _rate(count: float | None, secs: float) -> float | None:
+    return count / secs if count is not None and secs > 0 else None
 
 
 def cumulative(rows: pd.DataFrame) -> pd.DataFrame:
     """Throughput and latency so far, at each request's end: a line for its node and one for the system.
 
     Throughputs are in tokens per second since the first arrival: tokens that the worker counted, prompt and answer.
-    ``AVG_LATENCY`` is the mean ``total_latency`` in seconds of the requests that have succeeded so far.
+    ``AVG_LATENCY`` is the mean ``total_latency`` in seconds of the requests that have succeeded so far. From the first
+    request on whose tokens nobody told, a throughput is not known.
     """
     good = rows[rows["success"].fillna(False).astype(bool)].sort_values("finish_time", kind="stable")
     parts = [_running(good, SYSTEM), *(_running(part, str(node)) for node, part in good.groupby("node_id"))]
@@ -152,8 +164,8 @@ def _running(good: pd.DataFrame, node: str) -> pd.DataFrame:
             "time": time,
             "node_id": node,
             "finished": finished,
-            "PREFILL_THROUGHPUT": good["prompt_tokens"].cumsum() / time,
-            "DECODE_THROUGHPUT": good["completion_tokens"].cumsum() / time,
+            "PREFILL_THROUGHPUT": good["prompt_tokens"].cumsum(skipna=False) / time,
+            "DECODE_THROUGHPUT": good["completion_tokens"].cumsum(skipna=False) / time,
             "AVG_LATENCY": good["total_latency"].cumsum() / finished,
         }
     )
@@ -199,6 +211,7 @@ class Results:
             **total,
             "mean_in_flight": _rate(float(rows["server_latency"].sum()), duration),
             "arrivals": self._arrivals(rows),
+            "wait_secs": _waits(rows),
             "nodes": nodes,
             "disagreements": [{"req_id": name, "problem": problem} for name, problem in self.disagreements],
         }
@@ -271,14 +284,24 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
+def _waits(rows: pd.DataFrame) -> dict[str, float | None]:
+    """The median TTFT, or latency where nothing is streamed, of the first and of the last quarter to arrive."""
+    good = rows[rows["success"].fillna(False).astype(bool)].sort_values("arrival_time", kind="stable")
+    waits = good["ttft" if good["ttft"].notna().any() else "total_latency"].dropna().to_numpy(dtype=float)
+    quarter = len(waits) // 4
+    if not quarter:
+        return {"first_quarter": None, "last_quarter": None}
+    return {"first_quarter": float(np.median(waits[:quarter])), "last_quarter": float(np.median(waits[-quarter:]))}
+
+
 def save_csv(table: pd.DataFrame, path: Path) -> Path:
     """Write a table; returns where it is."""
-    return _save(path, table.to_csv(index=False, float_format=_DECIMALS))
+    return save_text(path, table.to_csv(index=False, float_format=_DECIMALS))
 
 
 def save_json(value: dict[str, Any], path: Path) -> Path:
     """Write an object; returns where it is. What is not a number is ``null``."""
-    return _save(path, json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return save_text(path, json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _plain(value: Any) -> Any:
@@ -291,7 +314,7 @@ def _plain(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def _save(path: Path, text: str) -> Path:
+def save_text(path: Path, text: str) -> Path:
     """Write a file whole or not at all: what was there before is not lost to a full disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -10,13 +10,13 @@ from ..client import Trace
 from . import attribution
 from .about import about
 from .attribution import Row
-from .bench import check_writable
 from .cluster import Cluster, Worker, free_ports
-from .config import RoutingConfig
+from .command import check_writable
+from .config import RoutingConfig, tracking_settings
 from .interruption import interruptible
-from .load import plan
+from .load import Load, plan
 from .results import Results
-from .run import AttributionError, attribute, measure, save, warnings
+from .run import AttributionError, attribute, measure, save, tell, warnings
 from .service import Service, prepare
 
 
@@ -35,7 +35,7 @@ class RoutingTest:
 
     def __init__(self, config: RoutingConfig) -> None:
         self.config = config
-        self._service = Service(f"http://localhost:{config.base_port}")
+        self._service = self._at(config.base_port)
         # Of the last run: they have ended, and need not be read again.
         self._traces: dict[str, Trace] = {}
 
@@ -83,10 +83,12 @@ class RoutingTest:
         async with AsyncExitStack() as stack:
             cluster = await stack.enter_async_context(Cluster(output.parent / "logs"))
             if config.start_router:
-                await self._start(cluster, len(load.requests) + len(load.warmup))
-            target, _ = await prepare(self._service, config, load)
-            made, exchanges = await measure(target, load)
-            made.about = about(config, target=self._service.url)
+                await self._start(cluster, load)
+            target, notes = await prepare(self._service, config, load)
+            tell(notes)
+            before = self._service.flush_caches if config.flush_cache else None
+            made, exchanges = await measure(target, load, before=before)
+            made.about = about(config, target=self._service.url, notes=notes)
             self._traces = await attribute(self._service, made, exchanges)
             try:
                 await self.analyze_results(list(made.rows), [exchange.request_id for exchange in exchanges])
@@ -101,16 +103,20 @@ class RoutingTest:
             raise KeyboardInterrupt
         return made
 
-    async def _start(self, cluster: Cluster, requests: int) -> None:
+    def _at(self, port: int) -> Service:
+        config = self.config
+        return Service(f"http://localhost:{port}", api_key=config.api_key, admin_api_key=config.admin_api_key)
+
+    async def _start(self, cluster: Cluster, load: Load) -> None:
         config = self.config
         if config.base_port == 0:
             config.base_port = free_ports(1)[0]
-            self._service = Service(f"http://localhost:{config.base_port}")
+            self._service = self._at(config.base_port)
         if config.worker_urls is not None:
             workers = [Worker(url) for url in config.worker_urls]
         else:
             gpus = config.gpus
             ports = [config.worker_base_port + index for index in range(len(gpus))]
             workers = await cluster.start_workers(ports, gpus, config.model_path, config.worker_args)
-        options = {"enable_request_tracking": True, "max_trace_entries": requests, **(config.router_options or {})}
-        await cluster.start_router(config.base_port, workers, {"policy": config.policy, **options})
+        settings = {"policy": config.policy, **tracking_settings(load, config), **(config.router_options or {})}
+        await cluster.start_router(config.base_port, workers, settings)

@@ -10,6 +10,7 @@ import asyncio
 import shutil
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -24,19 +25,29 @@ from .attribution import Disagreement
 from .cluster import RunError
 from .exchange import Exchange
 from .generator import Generator, Sent, Target
-from .interruption import interrupted_by
+from .interruption import interrupted_by, interruptible
 from .load import Load
 from .results import Results
 from .service import Service
 
 # A generator this late has not sent the load that was asked for.
 LATE_SECS = 0.020
+# Waits that have grown that much, by a factor and by seconds, go on growing.
+GROWN, GROWN_SECS = 3, 0.5
+# How often a run is heard of without a terminal.
+TOLD_EVERY_SECS = 10.0
 # Of a list of requests, in a message.
 SHOWN = 10
 
 
 class AttributionError(RunError):
     """The worker of some requests is not certain: the results are void."""
+
+
+def tell(notes: Sequence[str]) -> None:
+    """Say before a run what its user should know of it."""
+    for line in notes:
+        print(f"note: {line}", file=sys.stderr)
 
 
 async def measure(
@@ -55,15 +66,20 @@ async def measure(
     # No two runs have an id in common, however often the same load is sent.
     run = uuid.uuid4().hex[:12]
     ids = [f"{run}-{number:06d}" for number in range(len(load.requests))]
-    failed = 0
+    done = failed = 0
+    told_at = time.monotonic()
     with tqdm(total=len(ids), desc=name, unit="req", disable=None, dynamic_ncols=True) as bar:
 
         def on_end(exchange: Exchange) -> None:
-            nonlocal failed
+            nonlocal done, failed, told_at
+            done += 1
             if not exchange.succeeded:
                 failed += 1
                 bar.set_postfix(failed=failed, refresh=False)
             bar.update()
+            if bar.disable and time.monotonic() > told_at + TOLD_EVERY_SECS:
+                told_at = time.monotonic()
+                print(f"{name}: {done} of {len(ids)}", file=sys.stderr)
 
         sent = await _send(Generator(target, on_end), load, ids)
     rows = [results.row(exchange) for exchange in sent.exchanges]
@@ -102,8 +118,10 @@ async def attribute(service: Service, made: Results, exchanges: Sequence[Exchang
     else:
         try:
             async with service.traces() as client:
-                traces = await attribution.fetch(client, [exchange.request_id for exchange in exchanges])
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError, RuntimeError) as error:
+                ids = [exchange.request_id for exchange in exchanges]
+                traces = await interruptible(attribution.fetch(client, ids))
+        except (aiohttp.ClientError, asyncio.TimeoutError, OSError, RuntimeError, KeyboardInterrupt) as error:
+            made.interrupted |= isinstance(error, KeyboardInterrupt)
             problem = f"the router's traces cannot be read: {str(error) or type(error).__name__}"
             made.disagreements += [Disagreement(exchange.request_id, problem) for exchange in exchanges]
             return traces
@@ -128,6 +146,11 @@ def save(made: Results, summary: dict[str, Any], output: Path) -> None:
     print("written:", *files)
 
 
+def beside(output: Path, what: str) -> Path:
+    """Where another file of the run goes: ``results.csv`` has ``results.summary.json`` beside it."""
+    return output.with_name(f"{output.name.removesuffix('.csv')}.{what}")
+
+
 def _kept_elsewhere(made: Results, summary: dict[str, Any], name: str) -> str:
     """Write the files where there may be room; says where that is."""
     refuge = Path(tempfile.mkdtemp(prefix="routing-test-"))
@@ -143,8 +166,8 @@ def _write(made: Results, summary: dict[str, Any], output: Path) -> list[Path]:
     table = made.table
     return [
         results.save_csv(table, output),
-        results.save_json(summary, output.with_suffix(".summary.json")),
-        results.save_csv(results.cumulative(table), output.with_suffix(".cumulative.csv")),
+        results.save_json(summary, beside(output, "summary.json")),
+        results.save_csv(results.cumulative(table), beside(output, "cumulative.csv")),
     ]
 
 
@@ -156,6 +179,16 @@ def warnings(made: Results, summary: dict[str, Any], limit: int | None) -> list[
         lines.insert(0, f"THE WORKER OF {requests} REQUESTS IS NOT CERTAIN, these results are void:")
     if made.interrupted:
         lines.append(f"interrupted: {len(made.rows)} of {made.planned} requests were sent")
+    failed, total = summary["requests"]["failed"], summary["requests"]["total"]
+    if failed:
+        lines.append(f"{failed} of {total} requests failed")
+    early, late_on = summary["wait_secs"]["first_quarter"], summary["wait_secs"]["last_quarter"]
+    if early is not None and late_on is not None and late_on > GROWN * early + GROWN_SECS:
+        lines.append(
+            f"requests waited longer and longer: {early:.3g} s in the first quarter, {late_on:.3g} s in the last "
+            "(median). The workers were given more than they can bear, and latencies tell how long that went on: lower "
+            "--request-rate or --trace-speed, or add workers"
+        )
     arrivals = summary["arrivals"]
     late, lag = (arrivals[name]["p99"] for name in ("lateness_secs", "loop_lag_secs"))
     if late is None or late <= LATE_SECS:
@@ -165,12 +198,13 @@ def warnings(made: Results, summary: dict[str, Any], limit: int | None) -> list[
             f"1 % of the requests left more than {late * 1e3:.0f} ms late; they may wait for one of {limit} places"
         )
     elif arrivals["scheduled_span_secs"] == 0:
-        lines.append(f"all were to leave at once, and left within {arrivals['achieved_span_secs'] * 1e3:.0f} ms")
+        last = arrivals["lateness_secs"]["max"]
+        lines.append(f"all were to leave at once; the last left {last * 1e3:.0f} ms after the start")
     else:
         lines.append(
             f"THE GENERATOR DID NOT KEEP UP: 1 % of the requests left more than {late * 1e3:.0f} ms late; what was "
-            "measured is another load than the one asked for. Lower the rate or the tokens per answer, or give it a "
-            "core of its own"
+            "measured is another load than the one asked for. Lower the rate (--request-rate, --trace-speed) or the "
+            "tokens per answer, or give it a core of its own"
         )
     if lag is not None and lag > LATE_SECS:
         lines.append(f"the generator's own clock was {lag * 1e3:.0f} ms late at p99: times are no better than that")
