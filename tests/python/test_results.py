@@ -158,7 +158,7 @@ def test_a_summary_with_known_answers(tmp_path: Path) -> None:
     assert summary["duration_secs"] == 5.0
     assert summary["tokens"] == {"prompt": 40, "cached": 20, "completion": 16}
     assert summary["hit_rate"] == 0.5
-    rates = {"requests_per_sec": 0.8, "prompt_tokens_per_sec": 8.0, "completion_tokens_per_sec": 3.6}
+    rates = {"requests_per_sec": 0.8, "prompt_tokens_per_sec": 8.0, "completion_tokens_per_sec": 3.2}
     assert summary["rates"] == pytest.approx(rates)
     # The seconds that requests spent at the workers, per second: Little's law.
     assert summary["mean_in_flight"] == pytest.approx((1 + 2 + 3 + 4 + 0.25 + 5) / 5)

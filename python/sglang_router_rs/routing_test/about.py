@@ -30,8 +30,8 @@ def _without_secrets(settings: dict[str, Any]) -> dict[str, Any]:
     def shown(name: str, value: Any) -> Any:
         if isinstance(value, dict):
             return _without_secrets(value)
-        if isinstance(value, list):
-            return _masked(map(str, value))
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return _masked(value)
         return "***" if SECRET.search(name) and value is not None else value
 
     return {name: shown(name, value) for name, value in settings.items()}

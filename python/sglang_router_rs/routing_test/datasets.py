@@ -98,6 +98,7 @@ def read(source: Source) -> tuple[list[Entry], list[str]]:
     except OSError as error:
         raise source.wrong(f"cannot be read: {error.strerror or error}") from error
     if len(entries) < source.config.num_requests:
+        more = f": ask for {len(entries)}" if entries else ""
         raise OptionError(
             "num_requests",
             source.config.num_requests,
