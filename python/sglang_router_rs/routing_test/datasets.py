@@ -102,7 +102,7 @@ def read(source: Source) -> tuple[list[Entry], list[str]]:
         raise OptionError(
             "num_requests",
             source.config.num_requests,
-            f"{path} has only {len(entries)} {things}: ask for {len(entries)}",
+            f"{path} has only {len(entries)} {things}{more}",
         )
     return entries, notes
 
