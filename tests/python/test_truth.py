@@ -59,3 +59,58 @@ def test_a_measure_that_is_away_is_found() -> None:
     assert truth.away("ttft", 0.104, 0.1, 0.05) == []
     assert truth.away("ttft", 0.106, 0.1, 0.05) == ["ttft is 0.106, not 0.1"]
     assert truth.away("ttft", 0.094, 0.1, 0.05) != []
+
+
+def against(rules: list[Any]) -> list[str]:
+    return [rule.name.strip() for rule in rules if rule.against]
+
+
+def run_of(rows: list[dict[str, Any]], **more: Any) -> Any:
+    """Results of which the rules look at these."""
+    arrivals = {
+        "achieved_span_secs": 10.0,
+        "scheduled_span_secs": 10.0,
+        "lateness_secs": {"p99": 0.001, "max": 0.01},
+        **more,
+    }
+    summary = {"requests": {"errors": {}}, "arrivals": arrivals, "config": {"worker_base_port": 1001}}
+    return SimpleNamespace(rows=rows, planned=len(rows), summary=lambda: summary)
+
+
+RIGHT = [row("a", "gpu_0", 1001), row("b", "gpu_1", 1002)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "found"),
+    [
+        (RIGHT, {}, ""),
+        ([RIGHT[0], row("b", "gpu_0", 1001)], {}, "each row's gpu_id"),
+        (RIGHT, {"achieved_span_secs": 10.2}, "they left over their schedule"),
+        (RIGHT, {"lateness_secs": {"p99": 0.03, "max": 0.03}}, "1 % left later"),
+    ],
+)
+def test_the_steady_run_is_judged(log: Path, rows: list[dict[str, Any]], more: dict[str, Any], found: str) -> None:
+    said = against(truth.steady_rules(run_of(rows, **more), log, 500))
+    assert len(said) == (1 if found else 0)
+    assert all(name.startswith(found) for name in said)
+
+
+def test_too_few_at_once_are_found(log: Path) -> None:
+    assert against(truth.at_once_rules(run_of(RIGHT), log)) == []
+    assert len(against(truth.at_once_rules(run_of([*RIGHT, row("c", "gpu_0", 1001)]), log))) == 1
+
+
+def test_times_that_are_not_those_that_were_set_are_found(tmp_path: Path) -> None:
+    log = log_of(tmp_path / "log", ("arrived", 0.0, "a", 1001), ("ended", 2.1, "a", 1001))
+    right = {"ttft": 0.1, "itl_mean": 2 / 99, "server_latency": 2.1}
+
+    def judged(**more: float) -> list[str]:
+        measured = {**right, **more}
+        rows = [{name: str(value) for name, value in measured.items()}]
+        secs = {name: {"mean": value} for name, value in measured.items()}
+        return against(truth.truth_rules({"requests": {"errors": {}}, "duration_secs": 2.1, "secs": secs}, rows, log))
+
+    assert judged() == []
+    assert any("ttft" in name for name in judged(ttft=0.12))
+    assert any("itl_mean" in name for name in judged(itl_mean=0.03))
+    assert any("Little" in name for name in judged(server_latency=2.5))

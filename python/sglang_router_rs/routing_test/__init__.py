@@ -17,9 +17,10 @@ for _name in ("matplotlib", "numpy", "pandas", "scipy", "tqdm"):
     if find_spec(_name) is None:
         raise ImportError(f"the routing laboratory needs {_name}: pip install 'sglang_router_rs[bench]'")
 
+from .cluster import RunError  # noqa: E402
 from .config import LoadConfig, RoutingConfig  # noqa: E402
 from .options import OptionError  # noqa: E402
 from .routing_test import RoutingTest  # noqa: E402
 from .run import AttributionError  # noqa: E402
 
-__all__ = ["AttributionError", "LoadConfig", "OptionError", "RoutingConfig", "RoutingTest"]
+__all__ = ["AttributionError", "LoadConfig", "OptionError", "RoutingConfig", "RoutingTest", "RunError"]
