@@ -99,7 +99,12 @@ def test_what_is_done_is_kept_when_it_is_interrupted(number: signal.Signals, tmp
     rows = pd.read_csv(tmp_path / "rows.csv")
     assert (rows.policy == "random").sum() == 100
     assert (rows.policy == "round_robin").sum() < 100
-    assert (tmp_path / "report.html").exists()
+    # Only the run that is whole is compared.
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {it["policy"] for it in summary["metrics"]} == {"random"}
+    assert summary["left_out"][-1] == "No whole run, and so not compared: round_robin."
+    assert summary["left_out"][-1] in program.output
+    assert summary["left_out"][-1] in (tmp_path / "report.html").read_text()
 
 
 def test_a_worker_that_does_not_start_is_shown_with_its_words(tmp_path: Path) -> None:

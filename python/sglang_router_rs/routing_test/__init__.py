@@ -8,7 +8,7 @@ In reading order: ``config`` (what a run is made of), ``arrivals``, ``datasets``
 ``service`` (is it up to that), ``generator`` and ``exchange`` (sending, and reading answers), ``attribution`` (who
 served it), ``columns`` and ``results`` (rows, summary, files), ``cluster`` (processes of workers and routers), ``run``
 (all of that in turn; ``interruption`` ends it early), ``routing_test``, ``bench``, ``compare`` (the ways in),
-``comparison``, ``findings``, ``plots``, ``report`` (several runs side by side).
+``metrics``, ``comparison``, ``side_by_side``, ``findings``, ``plots``, ``report`` (several runs side by side).
 """
 
 from importlib.util import find_spec

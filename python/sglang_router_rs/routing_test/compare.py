@@ -22,14 +22,14 @@ import pandas as pd
 
 from .. import _core
 from ..client import NotThisRouter, TracingDisabled
-from . import comparison, report, results
+from . import comparison, report, results, side_by_side
 from .about import about
 from .cluster import HOST, Cluster, Process, RunError, Worker, free_ports
 from .command import check_writable, complain, parser
-from .comparison import Run
 from .config import LoadConfig, check_router_options, tracking_settings
 from .interruption import interruptible
 from .load import Load, plan
+from .metrics import Run
 from .options import OptionError, at_least, given, option
 from .run import attribute, measure, tell, warnings
 from .service import Service, prepare
@@ -183,7 +183,10 @@ class Comparison:
             await attribute(service, made, exchanges)
         finally:
             cluster.stop(router)
-        self._keep(made, name, Run(*turn, made.table, {}, *used))
+        urls = tuple(worker.url for worker in workers)
+        names = {worker.url: worker.node_id for worker in workers if worker.node_id is not None}
+        run = Run(*turn, made.table, {}, *used, workers=urls, node_ids=names, flaw=_flaw(made))
+        self._keep(made, name, run)
 
     def _name(self, turn: Turn) -> str:
         """As short as it can be told from the others."""
@@ -206,20 +209,47 @@ class Comparison:
         results.save_csv(run.rows, self._directory / "runs" / f"{name}.csv")
         results.save_json(summary, self._directory / "runs" / f"{name}.summary.json")
 
+    @property
+    def planned(self) -> list[Turn]:
+        """The runs that there are to be, in the order of the report."""
+        config = self.config
+        turns = itertools.product(config.policies, config.tracking, range(config.repeats))
+        return [Turn(policy, tracking == "on", repeat) for policy, tracking, repeat in turns]
+
+    @property
+    def left_out(self) -> list[str]:
+        """Which runs are not compared, and why."""
+        return comparison.left_out(self.runs, self.planned)
+
+    @property
+    def whole(self) -> list[Run]:
+        """The runs that are compared."""
+        return comparison.whole(self.runs, self.planned)
+
     def save(self) -> list[Path]:
-        """Write report, tables and rows of the runs there are; returns the paths."""
+        """Write the rows of all runs, and tables and report of the whole ones, if any; returns the paths."""
         directory = self._directory
         rows = pd.concat([_labelled(run) for run in self.runs], ignore_index=True)
-        table, cost = comparison.table(self.runs), comparison.tracking_cost(self.runs)
-        facts = about(self.config, warnings=self.warnings)
+        files = [results.save_csv(rows, directory / "rows.csv")]
+        whole = self.whole
+        if not whole:
+            return files
+        table, cost = comparison.table(whole), comparison.tracking_cost(whole)
+        facts = about(self.config, warnings=self.warnings, left_out=self.left_out)
         settings = {name: str(value) for name, value in facts["config"].items() if value is not None}
-        report.write(self.runs, settings, directory / "report.html", self.warnings)
+        page, alerts = directory / "report.html", {"Left out": self.left_out, "Warnings": self.warnings}
         return [
-            directory / "report.html",
+            *files,
             results.save_csv(comparison.tidy(table), directory / "summary.csv"),
             results.save_json({**facts, **comparison.as_dict(table, cost)}, directory / "summary.json"),
-            results.save_csv(rows, directory / "rows.csv"),
+            report.write(whole, settings, facts["machine"], page, alerts),
         ]
+
+
+def _flaw(made: results.Results) -> str:
+    """Why a run cannot be compared; empty if it can."""
+    flaws = {"interrupted": made.interrupted, "the worker of some requests is not certain": bool(made.disagreements)}
+    return " and ".join(flaw for flaw, there in flaws.items() if there)
 
 
 def _used(router: Process, before: float) -> tuple[float, int]:
@@ -260,9 +290,12 @@ def main(argv: list[str]) -> int:
         files = done.save()
     except OSError as error:
         return complain(error)
-    print(comparison.text(comparison.table(done.runs)))
-    if len(config.tracking) > 1:
-        print(comparison.tracking_text(comparison.tracking_cost(done.runs)))
+    if done.whole:
+        print(side_by_side.text(comparison.table(done.whole)))
+    if done.whole and len(config.tracking) > 1:
+        print(side_by_side.tracking_text(comparison.tracking_cost(done.whole)))
+    for line in done.left_out:
+        print(line, file=sys.stderr)
     for line in done.warnings:
         print(f"warning: {line}", file=sys.stderr)
     print("written:", *files)

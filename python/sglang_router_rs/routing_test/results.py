@@ -21,8 +21,6 @@ from .exchange import Exchange
 # A microsecond: finer than the clock of an event loop.
 _DECIMALS = "%.6f"
 
-# Tokens in a summary, and whose sum they are.
-_TOKENS = {"prompt": "prompt_tokens", "cached": "cached_tokens", "completion": "completion_tokens"}
 
 # The clients' measures that a summary describes, in seconds.
 _MEASURES = ("ttft", "itl_mean", "server_latency", "total_latency", "queue_time")
@@ -112,31 +110,39 @@ def described(values: pd.Series[Any]) -> dict[str, float | int | None]:
     return {"count": len(known), "mean": float(known.mean()), "median": median, "p95": p95, "p99": p99}
 
 
-def _part(rows: pd.DataFrame, duration_secs: float) -> dict[str, Any]:
-    """What some requests amount to. Tokens, rates and latencies are of those that succeeded: a refusal is no service.
+def succeeded(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of requests that succeeded."""
+    return rows[rows["success"].fillna(False).astype(bool)]
 
-    Rates are over the duration of the whole run. What one of them does not tell is not known of all.
-    """
-    good = rows[rows["success"].fillna(False).astype(bool)]
-    known = good.dropna(subset=["prompt_tokens", "cached_tokens"])
-    tokens = {name: _total(good[column]) for name, column in _TOKENS.items()}
-    known_prompt = int(known["prompt_tokens"].sum())
+
+def tokens(rows: pd.DataFrame, name: str) -> int | None:
+    """Sum of a column of counts, of the requests that succeeded; ``None`` if one of them is not known."""
+    counts = succeeded(rows)[name]
+    return None if counts.isna().any() else int(counts.sum())
+
+
+def hit_rate(rows: pd.DataFrame) -> float | None:
+    """Cached prompt tokens / prompt tokens of the requests that succeeded; ``None`` if a count is not known."""
+    prompt, cached = tokens(rows, "prompt_tokens"), tokens(rows, "cached_tokens")
+    return cached / prompt if prompt and cached is not None else None
+
+
+def part(rows: pd.DataFrame, duration_secs: float) -> dict[str, Any]:
+    """What some requests amount to; rates are over the duration of the whole run."""
+    good = succeeded(rows)
+    counts = {name: tokens(rows, f"{name}_tokens") for name in ("prompt", "cached", "completion")}
     return {
         "requests": {"total": len(rows), "succeeded": len(good), "failed": len(rows) - len(good)},
-        "tokens": tokens,
-        "hit_rate": int(known["cached_tokens"].sum()) / known_prompt if known_prompt else None,
+        "tokens": counts,
+        "hit_rate": hit_rate(rows),
         "rates": {
             "requests_per_sec": _rate(len(good), duration_secs),
-            "prompt_tokens_per_sec": _rate(tokens["prompt"], duration_secs),
-            "completion_tokens_per_sec": _rate(tokens["completion"], duration_secs),
+            "prompt_tokens_per_sec": _rate(counts["prompt"], duration_secs),
+            "completion_tokens_per_sec": _rate(counts["completion"], duration_secs),
         },
         "secs": {name: described(good[name]) for name in _MEASURES},
         "router_ms": {name: described(good[name]) for name in _ROUTER_MEASURES},
     }
-
-
-def _total(counts: pd.Series[Any]) -> int | None:
-    return None if counts.isna().any() else int(counts.sum())
 
 
 def _rate(count: float | None, secs: float) -> float | None:
@@ -150,8 +156,8 @@ def cumulative(rows: pd.DataFrame) -> pd.DataFrame:
     ``AVG_LATENCY`` is the mean ``total_latency`` in seconds of the requests that have succeeded so far. From the first
     request on whose tokens nobody told, a throughput is not known.
     """
-    good = rows[rows["success"].fillna(False).astype(bool)].sort_values("finish_time", kind="stable")
-    parts = [_running(good, SYSTEM), *(_running(part, str(node)) for node, part in good.groupby("node_id"))]
+    good = succeeded(rows).sort_values("finish_time", kind="stable")
+    parts = [_running(good, SYSTEM), *(_running(its, str(node)) for node, its in good.groupby("node_id"))]
     table = pd.concat(parts)[list(CUMULATIVE_COLUMNS)]
     return table.sort_values("time", kind="stable", ignore_index=True)
 
@@ -197,13 +203,13 @@ class Results:
         rows = self.table
         ends, sent = rows["finish_time"].dropna(), rows["to_server_time"].dropna()
         duration = float(ends.max() - sent.min()) if len(ends) and len(sent) else 0.0
-        total = _part(rows, duration)
+        total = part(rows, duration)
         total["requests"] |= {
             "planned": self.planned,
             "unrouted": int(rows["worker_url"].isna().sum()),
             "errors": {str(text): int(count) for text, count in rows["error"].value_counts().items()},
         }
-        nodes = {str(node): _part(part, duration) for node, part in rows.groupby("node_id")}
+        nodes = {str(node): part(its, duration) for node, its in rows.groupby("node_id")}
         return {
             **self.about,
             "interrupted": self.interrupted,
@@ -286,7 +292,7 @@ def _number(value: float | None) -> str:
 
 def _waits(rows: pd.DataFrame) -> dict[str, float | None]:
     """The median TTFT, or latency where nothing is streamed, of the first and of the last quarter to arrive."""
-    good = rows[rows["success"].fillna(False).astype(bool)].sort_values("arrival_time", kind="stable")
+    good = succeeded(rows).sort_values("arrival_time", kind="stable")
     waits = good["ttft" if good["ttft"].notna().any() else "total_latency"].dropna().to_numpy(dtype=float)
     quarter = len(waits) // 4
     if not quarter:
@@ -315,7 +321,7 @@ def _plain(value: Any) -> Any:
 
 
 def save_text(path: Path, text: str) -> Path:
-    """Write a file whole or not at all: what was there before is not lost to a full disk."""
+    """Write a file whole or not at all: what was there before is not lost to a full disk. Returns where it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.NamedTemporaryFile(
