@@ -63,9 +63,10 @@ def _best(values: pd.DataFrame, metric: Metric) -> str:
     if len(values.columns) < 2 or values.empty:
         return ""
     means = values.mean()
-    places = decimals(means)
     ranked = list(means.sort_values(ascending=metric.better == "lower", kind="stable").index)
     best, others = ranked[0], ranked[1:]
+    # Means are as exact as what is between the first two.
+    places = decimals([*means, means[others[0]] - means[best]])
     if means[best] == means[ranked[-1]]:
         return f"{metric.best}: the same for all, {means[best]:,.{places}f} {metric.unit}."
     more = {policy: mean_interval(values[policy] - values[best]) for policy in others}
