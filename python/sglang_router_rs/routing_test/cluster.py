@@ -167,7 +167,7 @@ class Cluster:
             check_free(port)
         for port, gpu in zip(ports, gpu_ids, strict=True):
             command = worker_command(port, gpu, model_path, arguments)
-            started.append((self._start(f"worker-gpu_{gpu}", command), Worker(f"http://{HOST}:{port}", f"gpu_{gpu}")))
+            started.append((self.start(f"worker-gpu_{gpu}", command), Worker(f"http://{HOST}:{port}", f"gpu_{gpu}")))
         for process, worker in started:
             await process.until_answers(worker.url, "/health", WORKER_START_SECS)
         return [worker for _, worker in started]
@@ -180,7 +180,7 @@ class Cluster:
             OptionError: an option is not one of the router's.
         """
         check_free(port)
-        process = self._start("router", router_command(port, workers, options))
+        process = self.start("router", router_command(port, workers, options))
         await process.until_answers(f"http://{HOST}:{port}", "/readiness", ROUTER_START_SECS)
         return process
 
@@ -190,7 +190,8 @@ class Cluster:
         process.end()
         self._running.remove(process)
 
-    def _start(self, name: str, command: Sequence[str]) -> Process:
+    def start(self, name: str, command: Sequence[str]) -> Process:
+        """Start a program that ends with the cluster."""
         process = Process(name, command, self._logs / f"{name}.log")
         self._running.append(process)
         return process
