@@ -73,26 +73,67 @@ impl Target {
     /// so that the next pick sees it.
     pub fn begin(self: &Arc<Self>) -> InFlight {
         self.in_flight.fetch_add(1, Ordering::Relaxed);
-        InFlight(Arc::clone(self))
+        InFlight { target: Arc::clone(self), underway: None }
     }
 }
 
 /// One request in flight at a worker; dropping it ends that, whatever the ending was.
-#[derive(Debug)]
 #[must_use = "the request counts as in flight only while this is held"]
-pub struct InFlight(Arc<Target>);
+pub struct InFlight {
+    target: Arc<Target>,
+    /// What the policy keeps of it.
+    underway: Option<Box<dyn Underway>>,
+}
 
 impl InFlight {
     /// The worker this request is at.
     pub fn target(&self) -> &Arc<Target> {
-        &self.0
+        &self.target
+    }
+
+    /// The policy hears of it from now on.
+    pub fn heard_by(&mut self, underway: Option<Box<dyn Underway>>) {
+        self.underway = underway;
+    }
+
+    /// The first content of its answer has come.
+    pub fn begun(&mut self, at_secs: f64) {
+        if let Some(underway) = &mut self.underway {
+            underway.begun(at_secs);
+        }
+    }
+
+    /// The answer has told how many tokens there were.
+    pub fn told(&mut self, told: &Told) {
+        if let Some(underway) = &mut self.underway {
+            underway.told(told);
+        }
     }
 }
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
+        self.target.in_flight.fetch_sub(1, Ordering::Relaxed);
     }
+}
+
+/// What a policy keeps of a request that was sent, and wants to hear of it. Dropped when the request
+/// is over at that worker, whatever the ending.
+pub trait Underway: Send {
+    /// The first content of a stream has come: the prompt has been computed. Not called for answers
+    /// that are no streams.
+    fn begun(&mut self, at_secs: f64);
+
+    /// What the worker said of the tokens. At most once.
+    fn told(&mut self, told: &Told);
+}
+
+/// Tokens as a worker counted them; `None` where it did not say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Told {
+    pub prompt_tokens: Option<u32>,
+    pub cached_tokens: Option<u32>,
+    pub completion_tokens: Option<u32>,
 }
 
 /// What a policy may know of a request.
@@ -101,6 +142,23 @@ pub struct Request<'a> {
     /// UTF-8 text, or four little-endian bytes per token id, so that [`BYTES_PER_TOKEN`] holds for
     /// both. May be empty; is never decoded.
     pub prompt: &'a [u8],
+    /// Whether a stream was asked for.
+    pub stream: bool,
+    /// The path, such as `/generate`.
+    pub route: &'a str,
+    /// The model asked for.
+    pub model: Option<&'a str>,
+    /// The header `x-smg-routing-key`.
+    pub routing_key: Option<&'a str>,
+    /// Now, in seconds of a clock that never goes back.
+    pub at_secs: f64,
+}
+
+impl<'a> Request<'a> {
+    /// A request with this text, of which nothing else is known.
+    pub fn of(prompt: &'a [u8]) -> Self {
+        Self { prompt, stream: false, route: "", model: None, routing_key: None, at_secs: 0.0 }
+    }
 }
 
 /// A policy's answer.
@@ -133,8 +191,10 @@ pub trait Policy: Send + Sync {
     }
 
     /// The request is now being sent to this worker; also called when it was pinned or is sent
-    /// again, that is, when this policy did not pick.
-    fn sent(&self, _request: &Request, _worker: WorkerId) {}
+    /// again, that is, when this policy did not pick. What is returned hears of it until it ends.
+    fn sent(&self, _request: &Request, _target: &Arc<Target>) -> Option<Box<dyn Underway>> {
+        None
+    }
 
     /// The worker left, or was gone and is back: what was believed of its cache is void.
     fn forget(&self, _worker: WorkerId) {}
@@ -359,7 +419,7 @@ pub(crate) mod tests {
         targets: &[Arc<Target>],
     ) -> (Pick, Vec<Option<f64>>) {
         let mut rng = fastrand::Rng::with_seed(7);
-        let request = Request { prompt };
+        let request = Request::of(prompt);
         let (pick, mut candidates) =
             candidates::explained(policy, &request, targets, &mut rng, usize::MAX);
         candidates.sort_by_key(|candidate| candidate.index);
@@ -371,7 +431,7 @@ pub(crate) mod tests {
         let mut rng = fastrand::Rng::with_seed(7);
         let mut counts = vec![0; targets.len()];
         for _ in 0..rounds {
-            counts[policy.pick(&Request { prompt: b"" }, targets, &mut rng, None).index] += 1;
+            counts[policy.pick(&Request::of(b""), targets, &mut rng, None).index] += 1;
         }
         counts
     }
@@ -536,7 +596,7 @@ pub(crate) mod tests {
                 Step::Ask { prompt, routable } => {
                     let given: Vec<_> =
                         all.iter().filter(|t| routable >> t.id & 1 == 1).cloned().collect();
-                    let request = Request { prompt };
+                    let request = Request::of(prompt);
                     let rng = &mut draws.next();
                     let pick = match keep {
                         Some(keep) => explained_pick(&*policy, &request, &given, rng, keep),
@@ -546,7 +606,7 @@ pub(crate) mod tests {
                     let tokens = (prompt.len() / BYTES_PER_TOKEN) as u32;
                     assert!(pick.matched_tokens.is_none_or(|matched| matched <= tokens));
                     held.push(given[pick.index].begin());
-                    policy.sent(&request, given[pick.index].id);
+                    policy.sent(&request, &given[pick.index]);
                     picks.push(pick);
                 }
                 Step::End => drop(held.pop()),

@@ -85,6 +85,8 @@ pub(crate) struct App {
     doors: Doors,
     is_draining: AtomicBool,
     is_stopped: AtomicBool,
+    /// The zero of the clock that policies are told.
+    began: Instant,
 }
 
 impl App {
@@ -111,7 +113,13 @@ impl App {
             tracker,
             is_draining: AtomicBool::new(false),
             is_stopped: AtomicBool::new(false),
+            began: now(),
         }
+    }
+
+    /// A moment as policies are told it: in seconds.
+    fn secs(&self, at: Instant) -> f64 {
+        at.saturating_duration_since(self.began).as_secs_f64()
     }
 
     pub(crate) fn options(&self) -> &Options {

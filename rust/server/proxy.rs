@@ -92,6 +92,7 @@ async fn serve(
     flight.describe(&scan, trace_id(&head.headers));
 
     let pin = head.headers.get(headers::X_TARGET_WORKER).cloned();
+    let routing_key = head.headers.get(headers::X_ROUTING_KEY).cloned();
     admit(app, flight, pin.as_ref()).await?;
 
     let mut outgoing = Outgoing {
@@ -103,7 +104,14 @@ async fn serve(
         outgoing.headers.insert(X_REQUEST_ID, id);
     }
     let wish = Wish {
-        prompt: routing::Request { prompt: &scan.prompt },
+        request: routing::Request {
+            prompt: &scan.prompt,
+            stream: scan.stream == Some(true),
+            route: outgoing.path.path(),
+            model: scan.model.as_deref(),
+            routing_key: routing_key.as_ref().and_then(|key| key.to_str().ok()),
+            at_secs: app.secs(now()),
+        },
         pin: pin.as_ref(),
         failed_on: Vec::new(),
         draw: app.draws.next(),
