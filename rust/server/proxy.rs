@@ -109,7 +109,7 @@ async fn serve(
             stream: scan.stream == Some(true),
             route: outgoing.path.path(),
             model: scan.model.as_deref(),
-            routing_key: routing_key.as_ref().and_then(|key| key.to_str().ok()),
+            routing_key: routing_key.as_ref().and_then(text),
             at_secs: app.secs(now()),
         },
         pin: pin.as_ref(),
@@ -245,6 +245,11 @@ fn timed_out(app: &App, flight: &Flight) -> Error {
     let error = Error::new(Kind::Timeout, message);
     // It may have spent its time on its way here, or in the queue.
     if flight.is_kept_waiting() { error } else { error.by(Origin::Router) }
+}
+
+/// What a header says, if it says anything; not only in ASCII, as `HeaderValue::to_str` would have it.
+fn text(value: &HeaderValue) -> Option<&str> {
+    std::str::from_utf8(value.as_bytes()).ok().filter(|text| !text.is_empty())
 }
 
 /// The trace id of a W3C `traceparent` header: `version-traceid-parent-flags`.
