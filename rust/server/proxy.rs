@@ -89,7 +89,8 @@ async fn serve(
     let scan_began = Instant::now();
     let scan = unhurried(body.len(), || request::scan(&body));
     let scan_took = scan_began.elapsed();
-    flight.describe(&scan, trace_id(&head.headers));
+    let blocks = unhurried(body.len(), || app.traced_blocks(&scan.prompt));
+    flight.describe(&scan, trace_id(&head.headers), blocks.as_ref());
 
     let pin = head.headers.get(headers::X_TARGET_WORKER).cloned();
     let routing_key = head.headers.get(headers::X_ROUTING_KEY).cloned();

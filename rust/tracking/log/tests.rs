@@ -10,7 +10,9 @@ use super::file::{LogFile, older};
 use super::*;
 use crate::routing::WorkerName;
 use crate::tracking::tests::options;
-use crate::tracking::{AnswerFacts, Arrived, Candidate, Query, RequestFacts, Tracker};
+use crate::tracking::{
+    AnswerFacts, Arrived, Candidate, PromptBlocks, Query, RequestFacts, Tracker,
+};
 
 const ROOM: u64 = 1 << 20;
 
@@ -115,6 +117,7 @@ fn live(tracker: &Arc<Tracker>, lives: &[Life]) {
             stream: Some(true),
             input_tokens: life.tokens,
             trace_id,
+            prompt_blocks: PromptBlocks::of(life.id.as_bytes()).as_ref(),
         });
         for (index, (number, error)) in life.attempts.iter().enumerate() {
             open.routed(
