@@ -194,9 +194,12 @@ impl Tracker {
 
     /// All that match, page by page, up to `query.limit` if that is given. Nothing is locked between
     /// two pages.
-    pub fn pages(self: &Arc<Self>, query: &Query) -> Pages {
-        let remaining = query.limit.unwrap_or(usize::MAX);
-        Pages { tracker: Arc::clone(self), query: Some(query.clone()), remaining }
+    pub fn pages(
+        self: &Arc<Self>,
+        query: &Query,
+    ) -> impl Iterator<Item = Vec<Trace>> + Send + use<> {
+        let tracker = Arc::clone(self);
+        Pages::new(query, move |query| tracker.list(query))
     }
 
     /// Counts since the start and of what is held now, in time that does not depend on how much that
@@ -242,21 +245,27 @@ impl Tracker {
 
 /// Everything a query asks for, a page of up to [`MAX_LIMIT`] traces at a time. See
 /// [`Tracker::pages`].
-#[derive(Debug)]
-pub struct Pages {
-    tracker: Arc<Tracker>,
+struct Pages<List> {
+    list: List,
     /// `None` after the last page.
     query: Option<Query>,
     remaining: usize,
 }
 
-impl Iterator for Pages {
+impl<List: FnMut(&Query) -> Page> Pages<List> {
+    fn new(query: &Query, list: List) -> Self {
+        let remaining = query.limit.unwrap_or(usize::MAX);
+        Pages { list, query: Some(query.clone()), remaining }
+    }
+}
+
+impl<List: FnMut(&Query) -> Page> Iterator for Pages<List> {
     type Item = Vec<Trace>;
 
     fn next(&mut self) -> Option<Vec<Trace>> {
         let mut query = self.query.take()?;
         query.limit = Some(self.remaining.min(MAX_LIMIT));
-        let page = self.tracker.list(&query);
+        let page = (self.list)(&query);
         self.remaining -= page.traces.len();
         if page.next_cursor.is_some() && self.remaining > 0 {
             query.cursor = page.next_cursor;

@@ -362,7 +362,6 @@ fn the_memory_of_prompt_blocks_is_counted() {
 fn an_open_trace_may_cross_threads() {
     fn is_send<T: Send + 'static>() {}
     is_send::<OpenTrace>();
-    is_send::<Pages>();
 }
 
 #[test]
