@@ -12,7 +12,7 @@
 //! Sources: rendezvous hashing is by Thaler and Ravishankar, "Using name-based mappings to increase
 //! hit rates" (1998); bounded loads are by Mirrokni, Thorup and Zadimoghaddam, "Consistent Hashing
 //! with Bounded Loads" (2016), who use a ring. A ring finds the first worker sooner, in log n steps.
-//! Here all n are asked, about a nanosecond each; in return there are no virtual nodes to place and
+//! Here all n are asked, a few nanoseconds each; in return there are no virtual nodes to place and
 //! to place again, the keys are spread as evenly as chance does it, and so are those of a lost
 //! worker.
 

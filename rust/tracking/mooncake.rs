@@ -6,8 +6,9 @@
 //! count up in the order of their first appearance. Source of the format: Qin et al., "Mooncake: A
 //! KVCache-centric Disaggregated Architecture for LLM Serving" (2024), and its repository.
 //!
-//! Lengths are the worker's own words. A request whose worker did not tell both, or told 0, and one
-//! without known blocks, is left out and counted: nothing is guessed.
+//! Lengths are the worker's own words. A request whose worker did not tell both, or told 0 or a
+//! prompt longer than any that has blocks, and one without known blocks, is left out and counted:
+//! nothing is guessed.
 //!
 //! The one difficulty: blocks were cut by bytes, before anyone knew the tokens, and ids stand for
 //! tokens. Both are laid over each other by the mean bytes per token of all lines: an id is the hash
@@ -19,11 +20,14 @@ use std::io::Write;
 
 use hashbrown::HashMap;
 
-use super::prompt_blocks::{BLOCK_BYTES, BLOCK_TOKENS, Hash, PromptBlocks};
+use super::prompt_blocks::{BLOCK_BYTES, BLOCK_TOKENS, Hash, MAX_BLOCKS, PromptBlocks};
 use super::trace::Trace;
 
-/// Lines written at a time.
-const LINES: usize = 1_000;
+/// Lines written at a time: a few dozen KB, at most 2.5 MB.
+const LINES: usize = 100;
+
+/// The longest prompt of a line, and so at most as many ids as there are blocks.
+const MAX_TOKENS: u32 = (MAX_BLOCKS * BLOCK_TOKENS) as u32;
 
 /// One request of the load.
 #[derive(Debug)]
@@ -125,7 +129,7 @@ fn request(trace: Trace) -> Option<Request> {
     let told = |tokens: Option<u32>| tokens.filter(|tokens| *tokens > 0);
     Some(Request {
         arrived_unix_us: trace.timestamp.unix_us(),
-        prompt_tokens: told(trace.prompt_tokens)?,
+        prompt_tokens: told(trace.prompt_tokens).filter(|tokens| *tokens <= MAX_TOKENS)?,
         completion_tokens: told(trace.completion_tokens)?,
         blocks: trace.prompt_blocks.filter(|blocks| !blocks.hashes().is_empty())?,
     })
@@ -195,19 +199,22 @@ mod tests {
         let mut unended = trace(0, b"a", 1, 1);
         unended.completion_tokens = None;
         let nothing = [trace(0, b"", 1, 1), trace(0, b"a", 0, 1), trace(0, b"a", 1, 0)];
-        let pages = [vec![untold, unended], nothing.to_vec(), vec![trace(0, b"a", 1, 1)]];
+        let nonsense = [trace(0, b"a", u32::MAX, 1), trace(0, b"a", MAX_TOKENS + 1, 1)];
+        let good = [trace(0, b"a", 1, 1), trace(0, b"a", MAX_TOKENS, 1)];
+        let pages = [vec![untold, unended], nothing.to_vec(), nonsense.to_vec(), good.to_vec()];
         let mooncake = Mooncake::of(pages.into_iter());
-        assert_eq!(mooncake.left_out(), 5);
-        assert_eq!(lines(mooncake).len(), 1);
+        assert_eq!(mooncake.left_out(), 7);
+        let lines = lines(mooncake);
+        assert_eq!(lines.iter().map(|line| ids(line).len()).collect::<Vec<_>>(), [MAX_BLOCKS, 1]);
         assert_eq!(Mooncake::of(std::iter::empty()).next(), None);
     }
 
     #[test]
     fn many_lines_come_in_parts() {
-        let traces = (0..2_500).rev().map(|at_ms| trace(at_ms, b"a", 1, 1)).collect();
+        let traces = (0..250).rev().map(|at_ms| trace(at_ms, b"a", 1, 1)).collect();
         let parts: Vec<_> = Mooncake::of(vec![traces].into_iter()).collect();
         let newlines = |part: &Vec<u8>| part.iter().filter(|byte| **byte == b'\n').count();
-        assert_eq!(parts.iter().map(newlines).collect::<Vec<_>>(), [1_000, 1_000, 500]);
+        assert_eq!(parts.iter().map(newlines).collect::<Vec<_>>(), [100, 100, 50]);
     }
 
     proptest! {

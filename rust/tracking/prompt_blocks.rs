@@ -29,7 +29,7 @@ pub(super) const BLOCK_TOKENS: usize = 512;
 pub(super) const BLOCK_BYTES: usize = BLOCK_TOKENS * BYTES_PER_TOKEN;
 
 /// Most blocks of a prompt, which is a million tokens; nothing is kept of a longer one.
-const MAX_BLOCKS: usize = 2_048;
+pub(super) const MAX_BLOCKS: usize = 2_048;
 
 /// The hashes of a prompt's blocks, behind one pointer.
 #[derive(Debug, Clone, PartialEq)]

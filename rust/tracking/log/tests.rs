@@ -136,7 +136,7 @@ fn live(tracker: &Arc<Tracker>, lives: &[Life]) {
         open.headers(200);
         open.ttft(at);
         open.answer(AnswerFacts {
-            prompt_tokens: life.tokens,
+            prompt_tokens: life.tokens.map(|tokens| tokens % 2_000),
             cached_tokens: life.tokens,
             completion_tokens: Some(3),
             worker_request_id: life.worker_request_id.as_deref(),
