@@ -20,7 +20,9 @@ use parking_lot::RwLock;
 
 use super::candidates::Weighed;
 use super::prefix_tree::{Match, PrefixTree};
-use super::{BYTES_PER_TOKEN, Options, Pick, Policy, Request, Target, WorkerId, least_in_flight};
+use super::{
+    BYTES_PER_TOKEN, Options, Pick, Policy, Request, Target, Underway, WorkerId, least_in_flight,
+};
 
 const IMBALANCE: &str = "imbalance";
 const PREFIX_MATCH: &str = "prefix_match";
@@ -109,8 +111,9 @@ impl Policy for CacheAware {
         Some(tokens(&self.tree.read().matched(request.prompt), worker))
     }
 
-    fn sent(&self, request: &Request, worker: WorkerId) {
-        self.tree.write().insert(request.prompt, worker);
+    fn sent(&self, request: &Request, target: &Arc<Target>) -> Option<Box<dyn Underway>> {
+        self.tree.write().insert(request.prompt, target.id);
+        None
     }
 
     fn forget(&self, worker: WorkerId) {
@@ -158,8 +161,12 @@ mod tests {
         CacheAware::new(&options(flags).expect("flags parse"))
     }
 
+    fn at(worker: WorkerId) -> Arc<Target> {
+        Arc::new(Target::new(worker, 1.0))
+    }
+
     fn pick(policy: &CacheAware, prompt: &[u8], targets: &[Arc<Target>]) -> Pick {
-        policy.pick(&Request { prompt }, targets, &mut fastrand::Rng::with_seed(3), None)
+        policy.pick(&Request::of(prompt), targets, &mut fastrand::Rng::with_seed(3), None)
     }
 
     fn expect(index: usize, reason: &'static str, tokens: u32) -> Pick {
@@ -170,7 +177,7 @@ mod tests {
     fn a_prompt_follows_its_prefix() {
         let policy = policy(&[]);
         let (targets, _held) = loaded(&[0, 5, 0]);
-        policy.sent(&Request { prompt: b"You are helpful. What is Rust?" }, 1);
+        policy.sent(&Request::of(b"You are helpful. What is Rust?"), &at(1));
         let found = pick(&policy, b"You are helpful. Who?", &targets);
         assert_eq!(found, expect(1, PREFIX_MATCH, 18 / 4));
     }
@@ -179,8 +186,8 @@ mod tests {
     fn the_longest_prefix_among_the_routable_wins() {
         let policy = policy(&[]);
         let (targets, _held) = loaded(&[0, 0, 0]);
-        policy.sent(&Request { prompt: b"aaaabbbbcccc" }, 2);
-        policy.sent(&Request { prompt: b"aaaabbbb" }, 1);
+        policy.sent(&Request::of(b"aaaabbbbcccc"), &at(2));
+        policy.sent(&Request::of(b"aaaabbbb"), &at(1));
         assert_eq!(pick(&policy, b"aaaabbbbcccc", &targets), expect(2, PREFIX_MATCH, 3));
         assert_eq!(pick(&policy, b"aaaabbbbcccc", &targets[..2]), expect(1, PREFIX_MATCH, 2));
         assert_eq!(pick(&policy, b"aaaabbbbcccc", &targets[..1]), expect(0, NO_MATCH, 0));
@@ -190,7 +197,7 @@ mod tests {
     fn a_share_at_the_threshold_is_not_enough() {
         let policy = policy(&["--cache-threshold=0.5"]);
         let (targets, _held) = loaded(&[1, 2]);
-        policy.sent(&Request { prompt: b"aaaa" }, 1);
+        policy.sent(&Request::of(b"aaaa"), &at(1));
         assert_eq!(pick(&policy, b"aaaabbbb", &targets), expect(0, NO_MATCH, 0));
         assert_eq!(pick(&policy, b"aaaabbb", &targets), expect(1, PREFIX_MATCH, 1));
     }
@@ -198,7 +205,7 @@ mod tests {
     #[test]
     fn what_the_least_loaded_has_is_reported_also_when_that_was_not_the_reason() {
         let policy = policy(&["--cache-threshold=0.9", "--balance-abs-threshold=2"]);
-        policy.sent(&Request { prompt: b"aaaabbbb" }, 0);
+        policy.sent(&Request::of(b"aaaabbbb"), &at(0));
         let (targets, _held) = loaded(&[0, 1]);
         assert_eq!(pick(&policy, b"aaaabbbbcccc", &targets), expect(0, NO_MATCH, 2));
         let (targets, _held) = loaded(&[0, 3]);
@@ -208,7 +215,7 @@ mod tests {
     #[test]
     fn uneven_load_goes_before_the_cache_only_over_both_thresholds() {
         let policy = policy(&["--balance-abs-threshold=2", "--balance-rel-threshold=1.5"]);
-        policy.sent(&Request { prompt: b"aaaa" }, 1);
+        policy.sent(&Request::of(b"aaaa"), &at(1));
         for (loads, reason) in [
             ([0, 2], PREFIX_MATCH),
             ([0, 3], IMBALANCE),
@@ -223,8 +230,8 @@ mod tests {
     #[test]
     fn the_score_is_what_decided() {
         let policy = policy(&["--cache-threshold=0.5", "--balance-abs-threshold=2"]);
-        policy.sent(&Request { prompt: b"aaaabbbb" }, 2);
-        policy.sent(&Request { prompt: b"aaaa" }, 1);
+        policy.sent(&Request::of(b"aaaabbbb"), &at(2));
+        policy.sent(&Request::of(b"aaaa"), &at(1));
         let scores = |prompt: &[u8], loads: &[u32]| {
             let (targets, _held) = loaded(loads);
             let (pick, scores) = scores(&policy, prompt, &targets);
@@ -238,10 +245,10 @@ mod tests {
     #[test]
     fn what_each_worker_has_is_told_whatever_decided() {
         let policy = policy(&["--balance-abs-threshold=2"]);
-        policy.sent(&Request { prompt: b"aaaabbbb" }, 2);
-        policy.sent(&Request { prompt: b"aaaa" }, 1);
+        policy.sent(&Request::of(b"aaaabbbb"), &at(2));
+        policy.sent(&Request::of(b"aaaa"), &at(1));
         let (targets, _held) = loaded(&[0, 1, 9]);
-        let (request, mut rng) = (Request { prompt: b"aaaabbbb" }, fastrand::Rng::with_seed(0));
+        let (request, mut rng) = (Request::of(b"aaaabbbb"), fastrand::Rng::with_seed(0));
         let (pick, candidates) = explained(&policy, &request, &targets, &mut rng, usize::MAX);
         assert_eq!(pick, expect(0, IMBALANCE, 0));
         let matched: Vec<_> = candidates.iter().map(|c| (c.index, c.matched_tokens)).collect();
@@ -251,7 +258,7 @@ mod tests {
     #[test]
     fn an_empty_prompt_goes_to_the_least_loaded() {
         let policy = policy(&["--cache-threshold=0"]);
-        policy.sent(&Request { prompt: b"" }, 1);
+        policy.sent(&Request::of(b""), &at(1));
         let (targets, _held) = loaded(&[2, 3, 1]);
         assert_eq!(pick(&policy, b"", &targets), expect(2, NO_MATCH, 0));
     }
@@ -260,7 +267,7 @@ mod tests {
     fn a_forgotten_worker_has_nothing_cached() {
         let policy = policy(&[]);
         let (targets, _held) = loaded(&[0, 5]);
-        policy.sent(&Request { prompt: b"aaaa" }, 1);
+        policy.sent(&Request::of(b"aaaa"), &at(1));
         policy.forget(1);
         assert_eq!(pick(&policy, b"aaaa", &targets), expect(0, NO_MATCH, 0));
     }
@@ -269,13 +276,13 @@ mod tests {
     fn ties_are_broken_at_random_in_every_branch() {
         let policy = policy(&["--balance-abs-threshold=3"]);
         for worker in [0, 1, 3] {
-            policy.sent(&Request { prompt: b"aaaa" }, worker);
+            policy.sent(&Request::of(b"aaaa"), &at(worker));
         }
         let (targets, _held) = loaded(&[0, 1, 0, 2]);
         let mut rng = fastrand::Rng::with_seed(5);
         let mut counts = [0; 4];
         for _ in 0..3000 {
-            counts[policy.pick(&Request { prompt: b"aaaa" }, &targets, &mut rng, None).index] += 1;
+            counts[policy.pick(&Request::of(b"aaaa"), &targets, &mut rng, None).index] += 1;
         }
         assert!(close_to(&counts, &[1000.0, 1000.0, 0.0, 1000.0]), "{counts:?}");
 
@@ -298,10 +305,10 @@ mod tests {
                     for round in 0..1000 {
                         let len = rng.usize(..200);
                         let prompt: Vec<u8> = (0..len).map(|_| rng.u8(..2)).collect();
-                        let request = Request { prompt: &prompt };
+                        let request = Request::of(&prompt);
                         let pick = policy.pick(&request, targets, &mut rng, None);
                         let _in_flight = targets[pick.index].begin();
-                        policy.sent(&request, targets[pick.index].id);
+                        policy.sent(&request, &targets[pick.index]);
                         if round % 100 == 0 {
                             policy.forget(rng.u32(..8));
                         }

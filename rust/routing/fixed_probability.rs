@@ -82,7 +82,7 @@ mod tests {
 
     fn reason(targets: &[Arc<Target>]) -> &'static str {
         let mut rng = fastrand::Rng::with_seed(0);
-        FixedProbability.pick(&Request { prompt: b"" }, targets, &mut rng, None).reason
+        FixedProbability.pick(&Request::of(b""), targets, &mut rng, None).reason
     }
 
     #[test]

@@ -17,15 +17,23 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use candidates::Weighed;
 use clap::ValueEnum;
 use clap::builder::RangedU64ValueParser;
+use xxhash_rust::xxh3::xxh3_64;
 
 mod cache_aware;
 pub mod candidates;
+mod consistent_hashing;
 mod fixed_probability;
+mod manual;
 mod power_of_two;
+mod prefix_hash;
 pub mod prefix_tree;
 mod random;
+mod rendezvous;
 mod round_robin;
 mod shortest_queue;
+mod sticky_keys;
+
+pub use manual::AssignmentMode;
 
 /// A worker's place in the order of joining. Never reused.
 pub type WorkerId = u32;
@@ -50,13 +58,23 @@ pub struct Target {
     pub id: WorkerId,
     /// Share of the requests under `fixed_probability`; see [`check_weight`].
     pub weight: f64,
+    /// What hashing tells it by.
+    name_hash: u64,
     in_flight: AtomicU32,
 }
 
 impl Target {
-    /// A worker with nothing in flight. `weight` has passed [`check_weight`].
+    /// A worker with nothing in flight, which hashing tells by its id. `weight` has passed
+    /// [`check_weight`].
     pub fn new(id: WorkerId, weight: f64) -> Self {
-        Self { id, weight, in_flight: AtomicU32::new(0) }
+        let name_hash = xxh3_64(&id.to_le_bytes());
+        Self { id, weight, name_hash, in_flight: AtomicU32::new(0) }
+    }
+
+    /// The same worker, which hashing tells by its name: so a session finds it again whatever the
+    /// order of joining, also through another router.
+    pub fn named(self, name: &str) -> Self {
+        Self { name_hash: xxh3_64(name.as_bytes()), ..self }
     }
 
     /// Requests picked for this worker that have not ended.
@@ -66,33 +84,75 @@ impl Target {
 
     /// The worker as it is now, with a count that nothing changes.
     fn still(&self) -> Self {
-        Self { id: self.id, weight: self.weight, in_flight: AtomicU32::new(self.in_flight()) }
+        let in_flight = AtomicU32::new(self.in_flight());
+        Self { id: self.id, weight: self.weight, name_hash: self.name_hash, in_flight }
     }
 
     /// Counts a request as in flight here until the guard is dropped. Taken right after the pick,
     /// so that the next pick sees it.
     pub fn begin(self: &Arc<Self>) -> InFlight {
         self.in_flight.fetch_add(1, Ordering::Relaxed);
-        InFlight(Arc::clone(self))
+        InFlight { target: Arc::clone(self), underway: None }
     }
 }
 
 /// One request in flight at a worker; dropping it ends that, whatever the ending was.
-#[derive(Debug)]
 #[must_use = "the request counts as in flight only while this is held"]
-pub struct InFlight(Arc<Target>);
+pub struct InFlight {
+    target: Arc<Target>,
+    /// What the policy keeps of it.
+    underway: Option<Box<dyn Underway>>,
+}
 
 impl InFlight {
     /// The worker this request is at.
     pub fn target(&self) -> &Arc<Target> {
-        &self.0
+        &self.target
+    }
+
+    /// The policy hears of it from now on.
+    pub fn heard_by(&mut self, underway: Option<Box<dyn Underway>>) {
+        self.underway = underway;
+    }
+
+    /// The first content of its answer has come.
+    pub fn begun(&mut self, at_secs: f64) {
+        if let Some(underway) = &mut self.underway {
+            underway.begun(at_secs);
+        }
+    }
+
+    /// The answer has told how many tokens there were.
+    pub fn told(&mut self, told: &Told) {
+        if let Some(underway) = &mut self.underway {
+            underway.told(told);
+        }
     }
 }
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
+        self.target.in_flight.fetch_sub(1, Ordering::Relaxed);
     }
+}
+
+/// What a policy keeps of a request that was sent, and wants to hear of it. Dropped when the request
+/// is over at that worker, whatever the ending.
+pub trait Underway: Send {
+    /// The first content of a stream has come: the prompt has been computed. Not called for answers
+    /// that are no streams.
+    fn begun(&mut self, at_secs: f64);
+
+    /// What the worker said of the tokens. At most once.
+    fn told(&mut self, told: &Told);
+}
+
+/// Tokens as a worker counted them; `None` where it did not say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Told {
+    pub prompt_tokens: Option<u32>,
+    pub cached_tokens: Option<u32>,
+    pub completion_tokens: Option<u32>,
 }
 
 /// What a policy may know of a request.
@@ -101,6 +161,23 @@ pub struct Request<'a> {
     /// UTF-8 text, or four little-endian bytes per token id, so that [`BYTES_PER_TOKEN`] holds for
     /// both. May be empty; is never decoded.
     pub prompt: &'a [u8],
+    /// Whether a stream was asked for.
+    pub stream: bool,
+    /// The path, such as `/generate`.
+    pub route: &'a str,
+    /// The model asked for.
+    pub model: Option<&'a str>,
+    /// The header `x-smg-routing-key`: what the requests of a session have in common. Not empty.
+    pub routing_key: Option<&'a str>,
+    /// Now, in seconds of a clock that never goes back.
+    pub at_secs: f64,
+}
+
+impl<'a> Request<'a> {
+    /// A request with this text, of which nothing else is known.
+    pub fn of(prompt: &'a [u8]) -> Self {
+        Self { prompt, stream: false, route: "", model: None, routing_key: None, at_secs: 0.0 }
+    }
 }
 
 /// A policy's answer.
@@ -133,8 +210,10 @@ pub trait Policy: Send + Sync {
     }
 
     /// The request is now being sent to this worker; also called when it was pinned or is sent
-    /// again, that is, when this policy did not pick.
-    fn sent(&self, _request: &Request, _worker: WorkerId) {}
+    /// again, that is, when this policy did not pick. What is returned hears of it until it ends.
+    fn sent(&self, _request: &Request, _target: &Arc<Target>) -> Option<Box<dyn Underway>> {
+        None
+    }
 
     /// The worker left, or was gone and is back: what was believed of its cache is void.
     fn forget(&self, _worker: WorkerId) {}
@@ -199,6 +278,15 @@ policies! {
     /// The worker that was sent the longest prefix of the prompt, unless the load is uneven or the
     /// prefix is short: then the fewest requests in flight.
     CacheAware = "cache_aware" in cache_aware;
+    /// The worker of the request's `x-smg-routing-key` by its hash; the next one in the key's order if that one
+    /// has more than its share of the requests in flight. Without the header the fewest requests in flight.
+    ConsistentHashing = "consistent_hashing" in consistent_hashing;
+    /// The worker of the prompt's head by its hash; the next one in the head's order if that one has more
+    /// than its share of the requests in flight. Without a prompt the fewest requests in flight.
+    PrefixHash = "prefix_hash" in prefix_hash;
+    /// The worker that the request's `x-smg-routing-key` was first given, a stand-in while that one cannot be
+    /// picked. New keys, and requests without the header, are assigned by `assignment_mode`.
+    Manual = "manual" in manual;
 }
 
 impl fmt::Display for PolicyKind {
@@ -238,6 +326,23 @@ pub struct Options {
     /// 2^37.
     #[arg(long, default_value_t = 1 << 26, value_parser = tree_size())]
     pub max_tree_size: usize,
+
+    /// consistent_hashing, prefix_hash: the most requests in flight at a worker as a multiple of the
+    /// mean over all workers, at least 1; a large number is no bound.
+    #[arg(long, alias = "prefix-hash-load-factor", value_parser = parse_ratio, default_value_t = 1.25)]
+    pub hash_load_factor: f64,
+
+    /// prefix_hash: tokens of the prompt's head, four bytes each.
+    #[arg(long, default_value_t = 256, value_parser = RangedU64ValueParser::<usize>::new().range(1..=1 << 20))]
+    pub prefix_token_count: usize,
+
+    /// manual: how a key gets its worker: any, the fewest requests in flight, or the fewest keys.
+    #[arg(long, value_enum, ignore_case = true, default_value_t = AssignmentMode::MinLoad)]
+    pub assignment_mode: AssignmentMode,
+
+    /// manual: seconds after its last request until a key is forgotten.
+    #[arg(long, default_value_t = 14_400, value_parser = clap::value_parser!(u64).range(1..))]
+    pub max_idle_secs: u64,
 
     /// Makes every random draw of routing repeatable: the n-th request draws the same numbers in
     /// each run. Without it they differ from run to run.
@@ -305,12 +410,17 @@ fn scatter(seed: u64, n: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// Index of the target with the fewest requests in flight, ties at random (reservoir sampling, so
-/// one pass sees each load once).
+/// Index of the target with the fewest requests in flight, ties at random.
 fn least_in_flight(targets: &[Arc<Target>], rng: &mut fastrand::Rng) -> usize {
+    least_by(targets.len(), |index| targets[index].in_flight(), rng)
+}
+
+/// The index below `len` with the lowest load, ties at random (reservoir sampling, so one pass sees
+/// each load once).
+fn least_by(len: usize, load_at: impl Fn(usize) -> u32, rng: &mut fastrand::Rng) -> usize {
     let (mut index, mut fewest, mut tied) = (0, u32::MAX, 0);
-    for (i, target) in targets.iter().enumerate() {
-        let load = target.in_flight();
+    for i in 0..len {
+        let load = load_at(i);
         if load < fewest {
             (index, fewest, tied) = (i, load, 1);
         } else if load == fewest {
@@ -358,12 +468,25 @@ pub(crate) mod tests {
         prompt: &[u8],
         targets: &[Arc<Target>],
     ) -> (Pick, Vec<Option<f64>>) {
+        scores_of(policy, &Request::of(prompt), targets)
+    }
+
+    /// The same of this request.
+    pub fn scores_of(
+        policy: &dyn Policy,
+        request: &Request,
+        targets: &[Arc<Target>],
+    ) -> (Pick, Vec<Option<f64>>) {
         let mut rng = fastrand::Rng::with_seed(7);
-        let request = Request { prompt };
         let (pick, mut candidates) =
-            candidates::explained(policy, &request, targets, &mut rng, usize::MAX);
+            candidates::explained(policy, request, targets, &mut rng, usize::MAX);
         candidates.sort_by_key(|candidate| candidate.index);
         (pick, candidates.iter().map(|candidate| candidate.score).collect())
+    }
+
+    /// A request with this routing key, of which nothing else is known.
+    pub fn keyed(routing_key: &str) -> Request<'_> {
+        Request { routing_key: Some(routing_key), ..Request::of(b"") }
     }
 
     /// How often each index was picked in `rounds` picks of an empty prompt with a fixed seed.
@@ -371,7 +494,7 @@ pub(crate) mod tests {
         let mut rng = fastrand::Rng::with_seed(7);
         let mut counts = vec![0; targets.len()];
         for _ in 0..rounds {
-            counts[policy.pick(&Request { prompt: b"" }, targets, &mut rng, None).index] += 1;
+            counts[policy.pick(&Request::of(b""), targets, &mut rng, None).index] += 1;
         }
         counts
     }
@@ -394,6 +517,8 @@ pub(crate) mod tests {
         assert_eq!(options.balance_rel_threshold, 1.5);
         assert_eq!(options.eviction_interval_secs, 60);
         assert_eq!(options.max_tree_size, 67_108_864);
+        assert_eq!((options.hash_load_factor, options.prefix_token_count), (1.25, 256));
+        assert_eq!(options.max_idle_secs, 14_400);
         assert_eq!(options.seed, None);
     }
 
@@ -410,6 +535,10 @@ pub(crate) mod tests {
             ("--max-tree-size", "1023", "1024..=137438953472"),
             ("--max-tree-size", "999999999999", "1024..=137438953472"),
             ("--policy", "fastest", "cache_aware"),
+            ("--hash-load-factor", "0.9", "at least 1"),
+            ("--prefix-token-count", "0", "1..=1048576"),
+            ("--assignment-mode", "fewest", "min_group"),
+            ("--max-idle-secs", "0", "1.."),
         ] {
             let error = options(&[&format!("{flag}={value}")]).expect_err(flag);
             for part in [flag, value, range] {
@@ -483,15 +612,16 @@ pub(crate) mod tests {
 
     #[derive(Clone, Debug)]
     enum Step {
-        Ask { prompt: Vec<u8>, routable: u8 },
+        Ask { prompt: Vec<u8>, key: Option<u8>, routable: u8 },
         End,
         Forget(WorkerId),
     }
 
     fn step() -> impl Strategy<Value = Step> {
         let prompt = prop::collection::vec(0..3_u8, 0..20);
+        let ask = (prompt, prop::option::of(0..5_u8), 1..=255_u8);
         prop_oneof![
-            8 => (prompt, 1..=255_u8).prop_map(|(prompt, routable)| Step::Ask { prompt, routable }),
+            8 => ask.prop_map(|(prompt, key, routable)| Step::Ask { prompt, key, routable }),
             2 => Just(Step::End),
             1 => (0..8_u32).prop_map(Step::Forget),
         ]
@@ -533,10 +663,11 @@ pub(crate) mod tests {
         let (mut held, mut picks) = (Vec::new(), Vec::new());
         for step in steps {
             match step {
-                Step::Ask { prompt, routable } => {
+                Step::Ask { prompt, key, routable } => {
                     let given: Vec<_> =
                         all.iter().filter(|t| routable >> t.id & 1 == 1).cloned().collect();
-                    let request = Request { prompt };
+                    let key = key.map(|key| key.to_string());
+                    let request = Request { routing_key: key.as_deref(), ..Request::of(prompt) };
                     let rng = &mut draws.next();
                     let pick = match keep {
                         Some(keep) => explained_pick(&*policy, &request, &given, rng, keep),
@@ -546,7 +677,7 @@ pub(crate) mod tests {
                     let tokens = (prompt.len() / BYTES_PER_TOKEN) as u32;
                     assert!(pick.matched_tokens.is_none_or(|matched| matched <= tokens));
                     held.push(given[pick.index].begin());
-                    policy.sent(&request, given[pick.index].id);
+                    policy.sent(&request, &given[pick.index]);
                     picks.push(pick);
                 }
                 Step::End => drop(held.pop()),

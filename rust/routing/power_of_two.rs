@@ -95,7 +95,7 @@ mod tests {
     fn a_single_worker_is_the_only_one() {
         let (targets, _held) = loaded(&[5]);
         let mut rng = fastrand::Rng::with_seed(0);
-        let pick = PowerOfTwo.pick(&Request { prompt: b"" }, &targets, &mut rng, None);
+        let pick = PowerOfTwo.pick(&Request::of(b""), &targets, &mut rng, None);
         assert_eq!((pick.index, pick.reason), (0, ONLY_WORKER));
     }
 }

@@ -70,7 +70,7 @@ mod tests {
 
     fn turn(policy: &RoundRobin, ids: &[u32]) -> u32 {
         let mut rng = fastrand::Rng::with_seed(0);
-        ids[policy.pick(&Request { prompt: b"" }, &targets(ids), &mut rng, None).index]
+        ids[policy.pick(&Request::of(b""), &targets(ids), &mut rng, None).index]
     }
 
     #[test]
@@ -113,7 +113,7 @@ mod tests {
                 scope.spawn(|| {
                     let mut rng = fastrand::Rng::with_seed(0);
                     for _ in 0..5000 {
-                        let pick = policy.pick(&Request { prompt: b"" }, &targets, &mut rng, None);
+                        let pick = policy.pick(&Request::of(b""), &targets, &mut rng, None);
                         counts[pick.index].fetch_add(1, Ordering::Relaxed);
                     }
                 });

@@ -20,13 +20,13 @@ use super::relay::Patience;
 use super::{App, now, request_id, retry};
 use crate::error::{Error, Kind, Origin};
 use crate::request::Scan;
-use crate::routing::InFlight;
+use crate::routing::{InFlight, Told};
 use crate::telemetry::metrics::labels::{
     BackoffLabels, CauseLabels, Http, ReasonLabels, Regular, ResultLabels, UpstreamLabels,
     WorkerErrorLabels,
 };
 use crate::telemetry::metrics::{Route, Series};
-use crate::tracking::{AnswerFacts, Arrived, OpenTrace, RequestFacts};
+use crate::tracking::{AnswerFacts, Arrived, OpenTrace, PromptBlocks, RequestFacts};
 use crate::upstream::SendError;
 use crate::upstream::answer::Facts;
 use crate::workers::breaker::Outcome;
@@ -66,8 +66,7 @@ pub(super) struct Flight {
 
 /// A request at a worker.
 struct Attempt {
-    /// Held for its drop.
-    _in_flight: InFlight,
+    in_flight: InFlight,
     pass: Pass,
     sent_at: Instant,
     /// When the first byte of the answer came.
@@ -136,7 +135,12 @@ impl Flight {
     }
 
     /// What the body says: the id, where no header gave one, and the facts of the record.
-    pub(super) fn describe(&mut self, scan: &Scan<'_>, trace_id: Option<&str>) {
+    pub(super) fn describe(
+        &mut self,
+        scan: &Scan<'_>,
+        trace_id: Option<&str>,
+        prompt_blocks: Option<&PromptBlocks>,
+    ) {
         let rid = scan.rid.as_deref();
         if self.id.is_none() {
             let id = rid.and_then(|rid| self.app.request_ids.in_rid(rid));
@@ -156,6 +160,7 @@ impl Flight {
                 stream: scan.stream,
                 input_tokens: scan.input_tokens,
                 trace_id,
+                prompt_blocks,
             });
         }
     }
@@ -205,7 +210,7 @@ impl Flight {
         );
         self.abort.move_to(Some(&worker));
         let sent_at = now();
-        self.attempt = Some(Attempt { _in_flight: in_flight, pass, sent_at, answered_at: None });
+        self.attempt = Some(Attempt { in_flight, pass, sent_at, answered_at: None });
         self.status = None;
         self.worker = Some(worker);
     }
@@ -332,6 +337,9 @@ impl Flight {
     /// The first frame with content came.
     pub(super) fn first_content(&mut self, at: Instant) {
         self.first_content_at = Some(at);
+        if let Some(attempt) = &mut self.attempt {
+            attempt.in_flight.begun(self.app.secs(at));
+        }
         if let Some(series) = &self.series {
             series.first_content(at - self.arrived.at);
         }
@@ -348,6 +356,13 @@ impl Flight {
         }
         if let Some(worker) = &self.worker {
             worker.cache.told(facts.prompt_tokens, facts.cached_tokens);
+        }
+        if let Some(attempt) = &mut self.attempt {
+            attempt.in_flight.told(&Told {
+                prompt_tokens: facts.prompt_tokens,
+                cached_tokens: facts.cached_tokens,
+                completion_tokens: facts.completion_tokens,
+            });
         }
         if let Some(trace) = &mut self.trace {
             trace.answer(AnswerFacts {

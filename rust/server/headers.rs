@@ -17,6 +17,8 @@ const HOP_BY_HOP: [HeaderName; 9] = [
 
 /// Names a worker and means the router; a worker has no use for it.
 pub(super) const X_TARGET_WORKER: HeaderName = HeaderName::from_static("x-sglang-target-worker");
+/// What the session policies go by.
+pub(super) const X_ROUTING_KEY: HeaderName = HeaderName::from_static("x-smg-routing-key");
 pub(super) const X_WORKER: HeaderName = HeaderName::from_static("x-sglang-worker");
 pub(super) const X_NODE: HeaderName = HeaderName::from_static("x-sglang-node");
 pub(super) const X_ROUTER_ERROR_CODE: HeaderName = HeaderName::from_static("x-router-error-code");

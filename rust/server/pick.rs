@@ -35,7 +35,7 @@ pub(super) struct Picked {
 
 /// What an attempt's pick depends on, beside the workers.
 pub(super) struct Wish<'a> {
-    pub(super) prompt: routing::Request<'a>,
+    pub(super) request: routing::Request<'a>,
     /// The worker the request names itself.
     pub(super) pin: Option<&'a HeaderValue>,
     /// Workers that the request has failed on, the last one last.
@@ -65,7 +65,7 @@ pub(super) fn pick(app: &App, wish: &mut Wish<'_>) -> Result<Option<Picked>, Err
             Some(pin) => {
                 let index = pinned(&snapshot, pin)?;
                 let worker = snapshot.routable[index].index;
-                let matched_tokens = app.policy.matched_tokens(&wish.prompt, worker);
+                let matched_tokens = app.policy.matched_tokens(&wish.request, worker);
                 (index, Pick { index, reason: PINNED, matched_tokens }, None)
             }
             None => match choose(app, &snapshot, wish) {
@@ -78,8 +78,8 @@ pub(super) fn pick(app: &App, wish: &mut Wish<'_>) -> Result<Option<Picked>, Err
         // Half-open, and another request was faster to take the probe: the worker is no choice now.
         let Some(pass) = worker.gate.begin(now()) else { continue };
         // Counted before the prompt is remembered, which takes longer than the next request's pick.
-        let in_flight = worker.target.begin();
-        app.policy.sent(&wish.prompt, worker.index);
+        let mut in_flight = worker.target.begin();
+        in_flight.heard_by(app.policy.sent(&wish.request, &worker.target));
         let Pick { reason, matched_tokens, .. } = pick;
         return Ok(Some(Picked {
             worker,
@@ -131,13 +131,13 @@ fn ask<'a>(
     targets: &[Arc<Target>],
     at: impl Fn(usize) -> (usize, &'a Arc<Worker>),
 ) -> Choice {
-    let Wish { prompt, draw, .. } = wish;
+    let Wish { request, draw, .. } = wish;
     let traced = app.tracker.as_ref().and_then(|tracker| tracker.options().candidates_max());
     let Some(keep) = traced else {
-        let pick = app.policy.pick(prompt, targets, draw, None);
+        let pick = app.policy.pick(request, targets, draw, None);
         return (at(pick.index).0, pick, None);
     };
-    let (pick, candidates) = explained(&*app.policy, prompt, targets, draw, keep);
+    let (pick, candidates) = explained(&*app.policy, request, targets, draw, keep);
     let named = |candidate: &routing::candidates::Candidate| {
         // Each that may be picked has a name.
         let worker = at(candidate.index).1.name()?.clone();

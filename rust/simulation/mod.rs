@@ -25,7 +25,7 @@ use tokio::time::Instant;
 
 use crate::options::{self, Options};
 use crate::routing::candidates::Weighed;
-use crate::routing::{self, Pick, Policy, Target, WorkerId};
+use crate::routing::{self, Pick, Policy, Target, Underway, WorkerId};
 use crate::running;
 use crate::server::{App, routes, serve_connection};
 use crate::workers::{Joining, Snapshot, State, Workers, breaker};
@@ -318,7 +318,12 @@ impl Policy for Watched {
         self.policy.matched_tokens(request, worker)
     }
 
-    fn sent(&self, request: &routing::Request<'_>, worker: WorkerId) {
+    fn sent(
+        &self,
+        request: &routing::Request<'_>,
+        target: &Arc<Target>,
+    ) -> Option<Box<dyn Underway>> {
+        let worker = target.id;
         let snapshot: Arc<Snapshot> = self.workers.get().expect("set at the start").snapshot();
         let picked = snapshot.all.iter().find(|known| known.index == worker);
         let fault = match picked {
@@ -335,7 +340,7 @@ impl Policy for Watched {
             },
         };
         self.faults.lock().extend(fault.map(|fault| format!("worker {worker} {fault}")));
-        self.policy.sent(request, worker);
+        self.policy.sent(request, target)
     }
 
     fn forget(&self, worker: WorkerId) {
