@@ -141,3 +141,6 @@ fn print(text: &str) -> io::Result<()> {
         outcome => outcome,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -37,7 +37,7 @@ pub struct Flags {
     pub num_requests: Option<u32>,
 
     /// Write the trace that --synthetic makes to this file
-    #[arg(long, value_name = "FILE", requires = "synthetic")]
+    #[arg(long, value_name = "FILE", requires = "synthetic", conflicts_with = "trace")]
     pub write: Option<PathBuf>,
 
     /// Arrivals come that many times faster, 0.001 to 1000

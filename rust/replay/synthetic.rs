@@ -129,9 +129,9 @@ fn chat(load: &mut Load, requests: usize) -> Trace {
     while trace.requests.len() < requests {
         while load.turns.peek().is_none_or(|Reverse(turn)| begins_ms <= turn.at_ms as f64) {
             let mut history = system.clone();
-            let first = load.length(3000.0, 1.2, MAX_PROMPT_TOKENS / 2);
+            let first = load.length(4000.0, 1.2, MAX_PROMPT_TOKENS / 2);
             load.extend(&mut history, first);
-            let turns_left = load.count(4.0);
+            let turns_left = load.count(3.0);
             load.turns.push(Reverse(Turn {
                 at_ms: begins_ms as u64,
                 session,
@@ -139,7 +139,7 @@ fn chat(load: &mut Load, requests: usize) -> Trace {
                 history,
             }));
             session += 1;
-            begins_ms += load.pause_ms(1.1);
+            begins_ms += load.pause_ms(0.65);
         }
         let Some(Reverse(mut turn)) = load.turns.pop() else { continue };
         let output_tokens = load.length(250.0, 0.9, 4096);
