@@ -36,6 +36,8 @@ const ATTEMPTS_MAX: u32 = 5;
 pub struct Setup {
     /// One engine per worker, all with pages of the same size.
     pub engines: Vec<Config>,
+    /// Whether workers tell how large their KV caches are.
+    pub is_kv_told: bool,
     pub losses: Vec<Loss>,
     /// Of the policy's random draws.
     pub seed: u64,
@@ -191,11 +193,11 @@ impl<'a> Run<'a> {
         policy: &'a dyn Policy,
         ended: &'a AtomicUsize,
     ) -> Self {
-        let worker = |(id, config): (WorkerId, &Config)| Worker {
-            engine: Engine::new(config.clone()),
-            target: Arc::new(Target::new(id, 1.0)),
-            flights: HashMap::new(),
-            is_lost: false,
+        let worker = |(id, config): (WorkerId, &Config)| {
+            let target = Arc::new(Target::new(id, 1.0));
+            target.set_kv_tokens(setup.is_kv_told.then_some(config.kv_tokens as u64));
+            let engine = Engine::new(config.clone());
+            Worker { engine, target, flights: HashMap::new(), is_lost: false }
         };
         let workers: Vec<_> = (0..).zip(&setup.engines).map(worker).collect();
         Self {

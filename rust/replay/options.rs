@@ -140,6 +140,7 @@ impl Options {
         };
         Ok(Setup {
             engines: speeds.iter().cycle().take(workers).map(engine).collect(),
+            is_kv_told: !hardware.hide_kv,
             losses: losses(lose, workers)?,
             seed: routing.seed.unwrap_or_default(),
         })

@@ -18,20 +18,29 @@ use candidates::Weighed;
 use clap::ValueEnum;
 use clap::builder::RangedU64ValueParser;
 
+mod backlog;
 mod cache_aware;
 pub mod candidates;
 mod fixed_probability;
+mod kv_size;
+mod least_ttft;
+pub mod mirror;
+pub mod outlook;
 mod power_of_two;
 pub mod prefix_tree;
 mod random;
 mod round_robin;
 mod shortest_queue;
+mod speed;
 
 /// A worker's place in the order of joining. Never reused.
 pub type WorkerId = u32;
 
 /// Bytes of a [`Request::prompt`] per token: exact for token ids, an estimate for text.
 pub const BYTES_PER_TOKEN: usize = 4;
+
+/// More tokens than any KV cache holds.
+pub const KV_TOKENS_MAX: u64 = 1 << 40;
 
 /// What a worker is called. Shared by all that speak of the worker; never changes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,12 +60,14 @@ pub struct Target {
     /// Share of the requests under `fixed_probability`; see [`check_weight`].
     pub weight: f64,
     in_flight: AtomicU32,
+    /// 0 where it is not known.
+    kv_tokens: AtomicU64,
 }
 
 impl Target {
     /// A worker with nothing in flight. `weight` has passed [`check_weight`].
     pub fn new(id: WorkerId, weight: f64) -> Self {
-        Self { id, weight, in_flight: AtomicU32::new(0) }
+        Self { id, weight, in_flight: AtomicU32::new(0), kv_tokens: AtomicU64::new(0) }
     }
 
     /// Requests picked for this worker that have not ended.
@@ -64,9 +75,22 @@ impl Target {
         self.in_flight.load(Ordering::Relaxed)
     }
 
+    /// Tokens that its KV cache holds, in its own words.
+    pub fn kv_tokens(&self) -> Option<u64> {
+        Some(self.kv_tokens.load(Ordering::Relaxed)).filter(|tokens| *tokens > 0)
+    }
+
+    /// The worker has said how many tokens its KV cache holds, or is another one that has not.
+    pub fn set_kv_tokens(&self, tokens: Option<u64>) {
+        self.kv_tokens.store(tokens.unwrap_or(0), Ordering::Relaxed);
+    }
+
     /// The worker as it is now, with a count that nothing changes.
     fn still(&self) -> Self {
-        Self { id: self.id, weight: self.weight, in_flight: AtomicU32::new(self.in_flight()) }
+        let still = Self::new(self.id, self.weight);
+        still.in_flight.store(self.in_flight(), Ordering::Relaxed);
+        still.set_kv_tokens(self.kv_tokens());
+        still
     }
 
     /// Counts a request as in flight here until the guard is dropped. Taken right after the pick,
@@ -259,6 +283,9 @@ policies! {
     /// The worker that was sent the longest prefix of the prompt, unless the load is uneven or the
     /// prefix is short: then the fewest requests in flight.
     CacheAware = "cache_aware" in cache_aware;
+    /// The least expected time to the first token: prefill that waits and that this prompt needs, over
+    /// the worker's speed, plus cache_weight times what is not in its cache, over the mean speed.
+    LeastTtft = "least_ttft" in least_ttft;
 }
 
 impl fmt::Display for PolicyKind {
@@ -299,6 +326,16 @@ pub struct Options {
     #[arg(long, default_value_t = 1 << 26, value_parser = tree_size())]
     pub max_tree_size: usize,
 
+    /// least_ttft: how much the tokens of a prompt that a worker has not cached count on top of the time they take
+    /// there: what is computed twice costs later requests. At least 0.
+    #[arg(long, value_parser = parse_weight, default_value_t = 4.0)]
+    pub cache_weight: f64,
+
+    /// least_ttft: tokens that each worker's KV cache holds, 1 to 2^40, instead of what the workers say or, where they
+    /// say nothing, what is learned from their answers.
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=KV_TOKENS_MAX))]
+    pub worker_kv_tokens: Option<u64>,
+
     /// Makes every random draw of routing repeatable: the n-th request draws the same numbers in
     /// each run. Without it they differ from run to run.
     #[arg(long)]
@@ -307,6 +344,13 @@ pub struct Options {
 
 fn tree_size() -> RangedU64ValueParser<usize> {
     RangedU64ValueParser::new().range(1024..=prefix_tree::LARGEST_MAX_BYTES as u64)
+}
+
+fn parse_weight(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(value) if (0.0..f64::INFINITY).contains(&value) => Ok(value),
+        _ => Err("must be a finite number of at least 0".to_owned()),
+    }
 }
 
 fn parse_share(text: &str) -> Result<f64, String> {
