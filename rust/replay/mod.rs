@@ -143,4 +143,6 @@ fn print(text: &str) -> io::Result<()> {
 }
 
 #[cfg(test)]
+mod lead;
+#[cfg(test)]
 mod tests;

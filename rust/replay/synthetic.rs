@@ -139,7 +139,7 @@ fn chat(load: &mut Load, requests: usize) -> Trace {
                 history,
             }));
             session += 1;
-            begins_ms += load.pause_ms(0.65);
+            begins_ms += load.pause_ms(0.5);
         }
         let Some(Reverse(mut turn)) = load.turns.pop() else { continue };
         let output_tokens = load.length(250.0, 0.9, 4096);

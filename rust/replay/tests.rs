@@ -23,7 +23,7 @@ struct Line {
     replay: Options,
 }
 
-fn options(flags: &[&str]) -> Result<Options, String> {
+pub fn options(flags: &[&str]) -> Result<Options, String> {
     let line = Line::try_parse_from([&["test"], flags].concat());
     line.map(|line| line.replay).map_err(|error| error.to_string())
 }
@@ -42,7 +42,7 @@ fn setup(workers: usize) -> Setup {
         max_running: 4,
         page_tokens: 1,
     };
-    Setup { engines: vec![engine; workers], losses: vec![], seed: 0 }
+    Setup { engines: vec![engine; workers], is_kv_told: true, losses: vec![], seed: 0 }
 }
 
 fn run(requests: Vec<Asked>, setup: &Setup, policy: &dyn Policy) -> Vec<Outcome> {
