@@ -39,6 +39,10 @@ const RATIO_STEP: f64 = 0.01;
 /// Tokens per byte stay between these: a token of 64 bytes, and four tokens for a byte.
 const RATIO_RANGE: [f64; 2] = [1.0 / 64.0, 4.0];
 
+/// Pending tokens are told in steps of so many: that is how well they are known, and workers that are as good as idle
+/// shall be equally idle.
+const PENDING_STEP: u64 = 64;
+
 /// A worker's word on what it had cached is taken as agreeing within this share of it, or two blocks: text is not
 /// equally dense everywhere, and workers cache whole pages.
 const AGREEMENT: f64 = 0.05;
@@ -107,6 +111,8 @@ impl Outlook {
             Some(worker) => {
                 let speed = state.speeds.of(&worker.speed);
                 let pending_tokens = worker.backlog.pending_tokens(request.at_secs, speed);
+                let pending_tokens =
+                    (pending_tokens + PENDING_STEP / 2) / PENDING_STEP * PENDING_STEP;
                 View { pending_tokens, matched_tokens: 0, speed }
             }
             None => {

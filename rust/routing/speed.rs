@@ -14,6 +14,9 @@
 /// Prompts per worker after which what was learned counts half.
 const HALF_LIFE: f64 = 16.0;
 
+/// A prompt of less than this share of the mean says nothing: its time is not that of its tokens.
+const MEANINGFUL: f64 = 0.1;
+
 /// A prompt counts as at most so many times as slow as expected: it may have waited for something else than prefill.
 const SLOWEST: f64 = 8.0;
 
@@ -67,6 +70,9 @@ impl Speeds {
     /// Notes what one of the workers took for a prompt.
     pub fn learn(&mut self, speed: &mut Speed, tokens: u64, secs: f64) {
         let tokens = tokens as f64;
+        if tokens < MEANINGFUL * self.tokens_per_prompt() {
+            return;
+        }
         let expected = self.of(speed).map(|speed| SLOWEST * tokens / speed);
         let secs = expected.map_or(secs, |slowest| secs.min(slowest));
         if tokens <= 0.0 || secs.is_nan() {
@@ -81,6 +87,11 @@ impl Speeds {
         speed.shown_at = self.prompts;
         speed.sums.add(tokens, secs);
         self.sums.add(tokens, secs);
+    }
+
+    /// Tokens of the prompts that were learned from, in the mean; 0 if there was none.
+    fn tokens_per_prompt(&self) -> f64 {
+        if self.sums.prompts > 0.0 { self.sums.tokens / self.sums.prompts } else { 0.0 }
     }
 
     /// Notes that the tokens learned from were `more` than was said.
@@ -99,7 +110,7 @@ impl Speeds {
     pub fn of(&self, speed: &Speed) -> Option<f64> {
         let mean = self.sums.speed()?;
         // As if one more prompt had been computed at the mean speed.
-        let tokens = self.sums.tokens / self.sums.prompts;
+        let tokens = self.tokens_per_prompt();
         let mut sums = speed.sums.scaled(self.kept(speed));
         sums.add(tokens, tokens / mean);
         let steps = (sums.speed()? / mean).log(STEP).round();
