@@ -70,7 +70,7 @@ pub struct Outcome {
     pub prefill_secs: Option<f64>,
     /// When its first token was there.
     pub first_at_secs: Option<f64>,
-    /// When its last token was there.
+    /// When its last token was there, or it failed.
     pub ended_at_secs: Option<f64>,
     /// Why it failed.
     pub error: Option<&'static str>,
@@ -206,7 +206,7 @@ impl<'a> Run<'a> {
             policy,
             ended,
             draws: Draws::new(Some(setup.seed)),
-            words: Words::new(),
+            words: Words::default(),
             routable: workers.iter().map(|worker| worker.target.clone()).collect(),
             workers,
             due: BinaryHeap::new(),
@@ -259,7 +259,7 @@ impl<'a> Run<'a> {
     /// Sends a request to a worker that the policy picks.
     fn send(&mut self, index: usize, now: f64) {
         if self.routable.is_empty() {
-            return self.failed(index, "no worker was left");
+            return self.failed(index, now, "no worker was left");
         }
         let asked = &self.trace.requests[index];
         self.words.write(asked, &mut self.prompt);
@@ -322,8 +322,10 @@ impl<'a> Run<'a> {
         self.ended.fetch_add(1, atomic::Ordering::Relaxed);
     }
 
-    fn failed(&mut self, index: usize, error: &'static str) {
-        self.outcomes[index].error = Some(error);
+    fn failed(&mut self, index: usize, now: f64, error: &'static str) {
+        let outcome = &mut self.outcomes[index];
+        outcome.error = Some(error);
+        outcome.ended_at_secs = Some(now);
         self.ended.fetch_add(1, atomic::Ordering::Relaxed);
     }
 
@@ -346,9 +348,9 @@ impl<'a> Run<'a> {
         in_hand.sort_unstable();
         for (request, has_begun) in in_hand {
             if has_begun {
-                self.failed(request, "its worker was lost while it answered");
+                self.failed(request, now, "its worker was lost while it answered");
             } else if self.outcomes[request].attempts >= ATTEMPTS_MAX {
-                self.failed(request, "its workers were lost");
+                self.failed(request, now, "its workers were lost");
             } else {
                 self.send(request, now);
             }
@@ -358,7 +360,7 @@ impl<'a> Run<'a> {
     /// The outcomes, now that nothing more happens.
     fn finish(mut self) -> Vec<Outcome> {
         for outcome in &mut self.outcomes {
-            if outcome.ended_at_secs.is_none() && outcome.error.is_none() {
+            if outcome.ended_at_secs.is_none() {
                 outcome.error = Some("it takes longer than numbers can tell");
             }
         }

@@ -1,7 +1,12 @@
-//! What `least_ttft` is worth, held fast: a change to the policies, the simulated worker or the replay that
+//! What `least_ttft` is worth, held fast: a change to a policy, the simulated worker or the replay that
 //! loses its lead fails here.
+//!
+//! Bounds are of its mean TTFT over that of another policy, on the same requests and workers. Those on
+//! caches lie about a tenth above what was measured; those on loads without any use for a cache say that it
+//! costs nothing there.
 
-use std::path::PathBuf;
+use std::iter::repeat_n;
+use std::path::Path;
 use std::sync::atomic::AtomicUsize;
 
 use super::cluster::replay;
@@ -11,67 +16,31 @@ use super::tests::options;
 use super::trace::{Asked, Trace};
 use crate::routing;
 
-/// The mean TTFT of `least_ttft` over that of another policy, same trace, same workers.
-fn ratio_to(other: &str, trace: &Trace, flags: &[&str]) -> f64 {
+/// Fails if the mean TTFT of `least_ttft` is more than so many times that of another policy.
+fn assert_within(bound: f64, other: &str, trace: &Trace, flags: &[&str]) {
     let list = format!("--policy=least_ttft,{other}");
     let options = options(&[&["t", list.as_str()], flags].concat()).expect("flags");
     let setup = options.setup().expect("they go together");
-    let means: Vec<_> = options
-        .policies
-        .iter()
-        .map(|policy| {
-            let rule = routing::build(&options.routing(*policy));
-            let outcomes = replay(trace, &setup, &*rule, &AtomicUsize::new(0));
-            let run = Run { policy: policy.name().to_owned(), outcomes };
-            Summary::new(&run, trace, &setup).ttft_mean_secs.expect("first tokens")
-        })
-        .collect();
-    means[0] / means[1]
-}
-
-fn assert_below(bound: f64, other: &str, trace: &Trace, flags: &[&str]) {
-    let ratio = ratio_to(other, trace, flags);
-    println!("{ratio:.3} x {other} {flags:?}, bound {bound}");
+    let trace = trace.clone().faster(options.flags.rate_scale);
+    let mean_secs = |policy: &routing::PolicyKind| {
+        let rule = routing::build(&options.routing(*policy));
+        let outcomes = replay(&trace, &setup, &*rule, &AtomicUsize::new(0));
+        let run = Run { policy: policy.name().to_owned(), outcomes };
+        Summary::new(&run, &trace, &setup).ttft_mean_secs.expect("first tokens")
+    };
+    let means: Vec<_> = options.policies.iter().map(mean_secs).collect();
+    let ratio = means[0] / means[1];
+    println!("{ratio:.3} x {other}, at most {bound}: {flags:?}");
     assert!(
         ratio <= bound,
-        "least_ttft has {ratio:.3} x the mean TTFT of {other}, over {bound}; {flags:?}"
+        "least_ttft: mean TTFT {ratio:.3} x that of {other}, over {bound}: {flags:?}"
     );
 }
 
-#[test]
-fn on_conversations() {
-    let trace = Kind::Chat.make(2000, 1);
-    for (bound, flags) in [
-        (9.0, &[][..]),
-        (9.0, &["--hide-kv"]),
-        (9.0, &["--speeds=1,1,0.5,0.5"]),
-        (9.0, &["--rate-scale=1.15"]),
-        (9.0, &["--kv-tokens=100000"]),
-    ] {
-        if flags.contains(&"--rate-scale=1.15") {
-            assert_below(bound, "cache_aware", &trace.clone().faster(1.15), &[]);
-        } else {
-            assert_below(bound, "cache_aware", &trace, flags);
-        }
-    }
-}
-
-#[test]
-fn on_agents() {
-    for seed in 0..4 {
-        let trace = Kind::Agents.make(2000, seed);
-        for (bound, flags) in
-            [(9.0, &[][..]), (9.0, &["--hide-kv"]), (9.0, &["--speeds=1,1,0.5,0.5"])]
-        {
-            assert_below(bound, "cache_aware", &trace, flags);
-        }
-    }
-}
-
-/// Requests with blocks of their own.
-fn unalike(requests: u32, every_secs: f64, prompt_tokens: u32, output_tokens: u32) -> Trace {
+/// Requests that come evenly, each with a prompt of one block that no other has.
+fn unalike(requests: u32, per_sec: f64, prompt_tokens: u32, output_tokens: u32) -> Trace {
     let asked = |number: u32| Asked {
-        at_secs: f64::from(number) * every_secs,
+        at_secs: f64::from(number) / per_sec,
         prompt_tokens,
         output_tokens,
         blocks: [number].into(),
@@ -79,47 +48,66 @@ fn unalike(requests: u32, every_secs: f64, prompt_tokens: u32, output_tokens: u3
     Trace { requests: (0..requests).map(asked).collect() }
 }
 
+/// The same prompt so many times at once.
+fn burst(requests: usize, at_secs: f64) -> impl Iterator<Item = Asked> {
+    let blocks = (u32::MAX - 6..u32::MAX).collect();
+    repeat_n(Asked { at_secs, prompt_tokens: 3000, output_tokens: 100, blocks }, requests)
+}
+
+#[test]
+fn on_conversations() {
+    let trace = Kind::Chat.make(2000, 1);
+    for (bound, flags) in [
+        (0.68, &[][..]),
+        (0.72, &["--hide-kv"]),
+        (0.60, &["--speeds=1,1,0.5,0.5"]),
+        (0.64, &["--rate-scale=1.15"]),
+        (0.54, &["--kv-tokens=100000"]),
+    ] {
+        assert_within(bound, "cache_aware", &trace, flags);
+    }
+}
+
+#[test]
+fn on_agents() {
+    let trace = Kind::Agents.make(2000, 0);
+    for (bound, flags) in
+        [(0.62, &[][..]), (0.62, &["--hide-kv"]), (0.45, &["--speeds=1,1,0.5,0.5"])]
+    {
+        assert_within(bound, "cache_aware", &trace, flags);
+    }
+}
+
 #[test]
 fn on_short_prompts() {
-    for rate in [0.5, 0.7, 0.9, 1.0] {
-        assert_below(9.0, "shortest_queue", &unalike(4000, 0.004 / rate, 200, 30), &[]);
+    // Of the 320 a second that the workers could bear.
+    for per_sec in [125.0, 175.0, 225.0, 250.0] {
+        assert_within(1.05, "shortest_queue", &unalike(4000, per_sec, 200, 30), &[]);
     }
 }
 
 #[test]
 fn on_one_prompt_again_and_again() {
-    let mut trace = unalike(500, 0.1, 500, 100);
-    for second in [5.0, 20.0, 30.0] {
-        let asked = Asked {
-            at_secs: second,
-            prompt_tokens: 3000,
-            output_tokens: 100,
-            blocks: (1000..1006).collect(),
-        };
-        trace.requests.extend(std::iter::repeat_n(asked, 300));
-    }
-    trace.requests.sort_by(|one, other| one.at_secs.total_cmp(&other.at_secs));
-    assert_below(9.0, "shortest_queue", &trace, &[]);
-    let asked = Asked {
-        at_secs: 5.0,
-        prompt_tokens: 3000,
-        output_tokens: 100,
-        blocks: (1000..1006).collect(),
-    };
-    let trace = Trace { requests: std::iter::repeat_n(asked, 300).collect() };
-    assert_below(9.0, "shortest_queue", &trace, &[]);
+    let alone = Trace { requests: burst(300, 0.0).collect() };
+    assert_within(1.05, "shortest_queue", &alone, &[]);
+    let mut among_others = unalike(500, 10.0, 500, 100);
+    among_others.requests.extend([5.0, 20.0, 30.0].into_iter().flat_map(|at| burst(300, at)));
+    among_others.requests.sort_by(|one, other| one.at_secs.total_cmp(&other.at_secs));
+    assert_within(1.05, "shortest_queue", &among_others, &[]);
 }
 
 #[test]
 fn on_many_workers() {
-    assert_below(9.0, "shortest_queue", &Kind::Chat.make(4000, 1).faster(40.0), &["--workers=500"]);
-    assert_below(9.0, "shortest_queue", &unalike(4000, 0.0001, 200, 30), &["--workers=500"]);
-    assert_below(9.0, "shortest_queue", &unalike(4000, 0.0008, 512, 30), &["--workers=500"]);
+    let flags = &["--workers=500"];
+    assert_within(1.05, "shortest_queue", &Kind::Chat.make(2000, 1).faster(40.0), flags);
+    assert_within(1.05, "shortest_queue", &unalike(4000, 10_000.0, 200, 30), flags);
+    assert_within(1.05, "shortest_queue", &unalike(4000, 1250.0, 512, 30), flags);
 }
 
+/// On the file that `ROUTER_TRACE` names, if it is set.
 #[test]
 fn on_a_trace_of_ones_own() {
-    let Some(path) = std::env::var_os("ROUTER_TRACE").map(PathBuf::from) else { return };
-    let trace = Trace::read(&path, None).expect("the trace that ROUTER_TRACE names");
-    assert_below(9.0, "cache_aware", &trace, &[]);
+    let Some(path) = std::env::var_os("ROUTER_TRACE") else { return };
+    let trace = Trace::read(Path::new(&path), None).expect("ROUTER_TRACE names a trace");
+    assert_within(0.65, "cache_aware", &trace, &[]);
 }

@@ -125,7 +125,7 @@ impl Options {
     pub fn setup(&self) -> Result<Setup, String> {
         let Flags { workers, speeds, lose, hardware, page_tokens, routing, .. } = &self.flags;
         let workers = *workers as usize;
-        if workers % speeds.len() != 0 {
+        if !workers.is_multiple_of(speeds.len()) {
             let (speeds, name) = (speeds.len(), "--speeds");
             return Err(format!(
                 "{name}: {workers} workers cannot take {speeds} speeds in turn evenly"

@@ -37,8 +37,8 @@ pub struct About {
     pub workers: usize,
 }
 
-/// One policy's replay in numbers. Times are seconds from arrival, over the requests that came so
-/// far; `None` where there is none.
+/// One policy's replay in numbers. Times are seconds from arrival, to a first token over all requests that
+/// got one, to the end over those that did not fail; `None` without any.
 #[derive(Debug, Serialize)]
 pub struct Summary {
     pub policy: String,
@@ -84,7 +84,8 @@ impl Summary {
                 prefill_secs[worker as usize] += secs;
             }
             ttft.extend(outcome.first_at_secs.map(|at| at - asked.at_secs));
-            e2e.extend(outcome.ended_at_secs.map(|at| at - asked.at_secs));
+            let answered = outcome.ended_at_secs.filter(|_| outcome.error.is_none());
+            e2e.extend(answered.map(|at| at - asked.at_secs));
         }
         ttft.sort_unstable_by(f64::total_cmp);
         e2e.sort_unstable_by(f64::total_cmp);
@@ -205,9 +206,9 @@ struct Row<'a> {
     attempts: u32,
     cached_tokens: Option<u32>,
     prefill_secs: Option<f64>,
-    /// From arrival.
+    /// From arrival to the first token.
     ttft_secs: Option<f64>,
-    /// From arrival.
+    /// From arrival to the last token, or until it failed.
     e2e_secs: Option<f64>,
     error: Option<&'a str>,
 }

@@ -397,7 +397,7 @@ proptest! {
         page_tokens in prop::sample::select(vec![1usize, 16, 512]),
         output_tokens in 0usize..600,
     ) {
-        let words = Words::new();
+        let words = Words::default();
         let (mut text, mut other_text) = (Vec::new(), Vec::new());
         words.write(&one, &mut text);
         words.write(&other, &mut other_text);
@@ -418,7 +418,7 @@ proptest! {
 
 #[test]
 fn blocks_differ_from_their_first_words_on() {
-    let words = Words::new();
+    let words = Words::default();
     let text = |block| {
         let mut text = Vec::new();
         words.write(&asked(0.0, 512, 1, &[block]), &mut text);

@@ -36,13 +36,15 @@ pub struct Words {
     tape: Vec<u8>,
 }
 
-impl Words {
-    pub fn new() -> Self {
+impl Default for Words {
+    fn default() -> Self {
         let mut rng = fastrand::Rng::with_seed(0);
         let words = TAPE_WORDS + BLOCK_TOKENS;
         Self { tape: (0..words).flat_map(|_| word(rng.usize(..WORDS))).collect() }
     }
+}
 
+impl Words {
     /// Puts the text of a prompt into `text` in place of what is there.
     pub fn write(&self, asked: &Asked, text: &mut Vec<u8>) {
         text.clear();
