@@ -268,7 +268,7 @@ impl<'a> Run<'a> {
             stream: true,
             route: "/generate",
             model: None,
-            routing_key: None,
+            routing_key: asked.routing_key.as_deref(),
             at_secs: now,
         };
         let pick = self.policy.pick(&request, &self.routable, &mut self.draws.next(), None);

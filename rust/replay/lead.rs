@@ -44,6 +44,7 @@ fn unalike(requests: u32, per_sec: f64, prompt_tokens: u32, output_tokens: u32) 
         prompt_tokens,
         output_tokens,
         blocks: [number].into(),
+        routing_key: None,
     };
     Trace { requests: (0..requests).map(asked).collect() }
 }
@@ -51,7 +52,8 @@ fn unalike(requests: u32, per_sec: f64, prompt_tokens: u32, output_tokens: u32) 
 /// The same prompt so many times at once.
 fn burst(requests: usize, at_secs: f64) -> impl Iterator<Item = Asked> {
     let blocks = (u32::MAX - 6..u32::MAX).collect();
-    repeat_n(Asked { at_secs, prompt_tokens: 3000, output_tokens: 100, blocks }, requests)
+    let (prompt_tokens, output_tokens, routing_key) = (3000, 100, None);
+    repeat_n(Asked { at_secs, prompt_tokens, output_tokens, blocks, routing_key }, requests)
 }
 
 #[test]

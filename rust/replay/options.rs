@@ -126,9 +126,9 @@ impl Options {
         let Flags { workers, speeds, lose, hardware, page_tokens, routing, .. } = &self.flags;
         let workers = *workers as usize;
         if !workers.is_multiple_of(speeds.len()) {
-            let (speeds, name) = (speeds.len(), "--speeds");
+            let speeds = speeds.len();
             return Err(format!(
-                "{name}: {workers} workers cannot take {speeds} speeds in turn evenly"
+                "--speeds: {workers} workers cannot take {speeds} speeds in turn evenly"
             ));
         }
         let whole = hardware.engine(*page_tokens as usize);

@@ -81,16 +81,18 @@ impl Load {
         }
     }
 
-    fn ask(&mut self, at_ms: u64, history: &History, output_tokens: usize) -> Asked {
+    fn ask(&mut self, turn: &Turn, output_tokens: usize) -> Asked {
+        let Turn { at_ms, session, history, .. } = turn;
         let mut blocks = history.blocks.clone();
         if blocks.len() * BLOCK_TOKENS < history.tokens {
             blocks.push(self.block());
         }
         Asked {
-            at_secs: at_ms as f64 / 1e3,
+            at_secs: *at_ms as f64 / 1e3,
             prompt_tokens: history.tokens as u32,
             output_tokens: output_tokens as u32,
             blocks: blocks.into(),
+            routing_key: Some(session.to_string().into()),
         }
     }
 
@@ -143,7 +145,7 @@ fn chat(load: &mut Load, requests: usize) -> Trace {
         }
         let Some(Reverse(mut turn)) = load.turns.pop() else { continue };
         let output_tokens = load.length(250.0, 0.9, 4096);
-        let asked = load.ask(turn.at_ms, &turn.history, output_tokens);
+        let asked = load.ask(&turn, output_tokens);
         trace.requests.push(asked);
         let question = load.length(600.0, 1.3, MAX_PROMPT_TOKENS / 4);
         load.extend(&mut turn.history, output_tokens + question);
@@ -187,7 +189,7 @@ fn agents(load: &mut Load, requests: usize) -> Trace {
         }
         let Some(Reverse(mut turn)) = load.turns.pop() else { continue };
         let output_tokens = load.length(90.0, 0.8, 4096);
-        let asked = load.ask(turn.at_ms, &turn.history, output_tokens);
+        let asked = load.ask(&turn, output_tokens);
         trace.requests.push(asked);
         let result = load.length(700.0, 1.3, 30_000);
         load.extend(&mut turn.history, output_tokens + result);

@@ -29,7 +29,7 @@ pub fn options(flags: &[&str]) -> Result<Options, String> {
 }
 
 fn asked(at_secs: f64, prompt_tokens: u32, output_tokens: u32, blocks: &[u32]) -> Asked {
-    Asked { at_secs, prompt_tokens, output_tokens, blocks: blocks.into() }
+    Asked { at_secs, prompt_tokens, output_tokens, blocks: blocks.into(), routing_key: None }
 }
 
 /// Workers that compute 100 tokens a second, and then make one token a second.
@@ -232,6 +232,13 @@ fn the_numbers_of_a_run() {
 }
 
 #[test]
+fn plots_are_not_made_here() {
+    let options = options(&["t", "--plot=p.png"]).expect("flags");
+    let error = super::run(&options).expect_err("refused").to_string();
+    assert!(error.contains("python -m sglang_router_rs replay"), "{error}");
+}
+
+#[test]
 fn the_same_again_is_the_same() {
     let trace = Kind::Chat.make(300, 5);
     let options =
@@ -248,6 +255,36 @@ fn the_same_again_is_the_same() {
             )
         };
         assert_eq!(outcomes(), outcomes(), "{policy}");
+    }
+}
+
+#[test]
+fn a_session_finds_its_worker_by_its_key() {
+    let policy = ByKey;
+    let mut requests: Vec<_> =
+        (0..6).map(|block| asked(f64::from(block), 10, 1, &[block])).collect();
+    for (asked, key) in requests.iter_mut().zip(["1", "0", "1", "1", "0"]) {
+        asked.routing_key = Some(key.into());
+    }
+    let workers: Vec<_> =
+        run(requests, &setup(3), &policy).iter().map(|outcome| outcome.worker).collect();
+    assert_eq!(workers, [1, 0, 1, 1, 0, 2].map(Some));
+}
+
+/// The worker that the key names, the last one without.
+struct ByKey;
+
+impl Policy for ByKey {
+    fn pick(
+        &self,
+        request: &Request,
+        targets: &[Arc<Target>],
+        _: &mut fastrand::Rng,
+        _: Option<&mut Weighed>,
+    ) -> Pick {
+        let index =
+            request.routing_key.map_or(targets.len() - 1, |key| key.parse().expect("a number"));
+        Pick { index, reason: "key", matched_tokens: None }
     }
 }
 
@@ -317,6 +354,7 @@ fn a_bad_trace_is_refused_with_its_line() {
         (line("5", "1e300"), "timestamp must be"),
         (line("5", "NaN"), "is no JSON object"),
         (line("\"timestamp\": 5, ", ""), "has no timestamp"),
+        (line("5", "5, \"routing_key\": 7"), "routing_key must be a text"),
         (line("600", "0"), "input_length must be a whole number from 1"),
         (line("600", "1e99"), "input_length must be a whole number from 1"),
         (line("600", "null"), "has no input_length"),
@@ -380,7 +418,7 @@ fn bad_options_are_refused_by_name() {
 fn prompts() -> impl Strategy<Value = Asked> {
     (prop::collection::vec(0u32..3, 1..4), 0u32..512).prop_map(|(blocks, cut)| {
         let prompt_tokens = (blocks.len() * BLOCK_TOKENS) as u32 - cut;
-        Asked { at_secs: 0.0, prompt_tokens, output_tokens: 1, blocks: blocks.into() }
+        asked(0.0, prompt_tokens, 1, &blocks)
     })
 }
 

@@ -3,7 +3,8 @@
 //!
 //! The format: JSON lines with `timestamp` (milliseconds, never going back), `input_length` and
 //! `output_length` (tokens), and `hash_ids`, one for each 512 tokens of the prompt; equal ids are equal
-//! pieces of text. Other fields are passed over.
+//! pieces of text. One field is not Mooncake's and may be missing: `routing_key`, what the requests of a session
+//! have in common. Other fields are passed over.
 //!
 //! Source: the traces of R. Qin et al., "Mooncake" (FAST 2025).
 
@@ -33,6 +34,8 @@ pub struct Asked {
     pub output_tokens: u32,
     /// The prompt's pieces of [`BLOCK_TOKENS`] tokens, the last one cut: equal numbers are equal text.
     pub blocks: Box<[u32]>,
+    /// What the requests of its session have in common, as the header `x-smg-routing-key` would say.
+    pub routing_key: Option<Box<str>>,
 }
 
 /// Requests in the order of their arrival. Memory: what was asked for, about 4 bytes per block.
@@ -95,13 +98,17 @@ impl Trace {
     /// The system's, for a file that cannot be written.
     pub fn write(&self, path: &Path) -> io::Result<()> {
         let mut file = BufWriter::new(File::create(path)?);
-        for Asked { at_secs, prompt_tokens, output_tokens, blocks } in &self.requests {
-            let line = serde_json::json!({
+        for asked in &self.requests {
+            let Asked { at_secs, prompt_tokens, output_tokens, blocks, routing_key } = asked;
+            let mut line = serde_json::json!({
                 "timestamp": (at_secs * 1e3).round() as u64,
                 "input_length": prompt_tokens,
                 "output_length": output_tokens,
                 "hash_ids": blocks,
             });
+            if let Some(routing_key) = routing_key {
+                line["routing_key"] = routing_key.as_ref().into();
+            }
             writeln!(file, "{line}")?;
         }
         file.flush()
@@ -178,7 +185,9 @@ fn parse(
         ));
     }
     let blocks = ids[..needed].iter().map(|id| number(numbers, *id)).collect::<Result<_, _>>()?;
-    Ok(Asked { at_secs, prompt_tokens, output_tokens: length(&fields, "output_length")?, blocks })
+    let output_tokens = length(&fields, "output_length")?;
+    let routing_key = routing_key(&fields)?;
+    Ok(Asked { at_secs, prompt_tokens, output_tokens, blocks, routing_key })
 }
 
 fn without_line(error: &serde_json::Error) -> String {
@@ -222,6 +231,13 @@ fn seconds(fields: &Map<String, Value>) -> Result<f64, String> {
         )
     };
     ms.map(|ms| ms / 1e3).ok_or_else(problem)
+}
+
+fn routing_key(fields: &Map<String, Value>) -> Result<Option<Box<str>>, String> {
+    let Ok(value) = field(fields, "routing_key") else { return Ok(None) };
+    let text = value.as_str().filter(|text| !text.is_empty());
+    let problem = || format!("routing_key must be a text that is not empty, not {}", shown(value));
+    text.map(|text| Some(text.into())).ok_or_else(problem)
 }
 
 /// Some thirty thousand years: times beyond it lose their milliseconds.

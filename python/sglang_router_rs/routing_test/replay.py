@@ -84,7 +84,7 @@ def _run(policy: str, rows: pd.DataFrame) -> Run:
         "attempts": rows["attempts"],
     }
     table = pd.DataFrame(columns, index=rows.index).reindex(columns=list(NAMES)).reset_index(drop=True)
-    duration = float((ended.max() - rows["arrival_secs"].min()))
+    duration = float(ended.max() - rows["arrival_secs"].min())
     return Run(policy, True, 0, table, {"duration_secs": duration}, router_cpu_secs=None, router_rss_bytes=None)
 
 
