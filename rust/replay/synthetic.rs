@@ -31,10 +31,11 @@ impl Kind {
     /// The first so many requests of such a load.
     pub fn make(self, requests: usize, seed: u64) -> Trace {
         let mut load = Load { rng: Rng::with_seed(seed), blocks: 0, turns: BinaryHeap::new() };
-        match self {
+        let trace = match self {
             Self::Chat => chat(&mut load, requests),
             Self::Agents => agents(&mut load, requests),
-        }
+        };
+        trace.renumbered()
     }
 }
 

@@ -92,6 +92,17 @@ impl Trace {
         }
     }
 
+    /// The same requests, their blocks numbered in the order of their first appearance, as they are when they
+    /// are read from a file.
+    pub fn renumbered(mut self) -> Self {
+        let mut numbers = HashMap::new();
+        for block in self.requests.iter_mut().flat_map(|asked| &mut asked.blocks) {
+            let next = numbers.len() as u32;
+            *block = *numbers.entry(*block).or_insert(next);
+        }
+        self
+    }
+
     /// Writes a file that [`Trace::read`] understands, times in whole milliseconds.
     ///
     /// # Errors
