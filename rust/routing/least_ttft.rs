@@ -5,8 +5,11 @@
 //! requests to come, also where nobody waits now. The lowest sum wins, ties by requests in flight, then at random.
 //! Everything it goes by is believed: see [`Outlook`].
 //!
-//! Prefill is not all that a worker does. A worker with far more requests in flight than its share of them, by speed, is
-//! passed over, so that one prompt asked for again and again does not end up at one worker while the others are idle.
+//! Prefill is not all that a worker does, and it does not run everything at once. So a cached prefix draws requests to a
+//! worker only up to a limit of requests in flight, its share of them, by speed, and a slack of [`SLACK`] and the share's
+//! square root. Above it a worker is passed over, unless another one below it holds as much of the prompt: then the
+//! score decides between them up to twice the slack, so that requests need not wait for the second copy while it is
+//! being computed. Hence one prompt that is asked for again and again spreads over the workers.
 
 use std::sync::Arc;
 
@@ -23,14 +26,13 @@ const NO_MATCH: &str = "no_match";
 pub const REASONS: &[&str] = &[PREFIX_MATCH, SHORTER_WAIT, NO_MATCH];
 
 /// See [`super::PolicyKind::score`].
-pub const SCORE: &str = "(`pending_tokens` + uncached) / `speed` + `cache_weight` × uncached / the mean of the speeds, in \
-    seconds, where uncached = `input_tokens` − `matched_tokens`; in tokens while no speed is known; none for a worker that \
-    has far more than its share of the requests in flight. The lowest wins, ties by requests in flight.";
+pub const SCORE: &str = "(`pending_tokens` + uncached) / `speed` + `cache_weight` × uncached / the mean of all speeds, in \
+    seconds, where uncached = `input_tokens` − `matched_tokens`; while no speed is known, as if each were 1. None for a \
+    worker that is passed over because its cache has drawn far more than its share of the requests in flight. The \
+    lowest wins, ties by requests in flight.";
 
-/// Requests in flight are more than a worker's share only if they are so many times the mean,
-const CROWDED_RATIO: f64 = 1.5;
-/// and so many more than that.
-const CROWDED_MORE: f64 = 8.0;
+/// Requests in flight beyond a worker's share that are no crowd.
+const SLACK: f64 = 4.0;
 
 /// See the module.
 pub struct LeastTtft {
@@ -46,22 +48,38 @@ impl LeastTtft {
         }
     }
 
-    /// The score of each worker; `None` for those with more than their share of the requests in flight.
+    /// The score of each worker; `None` for those that are passed over.
     fn scores(&self, views: &Views, targets: &[Arc<Target>]) -> Vec<Option<f64>> {
-        let speed = |view: &View| view.speed.unwrap_or(1.0);
         let count = targets.len() as f64;
         let mean_speed = views.workers.iter().map(speed).sum::<f64>() / count;
-        let in_flight: u64 = targets.iter().map(|target| u64::from(target.in_flight())).sum();
-        let most = CROWDED_RATIO * in_flight as f64 / count + CROWDED_MORE;
-        let score = |(view, target): (&View, &Arc<Target>)| {
-            let share = speed(view) / mean_speed;
+        let score = |view: &View| {
             let uncached = f64::from(views.input_tokens - view.matched_tokens);
-            let wait = (view.pending_tokens as f64 + uncached) / speed(view);
-            (f64::from(target.in_flight()) <= most * share)
-                .then(|| wait + self.cache_weight * uncached / mean_speed)
+            let wait = (f64::from(view.pending_tokens) + uncached) / speed(view);
+            wait + self.cache_weight * uncached / mean_speed
         };
-        views.workers.iter().zip(targets).map(score).collect()
+        // As many requests in flight as a worker of the mean speed would have.
+        let load = |(view, target): (&View, &Arc<Target>)| {
+            f64::from(target.in_flight()) * mean_speed / speed(view)
+        };
+        let in_flight: u64 = targets.iter().map(|target| u64::from(target.in_flight())).sum();
+        let share = in_flight as f64 / count;
+        let slack = SLACK + share.sqrt();
+        let workers = || views.workers.iter().zip(targets);
+        let free = workers().filter(|worker| load(*worker) <= share + slack);
+        let held_by_free = free.map(|(view, _)| view.matched_tokens).max().unwrap_or(0);
+        let is_passed_over = |view: &View, load: f64| {
+            let is_best = view.matched_tokens > held_by_free;
+            view.matched_tokens > 0 && load > share + if is_best { slack } else { 2.0 * slack }
+        };
+        workers()
+            .map(|worker| (!is_passed_over(worker.0, load(worker))).then(|| score(worker.0)))
+            .collect()
     }
+}
+
+/// Tokens a second; as long as nobody's are known, those of all workers are the same.
+fn speed(view: &View) -> f64 {
+    view.speed.unwrap_or(1.0)
 }
 
 impl Policy for LeastTtft {
@@ -77,6 +95,10 @@ impl Policy for LeastTtft {
         let index = lowest(&scores, targets, rng);
         if let Some(weighed) = weighed {
             weighed.matched(|index| views.workers[index].matched_tokens);
+            weighed.prefill(|index| {
+                let View { pending_tokens, speed, .. } = views.workers[index];
+                (pending_tokens, speed)
+            });
             weighed.lowest_wins(|candidate| scores[candidate.index]);
         }
         let matched_tokens = views.workers[index].matched_tokens;
@@ -87,6 +109,10 @@ impl Policy for LeastTtft {
             Some(_) => PREFIX_MATCH,
         };
         Pick { index, reason, matched_tokens: Some(matched_tokens) }
+    }
+
+    fn input_tokens(&self, request: &Request) -> Option<u32> {
+        Some(self.outlook.input_tokens(request))
     }
 
     fn matched_tokens(&self, request: &Request, worker: WorkerId) -> Option<u32> {

@@ -209,6 +209,11 @@ pub trait Policy: Send + Sync {
         weighed: Option<&mut Weighed>,
     ) -> Pick;
 
+    /// Tokens of the prompt, as this policy estimates them; `None` from one that does not.
+    fn input_tokens(&self, _request: &Request) -> Option<u32> {
+        None
+    }
+
     /// Tokens of the prompt this policy believes to be in a worker's cache, as a pick of it would say.
     fn matched_tokens(&self, _request: &Request, _worker: WorkerId) -> Option<u32> {
         None

@@ -51,7 +51,7 @@ const AGREEMENT: f64 = 0.05;
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct View {
     /// Tokens that it has still to compute of prompts sent to it.
-    pub pending_tokens: u64,
+    pub pending_tokens: u32,
     /// Tokens of this prompt believed to be in its cache; at least one of a prompt never is.
     pub matched_tokens: u32,
     /// Tokens it computes a second; `None` if nobody's speed is known.
@@ -111,8 +111,8 @@ impl Outlook {
             Some(worker) => {
                 let speed = state.speeds.of(&worker.speed);
                 let pending_tokens = worker.backlog.pending_tokens(request.at_secs, speed);
-                let pending_tokens =
-                    (pending_tokens + PENDING_STEP / 2) / PENDING_STEP * PENDING_STEP;
+                let steps = (pending_tokens + PENDING_STEP / 2) / PENDING_STEP;
+                let pending_tokens = u32::try_from(steps * PENDING_STEP).unwrap_or(u32::MAX);
                 View { pending_tokens, matched_tokens: 0, speed }
             }
             None => {
