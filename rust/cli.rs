@@ -1,4 +1,4 @@
-//! The command line: `sglang-router-rs launch` and `sglang-router-rs sim`, the same from Python and without it.
+//! The command line: `sglang-router-rs` with `launch`, `sim` or `replay`, the same from Python and without it.
 
 use std::io::Write;
 use std::sync::Arc;
@@ -8,6 +8,7 @@ use clap::{CommandFactory, FromArgMatches, Parser};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::options::{self, Options, Setting};
+use crate::replay;
 use crate::running::Running;
 use crate::sim;
 
@@ -35,6 +36,8 @@ enum Cli {
     Launch(Box<Options>),
     /// Start simulated SGLang workers, to try the router without a GPU
     Sim(sim::Options),
+    /// Replay a trace through policies and simulated workers, in virtual time
+    Replay(Box<replay::Options>),
 }
 
 /// The command as clap knows it, for `--help` and for what is derived from it.
@@ -60,6 +63,7 @@ pub fn run(argv: &[String], defaults: &[Setting]) -> u8 {
         }
         _ => match Cli::from_arg_matches(&matches) {
             Ok(Cli::Sim(options)) => simulate(options),
+            Ok(Cli::Replay(options)) => replay::run(&options),
             Ok(Cli::Launch(options)) => self::launch(*options),
             Err(error) => return refuse(&error),
         },

@@ -11,6 +11,7 @@
 //! - [`tracking`]: the request tracker: one record per request, looked up by id.
 //! - [`telemetry`]: log lines and metrics.
 //! - [`sim`]: a simulated SGLang worker, to try all this without a GPU.
+//! - [`replay`]: a trace through the policies and simulated workers, in virtual time.
 //! - [`options`]: every option, composed of what the modules declare.
 //! - [`error`]: what can go wrong, told once.
 //! - [`cli`]: the command line; `python.rs`: what Python sees.
@@ -21,6 +22,7 @@ mod json;
 pub mod options;
 #[cfg(feature = "python")]
 mod python;
+pub mod replay;
 pub mod request;
 pub mod routing;
 pub mod running;

@@ -46,7 +46,7 @@ pub struct Options {
 
 /// Options that the router will have and has not yet: named in their own error, so that nobody takes
 /// silence for support.
-const NOT_YET: &[&str] = &["cache_weight", "worker_kv_tokens"];
+const NOT_YET: &[&str] = &[];
 
 /// One option as someone set it: its name and its values as text. A boolean or number has one value,
 /// a list or map (`KEY=VALUE`) any number.
@@ -478,7 +478,7 @@ mod tests {
         );
         assert!(error("policy", &["best"]).contains("not one of random, round_robin"));
         assert!(error("prot", &["1"]).contains("did you mean port?"));
-        assert!(error("worker_kv_tokens", &["x"]).contains("does not support this option yet"));
+        assert!(error("worker_kv_tokens", &["0"]).contains("1..="));
         assert!(error("worker_urls", &["localhost:1"]).contains("no scheme"));
         assert!(error("worker_urls", &["http://a:1", "http://a:1/"]).starts_with("worker_urls: "));
         assert!(error("cache_threshold", &["nan"]).contains("0 to 1"));

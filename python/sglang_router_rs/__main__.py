@@ -1,6 +1,6 @@
-"""``python -m sglang_router_rs <launch|sim|bench|compare>``: the command line.
+"""``python -m sglang_router_rs <launch|sim|replay|bench|compare>``: the command line.
 
-The first two commands are the Rust core's, the others the routing laboratory's.
+The first three commands are the Rust core's, the others the routing laboratory's, as are the plots of ``replay``.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ def run(arguments: list[str], defaults: Mapping[str, str] | None = None) -> int:
 
 
 # Commands in Python, by the module that has their ``main``.
-LABORATORY = {"bench": "bench", "compare": "compare"}
+LABORATORY = ("bench", "compare")
 
 
 def main() -> int:
     """Run the command line in ``sys.argv``; returns its exit status."""
     name, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
-    if name not in LABORATORY:
+    is_plotted = name == "replay" and any(argument.split("=")[0] == "--plot" for argument in rest)
+    if name not in LABORATORY and not is_plotted:
         return run(sys.argv[1:])
     try:
-        command = importlib.import_module(f"sglang_router_rs.routing_test.{LABORATORY[name]}")
+        command = importlib.import_module(f"sglang_router_rs.routing_test.{name}")
     except ImportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -21,6 +21,12 @@ pub struct Candidate {
     /// Tokens of the prompt the policy believes to be in its cache; `None` from a policy without a
     /// prefix tree.
     pub matched_tokens: Option<u32>,
+    /// Tokens of prompts sent before that the policy believes to be still computed first; `None` from a
+    /// policy that does not count them.
+    pub pending_tokens: Option<u32>,
+    /// Tokens of prompts that the policy believes to be computed in a second there; `None` if it does not
+    /// know.
+    pub speed: Option<f64>,
     /// What the rule compared, a finite number: see [`super::PolicyKind::score`]. `None` if the rule
     /// did not look at this worker, or compares nothing.
     pub score: Option<f64>,
@@ -40,6 +46,8 @@ impl Weighed {
             index,
             in_flight: target.in_flight(),
             matched_tokens: None,
+            pending_tokens: None,
+            speed: None,
             score: None,
         };
         let candidates = targets.iter().enumerate().map(candidate).collect();
@@ -50,6 +58,14 @@ impl Weighed {
     pub fn matched(&mut self, tokens: impl Fn(usize) -> u32) {
         for candidate in &mut self.candidates {
             candidate.matched_tokens = Some(tokens(candidate.index));
+        }
+    }
+
+    /// Notes what prefill the policy believes to be pending at the target at an index, and how fast that goes.
+    pub fn prefill(&mut self, known: impl Fn(usize) -> (u32, Option<f64>)) {
+        for candidate in &mut self.candidates {
+            let (pending_tokens, speed) = known(candidate.index);
+            (candidate.pending_tokens, candidate.speed) = (Some(pending_tokens), speed);
         }
     }
 

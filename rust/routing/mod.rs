@@ -19,11 +19,16 @@ use clap::ValueEnum;
 use clap::builder::RangedU64ValueParser;
 use xxhash_rust::xxh3::xxh3_64;
 
+mod backlog;
 mod cache_aware;
 pub mod candidates;
 mod consistent_hashing;
 mod fixed_probability;
+mod kv_size;
+mod least_ttft;
 mod manual;
+pub mod mirror;
+pub mod outlook;
 mod power_of_two;
 mod prefix_hash;
 pub mod prefix_tree;
@@ -31,6 +36,7 @@ mod random;
 mod rendezvous;
 mod round_robin;
 mod shortest_queue;
+mod speed;
 mod sticky_keys;
 
 pub use manual::AssignmentMode;
@@ -40,6 +46,9 @@ pub type WorkerId = u32;
 
 /// Bytes of a [`Request::prompt`] per token: exact for token ids, an estimate for text.
 pub const BYTES_PER_TOKEN: usize = 4;
+
+/// More tokens than any KV cache holds.
+pub const KV_TOKENS_MAX: u64 = 1 << 40;
 
 /// What a worker is called. Shared by all that speak of the worker; never changes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,6 +70,8 @@ pub struct Target {
     /// What hashing tells it by.
     name_hash: u64,
     in_flight: AtomicU32,
+    /// 0 where it is not known.
+    kv_tokens: AtomicU64,
 }
 
 impl Target {
@@ -68,7 +79,8 @@ impl Target {
     /// [`check_weight`].
     pub fn new(id: WorkerId, weight: f64) -> Self {
         let name_hash = xxh3_64(&id.to_le_bytes());
-        Self { id, weight, name_hash, in_flight: AtomicU32::new(0) }
+        let (in_flight, kv_tokens) = (AtomicU32::new(0), AtomicU64::new(0));
+        Self { id, weight, name_hash, in_flight, kv_tokens }
     }
 
     /// The same worker, which hashing tells by its name: so a session finds it again whatever the
@@ -82,10 +94,21 @@ impl Target {
         self.in_flight.load(Ordering::Relaxed)
     }
 
+    /// Tokens that its KV cache holds, in its own words.
+    pub fn kv_tokens(&self) -> Option<u64> {
+        Some(self.kv_tokens.load(Ordering::Relaxed)).filter(|tokens| *tokens > 0)
+    }
+
+    /// The worker has said how many tokens its KV cache holds, or is another one that has not.
+    pub fn set_kv_tokens(&self, tokens: Option<u64>) {
+        self.kv_tokens.store(tokens.unwrap_or(0), Ordering::Relaxed);
+    }
+
     /// The worker as it is now, with a count that nothing changes.
     fn still(&self) -> Self {
         let in_flight = AtomicU32::new(self.in_flight());
-        Self { id: self.id, weight: self.weight, name_hash: self.name_hash, in_flight }
+        let kv_tokens = AtomicU64::new(self.kv_tokens().unwrap_or(0));
+        Self { id: self.id, weight: self.weight, name_hash: self.name_hash, in_flight, kv_tokens }
     }
 
     /// Counts a request as in flight here until the guard is dropped. Taken right after the pick,
@@ -204,6 +227,11 @@ pub trait Policy: Send + Sync {
         weighed: Option<&mut Weighed>,
     ) -> Pick;
 
+    /// Tokens of the prompt, as this policy estimates them; `None` from one that does not.
+    fn input_tokens(&self, _request: &Request) -> Option<u32> {
+        None
+    }
+
     /// Tokens of the prompt this policy believes to be in a worker's cache, as a pick of it would say.
     fn matched_tokens(&self, _request: &Request, _worker: WorkerId) -> Option<u32> {
         None
@@ -278,6 +306,9 @@ policies! {
     /// The worker that was sent the longest prefix of the prompt, unless the load is uneven or the
     /// prefix is short: then the fewest requests in flight.
     CacheAware = "cache_aware" in cache_aware;
+    /// The least expected time to the first token: prefill that waits and that this prompt needs, over
+    /// the worker's speed, plus cache_weight times what is not in its cache, over the mean speed.
+    LeastTtft = "least_ttft" in least_ttft;
     /// The worker of the request's `x-smg-routing-key` by its hash; the next one in the key's order if that one
     /// has more than its share of the requests in flight. Without the header the fewest requests in flight.
     ConsistentHashing = "consistent_hashing" in consistent_hashing;
@@ -344,6 +375,16 @@ pub struct Options {
     #[arg(long, default_value_t = 14_400, value_parser = clap::value_parser!(u64).range(1..))]
     pub max_idle_secs: u64,
 
+    /// least_ttft: how much the tokens of a prompt that a worker has not cached count on top of the time they take
+    /// there: what is computed twice costs later requests. At least 0.
+    #[arg(long, value_parser = parse_weight, default_value_t = 4.0)]
+    pub cache_weight: f64,
+
+    /// least_ttft: tokens that each worker's KV cache holds, 1 to 2^40, instead of what the workers say or, where they
+    /// say nothing, what is learned from their answers.
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=KV_TOKENS_MAX))]
+    pub worker_kv_tokens: Option<u64>,
+
     /// Makes every random draw of routing repeatable: the n-th request draws the same numbers in
     /// each run. Without it they differ from run to run.
     #[arg(long)]
@@ -352,6 +393,13 @@ pub struct Options {
 
 fn tree_size() -> RangedU64ValueParser<usize> {
     RangedU64ValueParser::new().range(1024..=prefix_tree::LARGEST_MAX_BYTES as u64)
+}
+
+fn parse_weight(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(value) if (0.0..f64::INFINITY).contains(&value) => Ok(value),
+        _ => Err("must be a finite number of at least 0".to_owned()),
+    }
 }
 
 fn parse_share(text: &str) -> Result<f64, String> {

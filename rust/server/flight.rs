@@ -192,10 +192,20 @@ impl Flight {
 
     /// A worker was picked, after the body was scanned for as long.
     pub(super) fn picked(&mut self, picked: Picked, scan_took: Duration) {
-        let Picked { worker, in_flight, pass, reason, matched_tokens, candidates, took } = picked;
+        let Picked {
+            worker,
+            in_flight,
+            pass,
+            reason,
+            input_tokens,
+            matched_tokens,
+            candidates,
+            took,
+        } = picked;
         let decision = scan_took + took;
         if let (Some(trace), Some(name)) = (&mut self.trace, worker.name()) {
             trace.routed(name, reason, matched_tokens, decision, candidates);
+            trace.estimated(input_tokens);
             trace.sent(now());
         }
         if let (Some(error), Some(failed)) = (self.untold.take(), &self.worker) {

@@ -26,6 +26,8 @@ pub(super) struct Picked {
     pub(super) in_flight: InFlight,
     pub(super) pass: Pass,
     pub(super) reason: &'static str,
+    /// Of the prompt, where the policy estimates them.
+    pub(super) input_tokens: Option<u32>,
     pub(super) matched_tokens: Option<u32>,
     /// What the policy chose among, if that is traced and the policy was asked.
     pub(super) candidates: Option<Arc<Vec<Candidate>>>,
@@ -74,6 +76,7 @@ pub(super) fn pick(app: &App, wish: &mut Wish<'_>) -> Result<Option<Picked>, Err
             },
         };
         let took = began.elapsed();
+        let input_tokens = app.policy.input_tokens(&wish.request);
         let worker = snapshot.routable[index].clone();
         // Half-open, and another request was faster to take the probe: the worker is no choice now.
         let Some(pass) = worker.gate.begin(now()) else { continue };
@@ -86,6 +89,7 @@ pub(super) fn pick(app: &App, wish: &mut Wish<'_>) -> Result<Option<Picked>, Err
             in_flight,
             pass,
             reason,
+            input_tokens,
             matched_tokens,
             candidates,
             took,
@@ -141,8 +145,15 @@ fn ask<'a>(
     let named = |candidate: &routing::candidates::Candidate| {
         // Each that may be picked has a name.
         let worker = at(candidate.index).1.name()?.clone();
-        let routing::candidates::Candidate { in_flight, matched_tokens, score, .. } = *candidate;
-        Some(Candidate { worker, in_flight, matched_tokens, score })
+        let routing::candidates::Candidate {
+            in_flight,
+            matched_tokens,
+            pending_tokens,
+            speed,
+            score,
+            ..
+        } = *candidate;
+        Some(Candidate { worker, in_flight, matched_tokens, pending_tokens, speed, score })
     };
     let mut kept = Vec::with_capacity(candidates.len());
     kept.extend(candidates.iter().filter_map(named));

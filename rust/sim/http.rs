@@ -139,7 +139,7 @@ async fn tokenize(State(worker): Shared, body: Result<Bytes, BytesRejection>) ->
     let response = reply_to(body, |body| {
         let (lists, is_list) = ask::prompts(body, "prompt")?;
         let counts: Vec<_> = lists.iter().map(Vec::len).collect();
-        let max_model_len = worker.options.kv_tokens;
+        let max_model_len = worker.options.hardware.kv_tokens;
         Ok(match is_list {
             true => json!({"tokens": lists, "count": counts, "max_model_len": max_model_len}),
             false => {
@@ -169,7 +169,7 @@ async fn models(State(worker): Shared) -> Response {
             "created": 0,
             "owned_by": "sglang",
             "root": options.model,
-            "max_model_len": options.kv_tokens,
+            "max_model_len": options.hardware.kv_tokens,
         }],
     }))
 }
@@ -192,7 +192,7 @@ async fn server_info(State(worker): Shared) -> Response {
         "host": options.host,
         "port": worker.port,
         "base_gpu_id": worker.base_gpu_id,
-        "max_running_requests": options.max_running,
+        "max_running_requests": options.hardware.max_running,
         "page_size": 1,
         "tp_size": 1,
         "dp_size": 1,
@@ -200,8 +200,8 @@ async fn server_info(State(worker): Shared) -> Response {
         "enable_cache_report": true,
         "version": concat!("sim-", env!("CARGO_PKG_VERSION")),
     });
-    if !options.hide_kv {
-        info["max_total_num_tokens"] = json!(options.kv_tokens);
+    if !options.hardware.hide_kv {
+        info["max_total_num_tokens"] = json!(options.hardware.kv_tokens);
     }
     ok(&info)
 }
@@ -224,7 +224,7 @@ async fn metrics(State(worker): Shared) -> Response {
         (
             "token_usage",
             "The token usage.",
-            (load.tokens as f64 / f64::from(worker.options.kv_tokens)).min(1.0),
+            (load.tokens as f64 / f64::from(worker.options.hardware.kv_tokens)).min(1.0),
         ),
     ];
     let mut text = String::new();

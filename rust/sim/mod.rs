@@ -2,7 +2,7 @@
 //!
 //! The one idea: a pure [`engine`] decides when each token comes and what the KV cache holds;
 //! everything else dresses that up as SGLang's HTTP server. Read in this order: [`engine`],
-//! [`kv_cache`], `tokens`, `worker` (the engine on the wall clock), `ask` and `answer` (a request's
+//! [`kv_cache`], [`hardware`], `tokens`, `worker` (the engine on the wall clock), `ask` and `answer` (a request's
 //! way in and out), `shapes`, `faults`, `request_log`, `http`.
 //!
 //! Invariant: workers of one process share nothing but its threads.
@@ -10,6 +10,7 @@
 //! Not here: a model. Every answer is the same few words.
 
 pub mod engine;
+pub mod hardware;
 pub mod kv_cache;
 
 mod answer;
@@ -36,7 +37,9 @@ use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
 pub use faults::Faults;
+use hardware::{Hardware, positive};
 use request_log::RequestLog;
+pub use tokens::MAX_OUTPUT_TOKENS;
 use worker::Worker;
 
 /// Pause after a failed accept, such as too many open files, which would fail again at once.
@@ -58,29 +61,12 @@ pub struct Options {
     /// Several simulated workers in one process, such as 33000-33007 or 33000,33002.
     #[arg(long, value_name = "FIRST-LAST,…", conflicts_with = "port")]
     pub ports: Option<Ports>,
-    /// Uncached prompt tokens per second, one request at a time.
-    #[arg(long, default_value_t = 8000.0, allow_negative_numbers = true, value_parser = positive)]
-    pub prefill_rate: f64,
-    /// Seconds of a decode step.
-    #[arg(long, default_value_t = 0.012, allow_negative_numbers = true, value_parser = positive)]
-    pub step_base: f64,
-    /// Seconds that each running request adds to a decode step.
-    #[arg(long, default_value_t = 0.0003)]
-    #[arg(allow_negative_numbers = true, value_parser = not_negative)]
-    pub step_per_seq: f64,
-    /// Tokens that the KV cache holds.
-    #[arg(long, default_value_t = 400_000)]
-    #[arg(value_parser = clap::value_parser!(u32).range(1..=1_000_000_000))]
-    pub kv_tokens: u32,
-    /// Requests that run at the same time; others wait.
-    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    pub max_running: u32,
+    /// How fast and how large each worker is.
+    #[command(flatten)]
+    pub hardware: Hardware,
     /// Runs that many times faster than time.
     #[arg(long, default_value_t = 1.0, allow_negative_numbers = true, value_parser = positive)]
     pub speed: f64,
-    /// Leave the size of the KV cache out of the server's information.
-    #[arg(long, default_value_t = false)]
-    pub hide_kv: bool,
     /// Name of the model.
     #[arg(long, default_value = "sim-model")]
     pub model: String,
@@ -145,19 +131,6 @@ impl FromStr for Ports {
 
 fn port(text: &str) -> Result<u16, String> {
     text.trim().parse().map_err(|_| format!("{text:?} is not a port from 0 to 65535"))
-}
-
-/// The largest number an option takes: beyond it times could become infinite.
-const MAX_NUMBER: f64 = 1e9;
-
-fn positive(text: &str) -> Result<f64, String> {
-    let number = not_negative(text).ok().filter(|number| *number > 0.0);
-    number.ok_or_else(|| format!("must be a number over 0, at most {MAX_NUMBER:e}"))
-}
-
-fn not_negative(text: &str) -> Result<f64, String> {
-    let number = text.parse().ok().filter(|number| (0.0..=MAX_NUMBER).contains(number));
-    number.ok_or_else(|| format!("must be a number from 0 to {MAX_NUMBER:e}"))
 }
 
 /// Simulated workers that listen and wait to be run.

@@ -139,7 +139,7 @@ fn ports_are_lists_and_ranges() {
     assert_eq!(ports("33000-33002,33010"), [33000, 33001, 33002, 33010]);
     assert_eq!(ports("0,0"), [0, 0]);
     assert_eq!(Options::default().listen_ports(), [30005]);
-    assert_eq!(Options::default().kv_tokens, 400_000);
+    assert_eq!(Options::default().hardware.kv_tokens, 400_000);
 }
 
 #[tokio::test]

@@ -19,7 +19,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 use super::Options;
-use super::engine::{Config, Engine, Event, Id, Load, Sequence};
+use super::engine::{Engine, Event, Id, Load, Sequence};
 use super::faults::Faults;
 use super::kv_cache::chain;
 use super::tokens;
@@ -131,16 +131,8 @@ impl Outlet {
 impl Worker {
     /// The `index`-th worker of a process, idle. Its clock starts now.
     pub fn new(options: Options, port: u16, index: u32) -> Self {
-        let config = Config {
-            prefill_rate: options.prefill_rate,
-            step_base_secs: options.step_base,
-            step_per_seq_secs: options.step_per_seq,
-            kv_tokens: options.kv_tokens as usize,
-            max_running: options.max_running as usize,
-            page_tokens: 1,
-        };
         let state = State {
-            engine: Engine::new(config),
+            engine: Engine::new(options.hardware.engine(1)),
             outlets: HashMap::new(),
             totals: Totals::default(),
             events: Vec::new(),

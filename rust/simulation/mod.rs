@@ -314,6 +314,10 @@ impl Policy for Watched {
         self.policy.pick(request, targets, draw, weighed)
     }
 
+    fn input_tokens(&self, request: &routing::Request<'_>) -> Option<u32> {
+        self.policy.input_tokens(request)
+    }
+
     fn matched_tokens(&self, request: &routing::Request<'_>, worker: WorkerId) -> Option<u32> {
         self.policy.matched_tokens(request, worker)
     }

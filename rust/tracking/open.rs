@@ -143,6 +143,13 @@ impl OpenTrace {
         });
     }
 
+    /// The policy's own estimate of the prompt's tokens, if it has one.
+    pub fn estimated(&mut self, input_tokens: Option<u32>) {
+        if input_tokens.is_some() {
+            self.edit(|record, _| record.input_tokens = input_tokens.into());
+        }
+    }
+
     /// The request is being sent to the worker; the attempt's own clock starts.
     pub fn sent(&mut self, at: Instant) {
         self.sent_at = Some(at);

@@ -136,6 +136,10 @@ pub struct Candidate {
     pub in_flight: u32,
     /// Tokens of the prompt the policy believes to be in its cache; `None` without a prefix tree.
     pub matched_tokens: Option<u32>,
+    /// Tokens of prompts to be computed there before this one, if the policy counts them.
+    pub pending_tokens: Option<u32>,
+    /// Tokens of prompts computed in a second, if the policy knows.
+    pub speed: Option<f64>,
     /// What the rule compared, a finite number; `None` if it compared nothing of this worker.
     pub score: Option<f64>,
 }
@@ -316,6 +320,8 @@ impl Record {
             worker: worker(&candidate.worker_url, &candidate.node_id),
             in_flight: candidate.in_flight,
             matched_tokens: candidate.matched_tokens,
+            pending_tokens: candidate.pending_tokens,
+            speed: candidate.speed,
             score: candidate.score,
         };
         let candidates = trace.candidates.as_ref();
@@ -357,6 +363,8 @@ impl Record {
             node_id: candidate.worker.node_id.to_string(),
             in_flight: candidate.in_flight,
             matched_tokens: candidate.matched_tokens,
+            pending_tokens: candidate.pending_tokens,
+            speed: candidate.speed,
             score: candidate.score,
             chosen: Some(candidate.worker.index) == chosen,
         };

@@ -86,6 +86,12 @@ pub struct CandidateView {
     pub in_flight: u32,
     /// Predicted by the policy's prefix tree.
     pub matched_tokens: Option<u32>,
+    /// Tokens of prompts that the policy believed to be computed there before this one.
+    #[serde(default)]
+    pub pending_tokens: Option<u32>,
+    /// Tokens of prompts that the policy believed to be computed in a second.
+    #[serde(default)]
+    pub speed: Option<f64>,
     /// What the rule compared.
     pub score: Option<f64>,
     /// Whether it was picked.
@@ -249,8 +255,14 @@ mod tests {
         record.worker_request_id = Some(CompactId::new("0af7651916cd43dd8448eb211c80319c"));
         record.trace_id = parse_hex("0af7651916cd43dd8448eb211c80319c");
         let worker = record.attempts[0].worker.clone();
-        let candidate =
-            Candidate { worker, in_flight: 2, matched_tokens: Some(512), score: Some(0.5) };
+        let candidate = Candidate {
+            worker,
+            in_flight: 2,
+            matched_tokens: Some(512),
+            pending_tokens: Some(64),
+            speed: Some(8000.5),
+            score: Some(0.5),
+        };
         record.candidates = Some(Arc::new(vec![candidate]));
         record.prompt_blocks = PromptBlocks::of(b"Once upon a time");
         record

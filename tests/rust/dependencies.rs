@@ -10,6 +10,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("json", &[]),
     ("routing", &[]),
     ("sim", &[]),
+    ("replay", &["routing", "sim"]),
     ("request", &["json"]),
     ("upstream", &["error", "json"]),
     ("telemetry", &[]),
@@ -19,7 +20,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("options", &["routing", "server", "telemetry", "tracking", "upstream", "workers"]),
     ("running", &["options", "routing", "server", "telemetry", "tracking", "upstream", "workers"]),
     ("simulation", &["options", "routing", "running", "server", "upstream", "workers"]),
-    ("cli", &["options", "running", "sim"]),
+    ("cli", &["options", "replay", "running", "sim"]),
     (
         "python",
         &["cli", "error", "options", "routing", "running", "server", "telemetry", "tracking"],

@@ -99,6 +99,8 @@ fn candidates(told: &[Seen]) -> Arc<Vec<Candidate>> {
         worker: worker(index),
         in_flight,
         matched_tokens,
+        pending_tokens: matched_tokens,
+        speed: score,
         score,
     };
     Arc::new((0..).zip(told.iter().copied()).map(candidate).collect())

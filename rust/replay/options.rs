@@ -1,0 +1,227 @@
+//! The options of `replay`: its own, those of simulated workers, and those of routing.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
+
+use super::cluster::{Loss, Setup};
+use super::synthetic::Kind;
+use super::trace::BLOCK_TOKENS;
+use crate::routing::{self, PolicyKind};
+use crate::sim::engine::Config;
+use crate::sim::hardware::Hardware;
+
+/// Replay a trace through policies and simulated workers, in virtual time
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub flags: Flags,
+    /// One run each.
+    pub policies: Vec<PolicyKind>,
+}
+
+/// What the command line says, but for the list of policies.
+#[derive(Args, Clone, Debug)]
+#[group(skip)]
+pub struct Flags {
+    /// JSON lines of a Mooncake trace: timestamp (ms), input_length, output_length, hash_ids
+    #[arg(required_unless_present = "synthetic", conflicts_with = "synthetic")]
+    pub trace: Option<PathBuf>,
+
+    /// Make a trace instead of reading one
+    #[arg(long, value_enum, ignore_case = true)]
+    pub synthetic: Option<Kind>,
+
+    /// Requests of the trace, the first ones of a file; without it all of a file, or 3000
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
+    pub num_requests: Option<u32>,
+
+    /// Write the trace that --synthetic makes to this file
+    #[arg(long, value_name = "FILE", requires = "synthetic", conflicts_with = "trace")]
+    pub write: Option<PathBuf>,
+
+    /// Arrivals come that many times faster, 0.001 to 1000
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true, value_parser = factor)]
+    pub rate_scale: f64,
+
+    /// Simulated workers
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub workers: u32,
+
+    /// How much faster than the others each worker is, 0.001 to 1000; fewer speeds than workers are taken in turn
+    #[arg(long, value_delimiter = ',', default_values_t = [1.0])]
+    #[arg(allow_negative_numbers = true, value_parser = factor)]
+    pub speeds: Vec<f64>,
+
+    /// Worker that dies at a second of the replay, and perhaps comes back with an empty cache, such as 3@600 or 3@600-900
+    #[arg(long, value_name = "WORKER@SECONDS[-SECONDS]", value_delimiter = ',')]
+    pub lose: Vec<Lost>,
+
+    #[command(flatten)]
+    pub hardware: Hardware,
+
+    /// Tokens in a page of the KV cache, a power of two up to 512: larger is faster and finds fewer hits
+    #[arg(long, default_value_t = 16, value_parser = page)]
+    pub page_tokens: u32,
+
+    #[command(flatten)]
+    pub routing: routing::Options,
+
+    /// Write one row per policy and request to this file
+    #[arg(long, value_name = "FILE")]
+    pub csv: Option<PathBuf>,
+
+    /// Print the results as JSON
+    #[arg(long, default_value_t = false)]
+    pub json: bool,
+
+    /// Write plots of the results to this file, .html or .png (in the Python package)
+    #[arg(long, value_name = "FILE")]
+    pub plot: Option<PathBuf>,
+}
+
+impl FromArgMatches for Options {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let policies = matches.get_many("policy").into_iter().flatten().copied().collect();
+        Ok(Self { flags: Flags::from_arg_matches(matches)?, policies })
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+impl Args for Options {
+    /// Of routing's options the policy becomes a list, and the seed has a default.
+    fn augment_args(command: Command) -> Command {
+        let list = |policy: Arg| {
+            policy
+                .action(ArgAction::Append)
+                .value_delimiter(',')
+                .help("The rules that pick a worker for each request, one run each")
+        };
+        let seed = |seed: Arg| {
+            seed.default_value("0")
+                .help("Makes another trace with --synthetic, and other random draws")
+        };
+        Flags::augment_args(command)
+            .about("Replay a trace through policies and simulated workers, in virtual time")
+            .mut_arg("policy", list)
+            .mut_arg("seed", seed)
+            .mut_arg("eviction_interval_secs", |without_effect| without_effect.hide(true))
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
+    }
+}
+
+impl Options {
+    /// The workers and what happens to them.
+    ///
+    /// # Errors
+    /// Options that do not go together, in a sentence that names them.
+    pub fn setup(&self) -> Result<Setup, String> {
+        let Flags { workers, speeds, lose, hardware, page_tokens, routing, .. } = &self.flags;
+        let workers = *workers as usize;
+        if !workers.is_multiple_of(speeds.len()) {
+            let speeds = speeds.len();
+            return Err(format!(
+                "--speeds: {workers} workers cannot take {speeds} speeds in turn evenly"
+            ));
+        }
+        let whole = hardware.engine(*page_tokens as usize);
+        let engine = |speed: &f64| Config {
+            prefill_rate: whole.prefill_rate * speed,
+            step_base_secs: whole.step_base_secs / speed,
+            step_per_seq_secs: whole.step_per_seq_secs / speed,
+            ..whole.clone()
+        };
+        Ok(Setup {
+            engines: speeds.iter().cycle().take(workers).map(engine).collect(),
+            is_kv_told: !hardware.hide_kv,
+            losses: losses(lose, workers)?,
+            seed: routing.seed.unwrap_or_default(),
+        })
+    }
+
+    /// The options of routing for one of the policies.
+    pub fn routing(&self, policy: PolicyKind) -> routing::Options {
+        routing::Options { policy, ..self.flags.routing.clone() }
+    }
+
+    /// Checks that no policy is named twice, which would make rows that cannot be told apart.
+    ///
+    /// # Errors
+    /// A sentence that names it.
+    pub fn check_policies(&self) -> Result<(), String> {
+        let twice = (1..self.policies.len())
+            .find(|place| self.policies[..*place].contains(&self.policies[*place]));
+        twice.map_or(Ok(()), |place| {
+            Err(format!("--policy: {} is named twice", self.policies[place]))
+        })
+    }
+}
+
+/// The losses, if each is of a worker that is there at the time.
+fn losses(lost: &[Lost], workers: usize) -> Result<Vec<Loss>, String> {
+    let mut losses: Vec<Loss> = lost.iter().map(|lost| lost.0).collect();
+    losses.sort_by(|one, other| {
+        one.worker.cmp(&other.worker).then(one.at_secs.total_cmp(&other.at_secs))
+    });
+    for loss in &losses {
+        if loss.worker >= workers {
+            let last = workers - 1;
+            return Err(format!("--lose: there is no worker {}, only 0 to {last}", loss.worker));
+        }
+    }
+    for pair in losses.windows(2) {
+        let is_gone = pair[0].back_at_secs.is_none_or(|back| back >= pair[1].at_secs);
+        if pair[0].worker == pair[1].worker && is_gone {
+            let Loss { worker, at_secs, .. } = pair[1];
+            return Err(format!("--lose: worker {worker} is lost already at {at_secs} s"));
+        }
+    }
+    Ok(losses)
+}
+
+/// One value of `--lose`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Lost(Loss);
+
+impl FromStr for Lost {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let form = || "must be WORKER@SECONDS or WORKER@SECONDS-SECONDS, workers counted from 0";
+        let (worker, times) = text.split_once('@').ok_or_else(form)?;
+        let (at, back) = match times.split_once('-') {
+            Some((at, back)) => (at, Some(back)),
+            None => (times, None),
+        };
+        let secs = |text: &str| {
+            let secs: Option<f64> = text.parse().ok();
+            secs.filter(|secs| (0.0..=1e12).contains(secs)).ok_or_else(form)
+        };
+        let worker = worker.parse().map_err(|_| form())?;
+        let loss = Loss { worker, at_secs: secs(at)?, back_at_secs: back.map(secs).transpose()? };
+        match loss.back_at_secs {
+            Some(back) if back <= loss.at_secs => {
+                Err("must come back after it was lost".to_owned())
+            }
+            _ => Ok(Self(loss)),
+        }
+    }
+}
+
+fn factor(text: &str) -> Result<f64, String> {
+    let factor = text.parse().ok().filter(|factor| (0.001..=1000.0).contains(factor));
+    factor.ok_or_else(|| "must be a number from 0.001 to 1000".to_owned())
+}
+
+fn page(text: &str) -> Result<u32, String> {
+    let page: Option<u32> = text.parse().ok();
+    page.filter(|page| page.is_power_of_two() && *page as usize <= BLOCK_TOKENS)
+        .ok_or_else(|| format!("must be a power of two from 1 to {BLOCK_TOKENS}"))
+}

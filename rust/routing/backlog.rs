@@ -1,0 +1,123 @@
+//! The prefill that one worker still has to do, of what it was sent.
+//!
+//! The one idea: a worker computes prompts first come, first served, so what was sent stands in a queue, and only its
+//! head is being computed. The first content of a stream says that its prompt has left the queue, and when;
+//! the time since the one before is what the prompt took. Of an answer that is no stream nobody says when
+//! prefill ended: it is taken to leave when its time at the worker's speed is over, and at the latest
+//! when it ends or when a stream that was sent after it begins.
+//!
+//! Invariant: the queue holds only requests in flight there, each at most once; with none, nothing is pending.
+//!
+//! Not here: a clock, how fast a worker is, and what a prompt has in the cache.
+
+use std::collections::VecDeque;
+
+/// Names a request; grows in the order of sending.
+pub type Ticket = u64;
+
+/// Prefill that has ended.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Computed {
+    /// Uncached tokens, as estimated.
+    pub tokens: u64,
+    /// Seconds that were spent on them, of those in which there was something to compute.
+    pub secs: f64,
+}
+
+/// See the module. Bounded by the requests in flight.
+#[derive(Debug, Default)]
+pub struct Backlog {
+    /// By ticket.
+    queue: VecDeque<Waiting>,
+    /// Of all in the queue.
+    tokens: u64,
+    /// Since when the head is being computed.
+    since_secs: f64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Waiting {
+    ticket: Ticket,
+    /// Uncached ones, as estimated.
+    tokens: u32,
+    is_stream: bool,
+}
+
+impl Backlog {
+    /// A request was sent, of which so many tokens have to be computed.
+    pub fn enter(&mut self, ticket: Ticket, tokens: u32, is_stream: bool, at_secs: f64) {
+        if self.queue.is_empty() {
+            self.since_secs = at_secs;
+        }
+        self.queue.push_back(Waiting { ticket, tokens, is_stream });
+        self.tokens += u64::from(tokens);
+    }
+
+    /// Tokens left to compute. `speed` in tokens a second; without one nothing is taken as computed that has
+    /// not been heard of.
+    pub fn pending_tokens(&self, at_secs: f64, speed: Option<f64>) -> u64 {
+        let Some(speed) = speed else { return self.tokens };
+        let mut done = (at_secs - self.since_secs).max(0.0) * speed;
+        let mut left = self.tokens;
+        for waiting in &self.queue {
+            let tokens = f64::from(waiting.tokens);
+            left -= done.min(tokens) as u64;
+            if waiting.is_stream || done < tokens {
+                break;
+            }
+            done -= tokens;
+        }
+        left
+    }
+
+    /// Lets those leave whose time at this speed is over, as far as nobody will say when they have.
+    pub fn drain(&mut self, at_secs: f64, speed: f64) {
+        while let Some(head) = self.queue.front() {
+            let secs = f64::from(head.tokens) / speed;
+            if head.is_stream || self.since_secs + secs > at_secs {
+                return;
+            }
+            self.since_secs += secs;
+            self.tokens -= u64::from(head.tokens);
+            self.queue.pop_front();
+        }
+    }
+
+    /// The first content of a stream came. `None` if it was not waited for.
+    pub fn begun(&mut self, ticket: Ticket, at_secs: f64) -> Option<Computed> {
+        let tokens = self.remove(ticket)? + self.remove_silent_before(ticket);
+        let secs = (at_secs - self.since_secs).max(0.0);
+        self.since_secs = self.since_secs.max(at_secs);
+        Some(Computed { tokens, secs })
+    }
+
+    /// An answer has ended of which it was not heard when it began, or that never came.
+    pub fn left(&mut self, ticket: Ticket, is_computed: bool, at_secs: f64) {
+        let head = self.queue.front().map(|head| head.ticket);
+        self.remove(ticket);
+        if is_computed {
+            self.remove_silent_before(ticket);
+        }
+        if self.queue.front().map(|head| head.ticket) != head {
+            self.since_secs = self.since_secs.max(at_secs);
+        }
+    }
+
+    fn remove(&mut self, ticket: Ticket) -> Option<u64> {
+        let at = self.queue.binary_search_by_key(&ticket, |waiting| waiting.ticket).ok()?;
+        let tokens = u64::from(self.queue.remove(at)?.tokens);
+        self.tokens -= tokens;
+        Some(tokens)
+    }
+
+    /// Removes those sent before that are no streams, and tells their tokens.
+    fn remove_silent_before(&mut self, ticket: Ticket) -> u64 {
+        let before = self.tokens;
+        let is_silent = |waiting: &Waiting| waiting.ticket < ticket && !waiting.is_stream;
+        if self.queue.front().is_some_and(is_silent) || self.queue.iter().any(is_silent) {
+            self.queue.retain(|waiting| !is_silent(waiting));
+            self.tokens = self.queue.iter().map(|waiting| u64::from(waiting.tokens)).sum();
+        }
+        before - self.tokens
+    }
+}

@@ -1,0 +1,352 @@
+//! What is believed of the workers from what they were sent and what came back: how much prefill waits there, how fast
+//! it goes, and what of a prompt is in whose cache.
+//!
+//! The one idea: everything is learned from three moments of each request. It was [`sent`](Outlook::sent); its first
+//! content came; it ended, and the worker said how many tokens there were and how many it had cached. A policy that needs
+//! any of this holds an `Outlook`, tells it of what is sent and forgotten, and reads all workers at
+//! once with [`Outlook::see`].
+//!
+//! A prompt counts as cached from the moment it is sent, because the worker will have computed it before it comes to what is sent
+//! later. It is taken back if the request ends without a sign that it was computed. It is used again when the
+//! request ends, and the answer takes room beside it.
+//!
+//! Where a worker had less of a prompt than was believed, what it used even longer ago is gone too, whether it was evicted or the
+//! cache was emptied; that is believed at the second time, as a prompt can also differ in what is not text.
+//!
+//! Bounds: per request in flight 8 bytes per block of its prompt; per worker the size of its cache in blocks
+//! (see [`Mirror`]). A worker that has left is swept out when the next one does.
+//!
+//! One lock, shared by those who look and held alone by those who tell, each for microseconds; names of blocks are computed
+//! outside of it.
+
+use std::sync::{Arc, Weak};
+
+use hashbrown::HashMap;
+use parking_lot::RwLock;
+
+use super::backlog::{Backlog, Computed, Ticket};
+use super::kv_size::{KvSize, MOST_TOKENS};
+use super::mirror::{self, BLOCK_BYTES, Mirror, Use, UseNumber};
+use super::speed::{Speed, Speeds};
+use super::{BYTES_PER_TOKEN, Request, Target, Told, Underway, WorkerId};
+
+/// Prompts after which what was learned of tokens per byte counts half.
+const RATIO_HALF_LIFE: f64 = 256.0;
+
+/// The tokens per byte change only by more than this share, so that estimates made at about the same time agree.
+const RATIO_STEP: f64 = 0.01;
+
+/// Tokens per byte stay between these: a token of 64 bytes, and four tokens for a byte.
+const RATIO_RANGE: [f64; 2] = [1.0 / 64.0, 4.0];
+
+/// Pending tokens are told in steps of so many: that is how well they are known, and workers that are as good as idle
+/// shall be equally idle.
+const PENDING_STEP: u64 = 64;
+
+/// A worker's word on what it had cached is taken as agreeing within this share of it, or two blocks: text is not
+/// equally dense everywhere, and workers cache whole pages.
+const AGREEMENT: f64 = 0.05;
+
+/// What is known of a worker when a prompt is to be sent.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct View {
+    /// Tokens that it has still to compute of prompts sent to it.
+    pub pending_tokens: u32,
+    /// Tokens of this prompt believed to be in its cache; at least one of a prompt never is.
+    pub matched_tokens: u32,
+    /// Tokens it computes a second; `None` if nobody's speed is known.
+    pub speed: Option<f64>,
+}
+
+/// What is known of all workers when a prompt is to be sent.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Views {
+    /// Tokens of the prompt, as estimated from its bytes.
+    pub input_tokens: u32,
+    /// One per target, in their order.
+    pub workers: Vec<View>,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct Outlook {
+    /// What each worker's cache holds, if an operator says so.
+    kv_tokens: Option<u64>,
+    state: RwLock<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    mirror: Mirror,
+    workers: HashMap<WorkerId, Worker>,
+    speeds: Speeds,
+    ratio: Ratio,
+    next_ticket: Ticket,
+    /// The latest moment that was told of.
+    now_secs: f64,
+}
+
+#[derive(Debug, Default)]
+struct Worker {
+    target: Weak<Target>,
+    backlog: Backlog,
+    speed: Speed,
+    kv_size: KvSize,
+    /// What was last used then was gone once, though it was believed to be there.
+    doubted: Option<UseNumber>,
+}
+
+impl Outlook {
+    /// Nothing is known yet. `kv_tokens` is what each cache holds, whatever the workers say.
+    pub fn new(kv_tokens: Option<u64>) -> Self {
+        Self { kv_tokens, state: RwLock::default() }
+    }
+
+    /// What is known of these workers, sorted by id, with regard to a request.
+    pub fn see(&self, request: &Request, targets: &[Arc<Target>]) -> Views {
+        let names = mirror::names(request.prompt);
+        let state = self.state.read();
+        let input_tokens = state.ratio.tokens(request.prompt.len());
+        let view = |target: &Arc<Target>| match state.workers.get(&target.id) {
+            Some(worker) => {
+                let speed = state.speeds.of(&worker.speed);
+                let pending_tokens = worker.backlog.pending_tokens(request.at_secs, speed);
+                let steps = (pending_tokens + PENDING_STEP / 2) / PENDING_STEP;
+                let pending_tokens = u32::try_from(steps * PENDING_STEP).unwrap_or(u32::MAX);
+                View { pending_tokens, matched_tokens: 0, speed }
+            }
+            None => {
+                let speed = state.speeds.of(&Speed::default());
+                View { pending_tokens: 0, matched_tokens: 0, speed }
+            }
+        };
+        let mut workers: Vec<View> = targets.iter().map(view).collect();
+        for (blocks, holders) in state.mirror.levels(&names) {
+            let matched_tokens = state.ratio.matched(blocks, input_tokens);
+            for holder in holders {
+                if let Ok(at) = targets.binary_search_by_key(&holder.worker, |target| target.id) {
+                    workers[at].matched_tokens = matched_tokens;
+                }
+            }
+        }
+        Views { input_tokens, workers }
+    }
+
+    /// Tokens of a prompt, as estimated from its bytes.
+    pub fn input_tokens(&self, request: &Request) -> u32 {
+        self.state.read().ratio.tokens(request.prompt.len())
+    }
+
+    /// Tokens of a prompt believed to be in a worker's cache.
+    pub fn matched_tokens(&self, request: &Request, worker: WorkerId) -> u32 {
+        let names = mirror::names(request.prompt);
+        let state = self.state.read();
+        let input_tokens = state.ratio.tokens(request.prompt.len());
+        state.ratio.matched(state.mirror.matched_blocks(&names, worker), input_tokens)
+    }
+
+    /// A request is being sent to a worker.
+    pub fn sent(self: &Arc<Self>, request: &Request, target: &Arc<Target>) -> Box<dyn Underway> {
+        let names = mirror::names(request.prompt);
+        let mut state = self.state.write();
+        let room_bytes = state.room_bytes(self.kv_tokens, target);
+        let State { mirror, workers, speeds, ratio, next_ticket, now_secs } = &mut *state;
+        *now_secs = now_secs.max(request.at_secs);
+        *next_ticket += 1;
+        let ticket = *next_ticket;
+        let worker = workers.entry(target.id).or_default();
+        worker.target = Arc::downgrade(target);
+        let used = mirror.use_prompt(target.id, &names, room_bytes);
+        let input_tokens = ratio.tokens(request.prompt.len());
+        let uncached_tokens = input_tokens - ratio.matched(used.matched_blocks(), input_tokens);
+        if let Some(speed) = speeds.of(&worker.speed) {
+            worker.backlog.drain(request.at_secs, speed);
+        }
+        worker.backlog.enter(ticket, uncached_tokens, request.stream, request.at_secs);
+        Box::new(Sent {
+            outlook: Arc::clone(self),
+            target: Arc::clone(target),
+            ticket,
+            prompt_bytes: request.prompt.len(),
+            names,
+            used,
+            uncached_tokens,
+            has_begun: false,
+            is_measured: false,
+            told: Told::default(),
+        })
+    }
+
+    /// What was believed of a worker's cache is void.
+    pub fn forget(&self, worker: WorkerId) {
+        let State { mirror, workers, speeds, .. } = &mut *self.state.write();
+        mirror.forget(worker);
+        if let Some(worker) = workers.get_mut(&worker) {
+            worker.kv_size = KvSize::default();
+            worker.doubted = None;
+        }
+        workers.retain(|_, worker| {
+            let is_there = worker.target.strong_count() > 0;
+            if !is_there {
+                speeds.remove(&worker.speed);
+            }
+            is_there
+        });
+    }
+}
+
+impl State {
+    /// Bytes of prompts that a worker's cache holds.
+    fn room_bytes(&self, kv_tokens: Option<u64>, target: &Target) -> u64 {
+        let told = kv_tokens.or_else(|| target.kv_tokens());
+        let learned = || self.workers.get(&target.id).map_or_else(KvSize::default, |w| w.kv_size);
+        let tokens = told.map_or_else(|| learned().tokens(), |tokens| tokens as f64);
+        (tokens.min(MOST_TOKENS) / self.ratio.tokens_per_byte) as u64
+    }
+
+    /// The first content of a stream came. Returns whether its speed was learned from.
+    fn begun(&mut self, sent: &Sent, at_secs: f64) -> bool {
+        self.now_secs = self.now_secs.max(at_secs);
+        let Some(worker) = self.workers.get_mut(&sent.target.id) else { return false };
+        let computed = worker.backlog.begun(sent.ticket, at_secs);
+        if let Some(Computed { tokens, secs }) = computed {
+            self.speeds.learn(&mut worker.speed, tokens, secs);
+        }
+        computed.is_some()
+    }
+
+    fn ended(&mut self, sent: &Sent, kv_tokens: Option<u64>) {
+        let id = sent.target.id;
+        let Told { prompt_tokens, cached_tokens, completion_tokens } = sent.told;
+        let is_computed = sent.has_begun || prompt_tokens.is_some();
+        let now_secs = self.now_secs;
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        worker.backlog.left(sent.ticket, is_computed, now_secs);
+        if !is_computed {
+            self.mirror.retract(id, &sent.names, &sent.used);
+            return;
+        }
+        if let Some(prompt_tokens) = prompt_tokens.filter(|tokens| *tokens > 0) {
+            self.ratio.learn(sent.prompt_bytes, prompt_tokens);
+            if let Some(cached_tokens) = cached_tokens.filter(|cached| *cached <= prompt_tokens) {
+                if sent.is_measured {
+                    let more =
+                        f64::from(prompt_tokens - cached_tokens) - f64::from(sent.uncached_tokens);
+                    self.speeds.correct(&mut worker.speed, more);
+                }
+                let share = f64::from(cached_tokens) / f64::from(prompt_tokens);
+                self.compare(sent, share * sent.prompt_bytes as f64);
+            }
+        }
+        let room_bytes = self.room_bytes(kv_tokens, &sent.target);
+        let answer_bytes = f64::from(completion_tokens.unwrap_or(0)) / self.ratio.tokens_per_byte;
+        let rest_bytes = sent.prompt_bytes - sent.names.len() * BLOCK_BYTES;
+        let nameless = (answer_bytes as u32).saturating_add(rest_bytes as u32);
+        self.mirror.use_nameless(id, nameless, room_bytes);
+        self.mirror.use_prompt(id, &sent.names, room_bytes);
+    }
+
+    /// Compares what a worker had of a prompt, in bytes, with what was believed when it was sent.
+    fn compare(&mut self, sent: &Sent, cached_bytes: f64) {
+        let id = sent.target.id;
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        let tolerance = (AGREEMENT * cached_bytes).max((2 * BLOCK_BYTES) as f64);
+        let tokens_per_byte = self.ratio.tokens_per_byte;
+        let mut start_bytes = 0.0;
+        for run in &sent.used.runs {
+            let end_bytes = (run.end * BLOCK_BYTES) as f64;
+            let newer_bytes = run.newer_bytes as f64;
+            if end_bytes > cached_bytes + tolerance {
+                let there_bytes = (cached_bytes - start_bytes).max(0.0);
+                worker.kv_size.gone((newer_bytes + there_bytes) * tokens_per_byte);
+                if let Some(doubted) = worker.doubted.replace(run.last_use) {
+                    self.mirror.cut(id, doubted.min(run.last_use));
+                    worker.doubted = Some(doubted.max(run.last_use));
+                }
+                return;
+            }
+            worker.kv_size.there((newer_bytes + end_bytes - start_bytes) * tokens_per_byte);
+            worker.doubted = worker.doubted.filter(|doubted| *doubted < run.last_use);
+            start_bytes = end_bytes;
+        }
+    }
+}
+
+/// A request on its way.
+struct Sent {
+    outlook: Arc<Outlook>,
+    target: Arc<Target>,
+    ticket: Ticket,
+    prompt_bytes: usize,
+    names: Box<[u64]>,
+    used: Use,
+    /// As estimated.
+    uncached_tokens: u32,
+    has_begun: bool,
+    /// A speed was learned from it.
+    is_measured: bool,
+    told: Told,
+}
+
+impl Underway for Sent {
+    fn begun(&mut self, at_secs: f64) {
+        if !self.has_begun {
+            self.has_begun = true;
+            let outlook = Arc::clone(&self.outlook);
+            self.is_measured = outlook.state.write().begun(self, at_secs);
+        }
+    }
+
+    fn told(&mut self, told: &Told) {
+        self.told = *told;
+    }
+}
+
+impl Drop for Sent {
+    fn drop(&mut self) {
+        let outlook = Arc::clone(&self.outlook);
+        outlook.state.write().ended(self, outlook.kv_tokens);
+    }
+}
+
+/// Tokens per byte of prompts.
+#[derive(Clone, Copy, Debug)]
+struct Ratio {
+    tokens: f64,
+    bytes: f64,
+    /// The ratio, as it is used.
+    tokens_per_byte: f64,
+}
+
+impl Default for Ratio {
+    fn default() -> Self {
+        Self { tokens: 0.0, bytes: 0.0, tokens_per_byte: 1.0 / BYTES_PER_TOKEN as f64 }
+    }
+}
+
+impl Ratio {
+    fn learn(&mut self, bytes: usize, tokens: u32) {
+        if bytes == 0 {
+            return;
+        }
+        let kept = 0.5_f64.powf(1.0 / RATIO_HALF_LIFE);
+        self.tokens = self.tokens * kept + f64::from(tokens);
+        self.bytes = self.bytes * kept + bytes as f64;
+        let [least, most] = RATIO_RANGE;
+        let learned = (self.tokens / self.bytes).clamp(least, most);
+        if (learned / self.tokens_per_byte - 1.0).abs() > RATIO_STEP {
+            self.tokens_per_byte = learned;
+        }
+    }
+
+    /// Tokens of a prompt of so many bytes.
+    fn tokens(self, bytes: usize) -> u32 {
+        // A float that is too large becomes the largest number.
+        (bytes as f64 * self.tokens_per_byte).round() as u32
+    }
+
+    /// Tokens of so many blocks of a prompt of `input_tokens`: at least one of it is always computed.
+    fn matched(self, blocks: usize, input_tokens: u32) -> u32 {
+        self.tokens(blocks * BLOCK_BYTES).min(input_tokens.saturating_sub(1))
+    }
+}

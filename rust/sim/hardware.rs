@@ -1,0 +1,59 @@
+//! How fast and how large simulated workers are: the options of the [`engine`](super::engine).
+
+use clap::Args;
+
+use super::engine::Config;
+
+/// What a simulated worker can do.
+#[derive(Args, Clone, Debug)]
+#[group(skip)]
+pub struct Hardware {
+    /// Uncached prompt tokens per second, one request at a time.
+    #[arg(long, default_value_t = 8000.0, allow_negative_numbers = true, value_parser = positive)]
+    pub prefill_rate: f64,
+    /// Seconds of a decode step.
+    #[arg(long, default_value_t = 0.012, allow_negative_numbers = true, value_parser = positive)]
+    pub step_base: f64,
+    /// Seconds that each running request adds to a decode step.
+    #[arg(long, default_value_t = 0.0003)]
+    #[arg(allow_negative_numbers = true, value_parser = not_negative)]
+    pub step_per_seq: f64,
+    /// Tokens that the KV cache holds.
+    #[arg(long, default_value_t = 400_000)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=1_000_000_000))]
+    pub kv_tokens: u32,
+    /// Requests that run at the same time; others wait.
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub max_running: u32,
+    /// Leave the size of the KV cache out of what workers tell of themselves.
+    #[arg(long, default_value_t = false)]
+    pub hide_kv: bool,
+}
+
+impl Hardware {
+    /// The engine of such a worker, with a KV cache in pages of `page_tokens` ≥ 1.
+    pub fn engine(&self, page_tokens: usize) -> Config {
+        Config {
+            prefill_rate: self.prefill_rate,
+            step_base_secs: self.step_base,
+            step_per_seq_secs: self.step_per_seq,
+            kv_tokens: self.kv_tokens as usize,
+            max_running: self.max_running as usize,
+            page_tokens,
+        }
+    }
+}
+
+/// The largest number an option takes: beyond it times could become infinite.
+const MAX_NUMBER: f64 = 1e9;
+
+/// A number over 0.
+pub fn positive(text: &str) -> Result<f64, String> {
+    let number = not_negative(text).ok().filter(|number| *number > 0.0);
+    number.ok_or_else(|| format!("must be a number over 0, at most {MAX_NUMBER:e}"))
+}
+
+fn not_negative(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|number| (0.0..=MAX_NUMBER).contains(number));
+    number.ok_or_else(|| format!("must be a number from 0 to {MAX_NUMBER:e}"))
+}
