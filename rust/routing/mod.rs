@@ -155,6 +155,8 @@ impl InFlight {
 
 impl Drop for InFlight {
     fn drop(&mut self) {
+        // Whoever sees that it is over can rely on the policy's having heard of it.
+        self.underway = None;
         self.target.in_flight.fetch_sub(1, Ordering::Relaxed);
     }
 }

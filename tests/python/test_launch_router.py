@@ -169,7 +169,7 @@ def test_what_is_not_supported_ends_the_start(flags: list[str], found: str, caps
         (["--prometheus-duration-buckets", "0"], "above 0"),
         (["--api-key", "a b"], "visible ASCII"),
         (["--max-concurrent-requests", "0"], "nor -1 for no limit"),
-        (["--worker-kv-tokens", "8"], "does not support worker_kv_tokens yet"),
+        (["--worker-kv-tokens", "0"], "1..="),
         (["--policy", "bucket"], "round_robin"),
         (["--no-such-flag"], "--no-such-flag"),
         (["stray"], "stray"),

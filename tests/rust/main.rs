@@ -15,6 +15,7 @@ mod disconnects;
 mod doors;
 mod endings;
 mod fan_out;
+mod least_ttft;
 mod listing;
 mod load;
 mod log_lines;
