@@ -52,7 +52,7 @@ async fn prefill_is_pending_until_the_first_token() {
         ["matched_tokens", "pending_tokens", "speed", "score"].map(|name| told[name].clone());
     assert_eq!(told, [json!(0), json!(0), Value::Null, json!(5.0 * 640.0)]);
 
-    let (_other, _, idle) = ask(&router, &mut workers, "second", &body("b", true)).await;
+    let (_other, _exchange, idle) = ask(&router, &mut workers, "second", &body("b", true)).await;
     assert_eq!(idle, 1 - busy);
     assert_eq!(candidate(&router, &workers[busy], "second").await["pending_tokens"], 640);
     assert_eq!(candidate(&router, &workers[idle], "second").await["pending_tokens"], 0);
@@ -79,7 +79,7 @@ async fn a_prompt_goes_where_it_was_computed_and_not_where_it_failed() {
     assert_eq!(client.answer().await.status(), 200);
     router.until_idle().await;
 
-    let (_client, _, place) = ask(&router, &mut workers, "second", &body("a", false)).await;
+    let (_client, _exchange, place) = ask(&router, &mut workers, "second", &body("a", false)).await;
     assert_eq!(place, computed_at);
     let trace = router.trace_now("second").await;
     assert_eq!(
