@@ -34,6 +34,8 @@ class RouterOptions(TypedDict, total=False):
     prefix_token_count: int | None
     assignment_mode: str | None
     max_idle_secs: int | None
+    cache_weight: float | None
+    worker_kv_tokens: int | None
     seed: int | None
     host: str | None
     port: int | None

@@ -27,6 +27,10 @@ class PolicyType(str, enum.Enum):
     """The worker that was sent the longest prefix of the prompt, unless the load is uneven or the prefix is short:
     then the fewest requests in flight."""
 
+    LeastTtft = "least_ttft"
+    """The least expected time to the first token: prefill that waits and that this prompt needs, over the worker's
+    speed, plus cache_weight times what is not in its cache, over the mean speed."""
+
     ConsistentHashing = "consistent_hashing"
     """The worker of the request's `x-smg-routing-key` by its hash; the next one in the key's order if that one has
     more than its share of the requests in flight. Without the header the fewest requests in flight."""

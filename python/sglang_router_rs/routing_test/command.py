@@ -27,7 +27,7 @@ def check_writable(name: str, path: Path) -> None:
         raise OptionError(name, str(path), f"cannot be written: {error.strerror}") from None
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """A command line whose errors fit on one line."""
 
     def error(self, message: str) -> NoReturn:
@@ -37,7 +37,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parser(command: str, options: type, description: str, examples: str) -> argparse.ArgumentParser:
     """The command line of ``python -m sglang_router_rs COMMAND``, with a flag for each of the options."""
-    made = _Parser(
+    made = Parser(
         prog=f"python -m sglang_router_rs {command}",
         description=description,
         epilog=examples,
