@@ -5,15 +5,16 @@ The replay itself is the Rust core's, with all its options; here its rows become
 
 from __future__ import annotations
 
+import io
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.image import imsave
+from matplotlib.image import imread, imsave
 
 from ..__main__ import run
 from . import report
@@ -24,6 +25,8 @@ from .options import OptionError
 
 # Pixels per inch of a picture.
 DPI = 110
+
+Pixels = np.ndarray[Any, np.dtype[Any]]
 
 
 def main(argv: list[str]) -> int:
@@ -97,11 +100,11 @@ def _picture(made: Sequence[Run], path: Path, _: str) -> None:
     imsave(path, np.vstack(pictures))
 
 
-def _pixels(figure: Figure) -> np.ndarray:
-    figure.set_dpi(DPI)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())
+def _pixels(figure: Figure) -> Pixels:
+    written = io.BytesIO()
+    figure.savefig(written, format="png", dpi=DPI)
+    written.seek(0)
+    return np.asarray(imread(written))
 
 
 _WRITE = {".html": _page, ".png": _picture}
