@@ -12,7 +12,7 @@ FUZZ_TARGETS := scan stream_usage tree trace_queries
 # Built and installed into .venv when a source is newer.
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help build install wheel demo test test-rust test-python check format generate bench-memory bench-overload bench-disconnects bench-laboratory chaos fuzz clean
+.PHONY: help build install wheel demo test test-rust test-python check format generate bench-memory bench-overload bench-disconnects bench-truth bench-routing chaos fuzz clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -62,8 +62,11 @@ bench-overload: $(INSTALLED) ## ten times the load the workers can bear; OVERLOA
 bench-disconnects: $(INSTALLED) ## 2,000 clients that leave at random moments; DISCONNECTS="--clients 500 …" for options
 	$(BIN)/python tools/disconnects.py $(DISCONNECTS)
 
-bench-laboratory: $(INSTALLED) ## does the laboratory tell the truth?; LABORATORY="--requests 500 …" for options
-	$(BIN)/python tools/laboratory.py $(LABORATORY)
+bench-truth: $(INSTALLED) ## does the laboratory tell the truth?; TRUTH="--requests 500 …" for options
+	$(BIN)/python tools/truth.py $(TRUTH)
+
+bench-routing: $(INSTALLED) ## policies and sglang-router on one trace over HTTP; ROUTING="--trace FILE …"
+	$(BIN)/python tools/routing.py $(ROUTING)
 
 chaos: $(INSTALLED) ## five minutes of load while workers are killed, hang and refuse; CHAOS="--seconds 60 …" for options
 	$(BIN)/python tools/chaos.py $(CHAOS)

@@ -61,6 +61,7 @@ fn traces() {
         trace_ttl_seconds: 3600,
         trace_cleanup_interval_secs: 60,
         trace_candidates: 0,
+        trace_prompt_blocks: false,
         trace_log: None,
         trace_log_max_mb: 100,
         trace_log_keep: 10,
@@ -93,6 +94,7 @@ fn track(tracker: &Arc<Tracker>, worker: &Arc<WorkerName>, number: u32) {
         stream: Some(true),
         input_tokens: Some(605),
         trace_id: Some(&hex),
+        prompt_blocks: None,
     });
     open.admitted(arrived.at);
     open.routed(worker, "prefix_match", Some(512), Duration::from_nanos(3_100), None);

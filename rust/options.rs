@@ -584,6 +584,11 @@ mod tests {
         assert!(command_line(&["--worker-urls", "http://w:1"], &weights).is_ok());
         let error = command_line(&["--worker-urls", "http://v:1"], &weights).expect_err("stranger");
         assert!(error.contains("not one of worker_urls"), "{error}");
+        for name in ["trace_prompt_blocks", "trace_candidates", "trace_log"] {
+            let flag = format!("--{}=1", name.replace('_', "-"));
+            let error = command_line(&[&flag], &[]).expect_err("nothing is traced");
+            assert!(error.contains(name) && error.contains("enable_request_tracking"), "{error}");
+        }
     }
 
     #[test]

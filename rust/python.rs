@@ -172,6 +172,20 @@ impl TraceLog {
         page_text(py, filters, |query| self.log.list(query))
     }
 
+    /// All that match as a load to send again, in the format of Mooncake's traces, and how many gave no line.
+    fn mooncake(
+        &self,
+        py: Python<'_>,
+        filters: Vec<(String, String)>,
+    ) -> PyResult<(String, usize)> {
+        let query = parse_query(filters)?;
+        Ok(py.detach(|| {
+            let lines = self.log.mooncake(&query);
+            let left_out = lines.left_out();
+            (String::from_utf8_lossy(&lines.flatten().collect::<Vec<_>>()).into_owned(), left_out)
+        }))
+    }
+
     /// As Server.trace_stats, of what the log holds.
     fn trace_stats(&self, py: Python<'_>) -> String {
         py.detach(|| json_text(&self.log.stats()))
@@ -182,12 +196,16 @@ fn trace_text(py: Python<'_>, get: impl FnOnce() -> Option<Trace> + Send) -> Opt
     py.detach(|| get().map(|trace| json_text(&trace)))
 }
 
+fn parse_query(filters: Vec<(String, String)>) -> PyResult<Query> {
+    Query::parse(filters).map_err(|error| PyValueError::new_err(error.to_string()))
+}
+
 fn page_text(
     py: Python<'_>,
     filters: Vec<(String, String)>,
     list: impl FnOnce(&Query) -> Page + Send,
 ) -> PyResult<(String, Option<String>)> {
-    let query = Query::parse(filters).map_err(|error| PyValueError::new_err(error.to_string()))?;
+    let query = parse_query(filters)?;
     Ok(py.detach(|| {
         let page = list(&query);
         (json_text(&page.traces), page.next_cursor.map(|cursor| cursor.to_string()))

@@ -10,7 +10,7 @@ use libfuzzer_sys::fuzz_target;
 use serde_json::Value;
 use sglang_router_rs::routing::WorkerName;
 use sglang_router_rs::tracking::{
-    AnswerFacts, Arrived, Candidate, MAX_LIMIT, OpenTrace, Options, Query, RequestFacts, Trace,
+    AnswerFacts, Arrived, Candidate, MAX_LIMIT, OpenTrace, Options, PromptBlocks, Query, RequestFacts, Trace,
     Tracker, csv_header, csv_rows,
 };
 
@@ -55,6 +55,7 @@ fuzz_target!(|session: Session| {
             trace_ttl_seconds: 3600,
             trace_cleanup_interval_secs: 60,
             trace_candidates: -1,
+            trace_prompt_blocks: true,
             trace_log: None,
             trace_log_max_mb: 100,
             trace_log_keep: 10,
@@ -111,6 +112,7 @@ fn live(tracker: &Arc<Tracker>, request: &Request) -> Option<OpenTrace> {
         stream: request.stream,
         input_tokens: request.tokens,
         trace_id: Some(request.words),
+        prompt_blocks: PromptBlocks::of(request.words.as_bytes()).as_ref(),
     });
     if request.steps == 0 {
         return Some(trace);

@@ -30,6 +30,12 @@ class RouterOptions(TypedDict, total=False):
     balance_rel_threshold: float | None
     eviction_interval_secs: int | None
     max_tree_size: int | None
+    hash_load_factor: float | None
+    prefix_token_count: int | None
+    assignment_mode: str | None
+    max_idle_secs: int | None
+    cache_weight: float | None
+    worker_kv_tokens: int | None
     seed: int | None
     host: str | None
     port: int | None
@@ -64,6 +70,7 @@ class RouterOptions(TypedDict, total=False):
     trace_ttl_seconds: int | None
     trace_cleanup_interval_secs: int | None
     trace_candidates: int | None
+    trace_prompt_blocks: bool | None
     trace_log: str | None
     trace_log_max_mb: int | None
     trace_log_keep: int | None

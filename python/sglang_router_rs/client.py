@@ -51,13 +51,27 @@ class NotThisRouter(RuntimeError):
 class _Answer:
     """An HTTP answer, read."""
 
-    def __init__(self, status: int, error_code: str | None, cursor: str | None, body: bytes) -> None:
-        self.status, self.error_code, self.cursor, self.body = status, error_code, cursor, body
+    def __init__(self, status: int, headers: Any, body: bytes) -> None:
+        self.status, self.body = status, body
+        self.error_code: str | None = headers.get("x-router-error-code")
+        self.cursor: str | None = headers.get("x-next-cursor")
+        self.left_out: str | None = headers.get("x-left-out")
 
     def json(self, url: str, kind: type[_Shape]) -> _Shape:
         """The body of a 2xx answer; raises what any other answer means."""
+        self._check(url)
+        return self._parsed(url, kind)
+
+    def load(self, url: str) -> tuple[str, int]:
+        """The lines of a load, and how many traces gave none; raises as ``json``."""
+        self._check(url)
+        if self.left_out is None:
+            raise NotThisRouter(url)
+        return self.body.decode(), int(self.left_out)
+
+    def _check(self, url: str) -> None:
         if 200 <= self.status < 300:
-            return self._parsed(url, kind)
+            return
         if self.error_code == "tracking_disabled":
             raise TracingDisabled
         if self.error_code is None and self.status in (404, 405):
@@ -92,6 +106,10 @@ def _trace_path(request_id: str) -> str:
 
 def _pairs(filters: dict[str, Any]) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in filters.items() if value is not None]
+
+
+def _load_path(filters: dict[str, Any]) -> str:
+    return f"/v1/traces?{urlencode([*_pairs(filters), ('format', 'mooncake')])}"
 
 
 # A page is asked for with (name, text) pairs and answered with traces and the next cursor.
@@ -205,6 +223,13 @@ class RouterTraceClient:
 
         return [trace for traces in pages(page, limit, filters) for trace in traces]
 
+    def get_mooncake_trace(self, **filters: Any) -> tuple[str, int]:
+        """The requests as a load to replay: lines in the format of Mooncake's traces, and how many traces gave none.
+
+        Needs a router with ``trace_prompt_blocks``; filters as for ``list_recent_traces``.
+        """
+        return self._ask(_load_path(filters)).load(self.url)
+
     def get_trace_stats(self) -> dict[str, Any]:
         """Counts since the start and of what is held now."""
         return self._ask("/v1/traces/stats").json(self.url, dict)
@@ -215,10 +240,10 @@ class RouterTraceClient:
         request = urllib.request.Request(self.url + path, data=data, headers=headers)
         try:
             with self._opener.open(request, timeout=self._timeout) as response:
-                return _read(response.status, response.headers, response.read())
+                return _Answer(response.status, response.headers, response.read())
         except urllib.error.HTTPError as error:
             with error:
-                return _read(error.code, error.headers, error.read())
+                return _Answer(error.code, error.headers, error.read())
         except urllib.error.URLError as error:
             if isinstance(error.reason, TimeoutError):
                 raise error.reason from None
@@ -244,6 +269,9 @@ class _LogClient(RouterTraceClient):
 
     def list_recent_traces(self, limit: int | None = 100, **filters: Any) -> list[Trace]:
         return listed(self._log, limit, filters)
+
+    def get_mooncake_trace(self, **filters: Any) -> tuple[str, int]:
+        return self._log.mooncake(_pairs(filters))
 
     def get_trace_stats(self) -> dict[str, Any]:
         stats: dict[str, Any] = json.loads(self._log.trace_stats())
@@ -290,6 +318,11 @@ class AsyncRouterTraceClient:
         except StopIteration:
             return found
 
+    async def get_mooncake_trace(self, **filters: Any) -> tuple[str, int]:
+        """The requests as a load to replay: lines in the format of Mooncake's traces, and how many traces gave none."""
+        answer = await self._ask(_load_path(filters))
+        return answer.load(self.url)
+
     async def get_trace_stats(self) -> dict[str, Any]:
         """Counts since the start and of what is held now."""
         answer = await self._ask("/v1/traces/stats")
@@ -322,7 +355,7 @@ class AsyncRouterTraceClient:
         url = URL(self.url + path, encoded=True)
         try:
             async with self._session.request(method, url, json=body) as response:
-                return _read(response.status, response.headers, await response.read())
+                return _Answer(response.status, response.headers, await response.read())
         except asyncio.TimeoutError as error:
             # Before Python 3.11 not an OSError.
             raise TimeoutError(f"{self.url} did not answer within {self._timeout} s") from error
@@ -331,7 +364,3 @@ class AsyncRouterTraceClient:
         except aiohttp.ServerDisconnectedError as error:
             # The one end of a connection that aiohttp does not count among the OSErrors.
             raise ConnectionResetError(f"{self.url} closed the connection without an answer") from error
-
-
-def _read(status: int, headers: Any, body: bytes) -> _Answer:
-    return _Answer(status, headers.get("x-router-error-code"), headers.get("x-next-cursor"), body)

@@ -27,10 +27,10 @@ _DEFAULTS = {"host": "0.0.0.0", "port": "30000", "prometheus_host": "0.0.0.0", "
 _PASSED_ON: _Flags = {
     _ONE: """
         host port policy cache-threshold balance-abs-threshold balance-rel-threshold eviction-interval-secs
-        max-tree-size max-payload-size worker-startup-timeout-secs worker-startup-check-interval api-key log-dir
-        log-level prometheus-port prometheus-host request-timeout-secs shutdown-grace-period-secs
-        max-concurrent-requests queue-size queue-timeout-secs rate-limit-tokens-per-second retry-max-retries
-        retry-initial-backoff-ms retry-max-backoff-ms retry-backoff-multiplier retry-jitter-factor
+        max-tree-size max-idle-secs assignment-mode max-payload-size worker-startup-timeout-secs
+        worker-startup-check-interval api-key log-dir log-level prometheus-port prometheus-host request-timeout-secs
+        shutdown-grace-period-secs max-concurrent-requests queue-size queue-timeout-secs rate-limit-tokens-per-second
+        retry-max-retries retry-initial-backoff-ms retry-max-backoff-ms retry-backoff-multiplier retry-jitter-factor
         cb-failure-threshold cb-success-threshold cb-timeout-duration-secs cb-window-duration-secs
         health-failure-threshold health-success-threshold health-check-timeout-secs health-check-interval-secs
         health-check-endpoint""",
@@ -43,7 +43,7 @@ _PASSED_ON: _Flags = {
 _WITHOUT_EFFECT: _Flags = {
     _ONE: """
         model-path tokenizer-path chat-template tokenizer-cache-l0-max-entries tokenizer-cache-l1-max-memory
-        reasoning-parser tool-call-parser mcp-config-path backend history-backend max-idle-secs assignment-mode
+        reasoning-parser tool-call-parser mcp-config-path backend history-backend
         oracle-wallet-path oracle-tns-alias oracle-connect-descriptor oracle-username oracle-password oracle-pool-min
         oracle-pool-max oracle-pool-timeout-secs postgres-db-url postgres-pool-max redis-url redis-pool-max
         redis-retention-days

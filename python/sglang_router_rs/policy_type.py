@@ -27,5 +27,21 @@ class PolicyType(str, enum.Enum):
     """The worker that was sent the longest prefix of the prompt, unless the load is uneven or the prefix is short:
     then the fewest requests in flight."""
 
+    LeastTtft = "least_ttft"
+    """The least expected time to the first token: prefill that waits and that this prompt needs, over the worker's
+    speed, plus cache_weight times what is not in its cache, over the mean speed."""
+
+    ConsistentHashing = "consistent_hashing"
+    """The worker of the request's `x-smg-routing-key` by its hash; the next one in the key's order if that one has
+    more than its share of the requests in flight. Without the header the fewest requests in flight."""
+
+    PrefixHash = "prefix_hash"
+    """The worker of the prompt's head by its hash; the next one in the head's order if that one has more than its
+    share of the requests in flight. Without a prompt the fewest requests in flight."""
+
+    Manual = "manual"
+    """The worker that the request's `x-smg-routing-key` was first given, a stand-in while that one cannot be
+    picked. New keys, and requests without the header, are assigned by `assignment_mode`."""
+
     def __str__(self) -> str:
         return self.value

@@ -587,11 +587,14 @@ mod tests {
         Cut(WorkerId),
     }
 
-    /// The same, kept as a map from worker and prefix to its last use.
+    /// A prefix, or `None` for what has no name, and its bytes.
+    type Held = (Option<Vec<u8>>, u64);
+
+    /// The same, kept as a list per worker.
     #[derive(Default)]
     struct Naive {
-        /// Least recently used first; `None` is nameless.
-        caches: BTreeMap<WorkerId, Vec<(Option<Vec<u8>>, u64)>>,
+        /// Least recently used first.
+        caches: BTreeMap<WorkerId, Vec<Held>>,
     }
 
     impl Naive {

@@ -17,21 +17,29 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use candidates::Weighed;
 use clap::ValueEnum;
 use clap::builder::RangedU64ValueParser;
+use xxhash_rust::xxh3::xxh3_64;
 
 mod backlog;
 mod cache_aware;
 pub mod candidates;
+mod consistent_hashing;
 mod fixed_probability;
 mod kv_size;
 mod least_ttft;
+mod manual;
 pub mod mirror;
 pub mod outlook;
 mod power_of_two;
+mod prefix_hash;
 pub mod prefix_tree;
 mod random;
+mod rendezvous;
 mod round_robin;
 mod shortest_queue;
 mod speed;
+mod sticky_keys;
+
+pub use manual::AssignmentMode;
 
 /// A worker's place in the order of joining. Never reused.
 pub type WorkerId = u32;
@@ -59,15 +67,26 @@ pub struct Target {
     pub id: WorkerId,
     /// Share of the requests under `fixed_probability`; see [`check_weight`].
     pub weight: f64,
+    /// What hashing tells it by.
+    name_hash: u64,
     in_flight: AtomicU32,
     /// 0 where it is not known.
     kv_tokens: AtomicU64,
 }
 
 impl Target {
-    /// A worker with nothing in flight. `weight` has passed [`check_weight`].
+    /// A worker with nothing in flight, which hashing tells by its id. `weight` has passed
+    /// [`check_weight`].
     pub fn new(id: WorkerId, weight: f64) -> Self {
-        Self { id, weight, in_flight: AtomicU32::new(0), kv_tokens: AtomicU64::new(0) }
+        let name_hash = xxh3_64(&id.to_le_bytes());
+        let (in_flight, kv_tokens) = (AtomicU32::new(0), AtomicU64::new(0));
+        Self { id, weight, name_hash, in_flight, kv_tokens }
+    }
+
+    /// The same worker, which hashing tells by its name: so a session finds it again whatever the
+    /// order of joining, also through another router.
+    pub fn named(self, name: &str) -> Self {
+        Self { name_hash: xxh3_64(name.as_bytes()), ..self }
     }
 
     /// Requests picked for this worker that have not ended.
@@ -87,10 +106,9 @@ impl Target {
 
     /// The worker as it is now, with a count that nothing changes.
     fn still(&self) -> Self {
-        let still = Self::new(self.id, self.weight);
-        still.in_flight.store(self.in_flight(), Ordering::Relaxed);
-        still.set_kv_tokens(self.kv_tokens());
-        still
+        let in_flight = AtomicU32::new(self.in_flight());
+        let kv_tokens = AtomicU64::new(self.kv_tokens().unwrap_or(0));
+        Self { id: self.id, weight: self.weight, name_hash: self.name_hash, in_flight, kv_tokens }
     }
 
     /// Counts a request as in flight here until the guard is dropped. Taken right after the pick,
@@ -137,6 +155,8 @@ impl InFlight {
 
 impl Drop for InFlight {
     fn drop(&mut self) {
+        // Whoever sees that it is over can rely on the policy's having heard of it.
+        self.underway = None;
         self.target.in_flight.fetch_sub(1, Ordering::Relaxed);
     }
 }
@@ -172,7 +192,7 @@ pub struct Request<'a> {
     pub route: &'a str,
     /// The model asked for.
     pub model: Option<&'a str>,
-    /// The header `x-smg-routing-key`.
+    /// The header `x-smg-routing-key`: what the requests of a session have in common. Not empty.
     pub routing_key: Option<&'a str>,
     /// Now, in seconds of a clock that never goes back.
     pub at_secs: f64,
@@ -291,6 +311,15 @@ policies! {
     /// The least expected time to the first token: prefill that waits and that this prompt needs, over
     /// the worker's speed, plus cache_weight times what is not in its cache, over the mean speed.
     LeastTtft = "least_ttft" in least_ttft;
+    /// The worker of the request's `x-smg-routing-key` by its hash; the next one in the key's order if that one
+    /// has more than its share of the requests in flight. Without the header the fewest requests in flight.
+    ConsistentHashing = "consistent_hashing" in consistent_hashing;
+    /// The worker of the prompt's head by its hash; the next one in the head's order if that one has more
+    /// than its share of the requests in flight. Without a prompt the fewest requests in flight.
+    PrefixHash = "prefix_hash" in prefix_hash;
+    /// The worker that the request's `x-smg-routing-key` was first given, a stand-in while that one cannot be
+    /// picked. New keys, and requests without the header, are assigned by `assignment_mode`.
+    Manual = "manual" in manual;
 }
 
 impl fmt::Display for PolicyKind {
@@ -330,6 +359,23 @@ pub struct Options {
     /// 2^37.
     #[arg(long, default_value_t = 1 << 26, value_parser = tree_size())]
     pub max_tree_size: usize,
+
+    /// consistent_hashing, prefix_hash: the most requests in flight at a worker as a multiple of the
+    /// mean over all workers, at least 1; a large number is no bound.
+    #[arg(long, alias = "prefix-hash-load-factor", value_parser = parse_ratio, default_value_t = 1.25)]
+    pub hash_load_factor: f64,
+
+    /// prefix_hash: tokens of the prompt's head, four bytes each.
+    #[arg(long, default_value_t = 256, value_parser = RangedU64ValueParser::<usize>::new().range(1..=1 << 20))]
+    pub prefix_token_count: usize,
+
+    /// manual: how a key gets its worker: any, the fewest requests in flight, or the fewest keys.
+    #[arg(long, value_enum, ignore_case = true, default_value_t = AssignmentMode::MinLoad)]
+    pub assignment_mode: AssignmentMode,
+
+    /// manual: seconds after its last request until a key is forgotten.
+    #[arg(long, default_value_t = 14_400, value_parser = clap::value_parser!(u64).range(1..))]
+    pub max_idle_secs: u64,
 
     /// least_ttft: how much the tokens of a prompt that a worker has not cached count on top of the time they take
     /// there: what is computed twice costs later requests. At least 0.
@@ -414,12 +460,17 @@ fn scatter(seed: u64, n: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// Index of the target with the fewest requests in flight, ties at random (reservoir sampling, so
-/// one pass sees each load once).
+/// Index of the target with the fewest requests in flight, ties at random.
 fn least_in_flight(targets: &[Arc<Target>], rng: &mut fastrand::Rng) -> usize {
+    least_by(targets.len(), |index| targets[index].in_flight(), rng)
+}
+
+/// The index below `len` with the lowest load, ties at random (reservoir sampling, so one pass sees
+/// each load once).
+fn least_by(len: usize, load_at: impl Fn(usize) -> u32, rng: &mut fastrand::Rng) -> usize {
     let (mut index, mut fewest, mut tied) = (0, u32::MAX, 0);
-    for (i, target) in targets.iter().enumerate() {
-        let load = target.in_flight();
+    for i in 0..len {
+        let load = load_at(i);
         if load < fewest {
             (index, fewest, tied) = (i, load, 1);
         } else if load == fewest {
@@ -467,12 +518,25 @@ pub(crate) mod tests {
         prompt: &[u8],
         targets: &[Arc<Target>],
     ) -> (Pick, Vec<Option<f64>>) {
+        scores_of(policy, &Request::of(prompt), targets)
+    }
+
+    /// The same of this request.
+    pub fn scores_of(
+        policy: &dyn Policy,
+        request: &Request,
+        targets: &[Arc<Target>],
+    ) -> (Pick, Vec<Option<f64>>) {
         let mut rng = fastrand::Rng::with_seed(7);
-        let request = Request::of(prompt);
         let (pick, mut candidates) =
-            candidates::explained(policy, &request, targets, &mut rng, usize::MAX);
+            candidates::explained(policy, request, targets, &mut rng, usize::MAX);
         candidates.sort_by_key(|candidate| candidate.index);
         (pick, candidates.iter().map(|candidate| candidate.score).collect())
+    }
+
+    /// A request with this routing key, of which nothing else is known.
+    pub fn keyed(routing_key: &str) -> Request<'_> {
+        Request { routing_key: Some(routing_key), ..Request::of(b"") }
     }
 
     /// How often each index was picked in `rounds` picks of an empty prompt with a fixed seed.
@@ -503,6 +567,8 @@ pub(crate) mod tests {
         assert_eq!(options.balance_rel_threshold, 1.5);
         assert_eq!(options.eviction_interval_secs, 60);
         assert_eq!(options.max_tree_size, 67_108_864);
+        assert_eq!((options.hash_load_factor, options.prefix_token_count), (1.25, 256));
+        assert_eq!(options.max_idle_secs, 14_400);
         assert_eq!(options.seed, None);
     }
 
@@ -519,6 +585,10 @@ pub(crate) mod tests {
             ("--max-tree-size", "1023", "1024..=137438953472"),
             ("--max-tree-size", "999999999999", "1024..=137438953472"),
             ("--policy", "fastest", "cache_aware"),
+            ("--hash-load-factor", "0.9", "at least 1"),
+            ("--prefix-token-count", "0", "1..=1048576"),
+            ("--assignment-mode", "fewest", "min_group"),
+            ("--max-idle-secs", "0", "1.."),
         ] {
             let error = options(&[&format!("{flag}={value}")]).expect_err(flag);
             for part in [flag, value, range] {
@@ -592,15 +662,16 @@ pub(crate) mod tests {
 
     #[derive(Clone, Debug)]
     enum Step {
-        Ask { prompt: Vec<u8>, routable: u8 },
+        Ask { prompt: Vec<u8>, key: Option<u8>, routable: u8 },
         End,
         Forget(WorkerId),
     }
 
     fn step() -> impl Strategy<Value = Step> {
         let prompt = prop::collection::vec(0..3_u8, 0..20);
+        let ask = (prompt, prop::option::of(0..5_u8), 1..=255_u8);
         prop_oneof![
-            8 => (prompt, 1..=255_u8).prop_map(|(prompt, routable)| Step::Ask { prompt, routable }),
+            8 => ask.prop_map(|(prompt, key, routable)| Step::Ask { prompt, key, routable }),
             2 => Just(Step::End),
             1 => (0..8_u32).prop_map(Step::Forget),
         ]
@@ -642,10 +713,11 @@ pub(crate) mod tests {
         let (mut held, mut picks) = (Vec::new(), Vec::new());
         for step in steps {
             match step {
-                Step::Ask { prompt, routable } => {
+                Step::Ask { prompt, key, routable } => {
                     let given: Vec<_> =
                         all.iter().filter(|t| routable >> t.id & 1 == 1).cloned().collect();
-                    let request = Request::of(prompt);
+                    let key = key.map(|key| key.to_string());
+                    let request = Request { routing_key: key.as_deref(), ..Request::of(prompt) };
                     let rng = &mut draws.next();
                     let pick = match keep {
                         Some(keep) => explained_pick(&*policy, &request, &given, rng, keep),

@@ -6,13 +6,13 @@ use tower_http::cors::{AllowHeaders, AllowOrigin, Any, CorsLayer};
 
 use super::headers::{X_NODE, X_ROUTER_ERROR_CODE, X_WORKER};
 use super::request_id::X_REQUEST_ID;
-use super::traces::X_NEXT_CURSOR;
+use super::traces::{X_LEFT_OUT, X_NEXT_CURSOR};
 
 pub(super) const ANY: &str = "*";
 
 /// Headers of the router's that a page may read.
-const EXPOSED: [HeaderName; 6] =
-    [X_REQUEST_ID, X_WORKER, X_NODE, X_ROUTER_ERROR_CODE, X_NEXT_CURSOR, RETRY_AFTER];
+const EXPOSED: [HeaderName; 7] =
+    [X_REQUEST_ID, X_WORKER, X_NODE, X_ROUTER_ERROR_CODE, X_NEXT_CURSOR, X_LEFT_OUT, RETRY_AFTER];
 
 /// What answers preflights and adds the headers; None where no origin is allowed.
 pub(super) fn layer(origins: &[HeaderValue]) -> Option<CorsLayer> {

@@ -26,7 +26,7 @@ use crate::telemetry::metrics::labels::{
     WorkerErrorLabels,
 };
 use crate::telemetry::metrics::{Route, Series};
-use crate::tracking::{AnswerFacts, Arrived, OpenTrace, RequestFacts};
+use crate::tracking::{AnswerFacts, Arrived, OpenTrace, PromptBlocks, RequestFacts};
 use crate::upstream::SendError;
 use crate::upstream::answer::Facts;
 use crate::workers::breaker::Outcome;
@@ -135,7 +135,12 @@ impl Flight {
     }
 
     /// What the body says: the id, where no header gave one, and the facts of the record.
-    pub(super) fn describe(&mut self, scan: &Scan<'_>, trace_id: Option<&str>) {
+    pub(super) fn describe(
+        &mut self,
+        scan: &Scan<'_>,
+        trace_id: Option<&str>,
+        prompt_blocks: Option<&PromptBlocks>,
+    ) {
         let rid = scan.rid.as_deref();
         if self.id.is_none() {
             let id = rid.and_then(|rid| self.app.request_ids.in_rid(rid));
@@ -155,6 +160,7 @@ impl Flight {
                 stream: scan.stream,
                 input_tokens: scan.input_tokens,
                 trace_id,
+                prompt_blocks,
             });
         }
     }

@@ -38,7 +38,7 @@ use hyper::header::HeaderValue;
 use crate::error::{Error, Kind};
 use crate::routing::{self, Draws, Policy};
 use crate::telemetry::metrics::Metrics;
-use crate::tracking::Tracker;
+use crate::tracking::{PromptBlocks, Tracker};
 use crate::workers::breaker::Fitness;
 use crate::workers::{Worker, Workers};
 use admission::Admission;
@@ -133,6 +133,12 @@ impl App {
     /// None when request tracking is off.
     pub(crate) fn tracker(&self) -> Option<&Arc<Tracker>> {
         self.tracker.as_ref()
+    }
+
+    /// Hashes of a prompt's blocks, if traces keep them.
+    fn traced_blocks(&self, prompt: &[u8]) -> Option<PromptBlocks> {
+        let tracker = self.tracker.as_ref()?;
+        tracker.options().trace_prompt_blocks.then(|| PromptBlocks::of(prompt)).flatten()
     }
 
     pub(crate) fn policy_name(&self) -> &'static str {

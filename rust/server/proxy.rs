@@ -89,7 +89,8 @@ async fn serve(
     let scan_began = Instant::now();
     let scan = unhurried(body.len(), || request::scan(&body));
     let scan_took = scan_began.elapsed();
-    flight.describe(&scan, trace_id(&head.headers));
+    let blocks = unhurried(body.len(), || app.traced_blocks(&scan.prompt));
+    flight.describe(&scan, trace_id(&head.headers), blocks.as_ref());
 
     let pin = head.headers.get(headers::X_TARGET_WORKER).cloned();
     let routing_key = head.headers.get(headers::X_ROUTING_KEY).cloned();
@@ -109,7 +110,7 @@ async fn serve(
             stream: scan.stream == Some(true),
             route: outgoing.path.path(),
             model: scan.model.as_deref(),
-            routing_key: routing_key.as_ref().and_then(|key| key.to_str().ok()),
+            routing_key: routing_key.as_ref().and_then(text),
             at_secs: app.secs(now()),
         },
         pin: pin.as_ref(),
@@ -245,6 +246,11 @@ fn timed_out(app: &App, flight: &Flight) -> Error {
     let error = Error::new(Kind::Timeout, message);
     // It may have spent its time on its way here, or in the queue.
     if flight.is_kept_waiting() { error } else { error.by(Origin::Router) }
+}
+
+/// What a header says, if it says anything; not only in ASCII, as `HeaderValue::to_str` would have it.
+fn text(value: &HeaderValue) -> Option<&str> {
+    std::str::from_utf8(value.as_bytes()).ok().filter(|text| !text.is_empty())
 }
 
 /// The trace id of a W3C `traceparent` header: `version-traceid-parent-flags`.

@@ -16,13 +16,15 @@ use tokio::task::block_in_place;
 
 use super::{App, body};
 use crate::error::{Error, Kind, shown};
-use crate::tracking::{Format, Query, Stats, Trace, Tracker, csv_header, csv_rows};
+use crate::tracking::{Format, Mooncake, Query, Stats, Trace, Tracker, csv_header, csv_rows};
 
 const BATCH_IDS_MAX: usize = 10_000;
 /// Room for that many ids of 256 characters, each escaped and quoted.
 const BATCH_BYTES_MAX: u64 = 16 << 20;
 /// Where the next page begins; absent on the last.
 pub(super) const X_NEXT_CURSOR: HeaderName = HeaderName::from_static("x-next-cursor");
+/// Traces that matched and gave no line.
+pub(super) const X_LEFT_OUT: HeaderName = HeaderName::from_static("x-left-out");
 
 pub(super) async fn one(
     State(app): State<Arc<App>>,
@@ -90,6 +92,19 @@ pub(super) async fn list(
         Format::Jsonl => {
             let lines = tracker.pages(&query).map(|traces| json_lines(&traces));
             Ok(export(lines, "application/jsonl"))
+        }
+        Format::Mooncake => {
+            if !tracker.options().trace_prompt_blocks {
+                let message = "format=mooncake is made of the hashes of prompts, which are not kept: start the \
+                               router with --trace-prompt-blocks, or in Python with Router(..., \
+                               trace_prompt_blocks=True)";
+                return Err(invalid(message.to_owned()));
+            }
+            let lines = block_in_place(|| Mooncake::of(tracker.pages(&query)));
+            let left_out = lines.left_out();
+            let mut response = export(lines, "application/jsonl");
+            response.headers_mut().insert(X_LEFT_OUT, HeaderValue::from(left_out));
+            Ok(response)
         }
     }
 }

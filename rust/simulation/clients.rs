@@ -49,6 +49,8 @@ async fn exchange(ask: &Ask, stream: DuplexStream, pause: Duration) -> Seen {
     let request = Request::post("/generate")
         .header("host", "router")
         .header("x-request-id", &ask.id)
+        // Ids of the same first digit are a session.
+        .header("x-smg-routing-key", &ask.id[..ask.id.len().min(2)])
         .body(Full::new(Bytes::from(body(ask))))
         .expect("a request");
     let answered: Result<Seen, hyper::Error> = async {

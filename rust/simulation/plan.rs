@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use hyper::StatusCode;
 
+use crate::routing::PolicyKind;
+
 /// How long clients go on asking; runs last longer, until all has ended.
 const ASKING_MS: u64 = 40_000;
 
@@ -120,12 +122,13 @@ impl Ask {
 }
 
 fn flags(seed: u64, rng: &mut fastrand::Rng) -> Vec<String> {
+    let policies: Vec<_> = PolicyKind::ALL.iter().map(|policy| policy.name()).collect();
     let mut flag = |name: &str, values: &[&str]| {
         let value = values[rng.usize(0..values.len())];
         if value.is_empty() { None } else { Some(format!("--{name}={value}")) }
     };
     let drawn = [
-        flag("policy", &["random", "round_robin", "power_of_two", "shortest_queue", "cache_aware"]),
+        flag("policy", &policies),
         flag("max-concurrent-requests", &["", "", "1", "3", "8"]),
         flag("queue-size", &["", "0", "2"]),
         flag("queue-timeout-secs", &["", "1", "5"]),

@@ -6,14 +6,17 @@
 //!
 //! In reading order: [`OpenTrace`] (what a request tells), `record` (how little is kept of it),
 //! [`Trace`] (how it is read), `shard` and `store` (where records are, and which one makes room),
-//! [`Stats`], [`Query`], `log` (records in files, and read back from there).
+//! [`Stats`], [`Query`], `log` (records in files, and read back from there), [`PromptBlocks`] (what
+//! prompts have in common) and [`Mooncake`] (records as a load to send again).
 //!
 //! Invariants: a request writes its own record only; each record ends exactly once; a record that
 //! has expired is never read; all counts are exact; at most `max_trace_entries` records are held.
 //! No HTTP, no async and no timers here: the server calls [`Tracker::remove_expired`] now and then.
 
 mod log;
+mod mooncake;
 mod open;
+mod prompt_blocks;
 mod query;
 mod record;
 mod shard;
@@ -31,7 +34,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use serde::Serialize;
 
 pub use log::{LogError, TraceLog};
+pub use mooncake::Mooncake;
 pub use open::{AnswerFacts, OpenTrace, RequestFacts};
+pub use prompt_blocks::PromptBlocks;
 pub use query::{Cursor, DEFAULT_LIMIT, Format, MAX_LIMIT, Query, QueryError};
 pub use record::{Candidate, Status};
 pub use stats::Stats;
@@ -70,6 +75,11 @@ pub struct Options {
     #[arg(long, default_value_t = 0, allow_negative_numbers = true, value_parser = clap::value_parser!(i64).range(-1..))]
     pub trace_candidates: i64,
 
+    /// Keep hashes of each prompt's blocks of 512 tokens in its trace, never its text: what GET
+    /// /v1/traces?format=mooncake makes a load of that can be replayed; needs enable_request_tracking
+    #[arg(long, default_value_t = false, num_args = 0..=1, default_missing_value = "true", action = clap::ArgAction::Set, value_parser = clap::builder::BoolishValueParser::new())]
+    pub trace_prompt_blocks: bool,
+
     /// File to append each ended trace to, as one line of JSON; needs enable_request_tracking
     #[arg(long, value_name = "FILE")]
     pub trace_log: Option<PathBuf>,
@@ -93,6 +103,10 @@ impl Options {
         if self.trace_candidates != 0 && !self.enable_request_tracking {
             let why = "it adds to the traces of enable_request_tracking, which is off";
             return Err(("trace_candidates", why.to_owned()));
+        }
+        if self.trace_prompt_blocks && !self.enable_request_tracking {
+            let why = "it adds to the traces of enable_request_tracking, which is off";
+            return Err(("trace_prompt_blocks", why.to_owned()));
         }
         Ok(())
     }
@@ -180,9 +194,12 @@ impl Tracker {
 
     /// All that match, page by page, up to `query.limit` if that is given. Nothing is locked between
     /// two pages.
-    pub fn pages(self: &Arc<Self>, query: &Query) -> Pages {
-        let remaining = query.limit.unwrap_or(usize::MAX);
-        Pages { tracker: Arc::clone(self), query: Some(query.clone()), remaining }
+    pub fn pages(
+        self: &Arc<Self>,
+        query: &Query,
+    ) -> impl Iterator<Item = Vec<Trace>> + Send + use<> {
+        let tracker = Arc::clone(self);
+        Pages::new(query, move |query| tracker.list(query))
     }
 
     /// Counts since the start and of what is held now, in time that does not depend on how much that
@@ -228,21 +245,27 @@ impl Tracker {
 
 /// Everything a query asks for, a page of up to [`MAX_LIMIT`] traces at a time. See
 /// [`Tracker::pages`].
-#[derive(Debug)]
-pub struct Pages {
-    tracker: Arc<Tracker>,
+struct Pages<List> {
+    list: List,
     /// `None` after the last page.
     query: Option<Query>,
     remaining: usize,
 }
 
-impl Iterator for Pages {
+impl<List: FnMut(&Query) -> Page> Pages<List> {
+    fn new(query: &Query, list: List) -> Self {
+        let remaining = query.limit.unwrap_or(usize::MAX);
+        Pages { list, query: Some(query.clone()), remaining }
+    }
+}
+
+impl<List: FnMut(&Query) -> Page> Iterator for Pages<List> {
     type Item = Vec<Trace>;
 
     fn next(&mut self) -> Option<Vec<Trace>> {
         let mut query = self.query.take()?;
         query.limit = Some(self.remaining.min(MAX_LIMIT));
-        let page = self.tracker.list(&query);
+        let page = (self.list)(&query);
         self.remaining -= page.traces.len();
         if page.next_cursor.is_some() && self.remaining > 0 {
             query.cursor = page.next_cursor;

@@ -8,6 +8,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::prompt_blocks::PromptBlocks;
 use super::record::{Candidate, OptionalU64, Record, Status};
 use super::shard::{Place, Shard};
 use super::store::Key;
@@ -34,6 +35,8 @@ pub struct RequestFacts<'a> {
     pub input_tokens: Option<u32>,
     /// 32 lower-case hex digits, from `traceparent`; anything else is passed over.
     pub trace_id: Option<&'a str>,
+    /// Hashes of the prompt's blocks, if they are to be kept.
+    pub prompt_blocks: Option<&'a PromptBlocks>,
 }
 
 /// What the worker's answer says. `None` leaves what is known.
@@ -99,6 +102,9 @@ impl OpenTrace {
             record.stream = facts.stream.or(record.stream);
             record.input_tokens.update(facts.input_tokens);
             record.trace_id = facts.trace_id.and_then(parse_hex).or(record.trace_id);
+            if let Some(blocks) = facts.prompt_blocks {
+                record.prompt_blocks = Some(blocks.clone());
+            }
         });
     }
 

@@ -63,6 +63,8 @@ pub enum Format {
     Csv,
     /// All that match, one object a line.
     Jsonl,
+    /// All that match and can be sent again, as a load: see [`super::Mooncake`].
+    Mooncake,
 }
 
 /// Where a listing goes on: after the record it names, towards older ones. Opaque to clients, and
@@ -158,7 +160,7 @@ impl Query {
             }
             "format" => {
                 let format = parse_format(value);
-                self.format = format.ok_or_else(|| invalid("one of json, csv, jsonl"))?;
+                self.format = format.ok_or_else(|| invalid("one of json, csv, jsonl, mooncake"))?;
             }
             "status" => {
                 let status = Status::ALL.into_iter().find(|status| status.name() == value);
@@ -221,6 +223,7 @@ fn parse_format(value: &str) -> Option<Format> {
         "json" => Some(Format::Json),
         "csv" => Some(Format::Csv),
         "jsonl" => Some(Format::Jsonl),
+        "mooncake" => Some(Format::Mooncake),
         _ => None,
     }
 }

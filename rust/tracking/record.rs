@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 
 use super::WorkerName;
+use super::prompt_blocks::PromptBlocks;
 use super::text::{CompactId, Names, Text, hex, parse_hex};
 use super::trace::{AttemptView, CandidateView, Timestamp, Trace};
 
@@ -163,6 +164,8 @@ pub(super) struct Record {
     /// Of the last pick, best first; at most as many as there are workers. Shared with the copy that
     /// goes to the trace log, and behind one pointer because most routers trace none.
     pub(super) candidates: Option<Arc<Vec<Candidate>>>,
+    /// Behind one pointer for the same reason.
+    pub(super) prompt_blocks: Option<PromptBlocks>,
     pub(super) queue_us: OptionalU64,
     pub(super) decision_ns: OptionalU64,
     pub(super) first_byte_us: OptionalU64,
@@ -200,6 +203,7 @@ impl Record {
             trace_id: None,
             attempts: SmallVec::new(),
             candidates: None,
+            prompt_blocks: None,
             queue_us: OptionalU64::NONE,
             decision_ns: OptionalU64::NONE,
             first_byte_us: OptionalU64::NONE,
@@ -248,6 +252,7 @@ impl Record {
         });
         self.request_id.len()
             + candidates
+            + self.prompt_blocks.as_ref().map_or(0, PromptBlocks::heap_bytes)
             + self.worker_request_id.as_ref().map_or(0, CompactId::heap_bytes)
             + own.flatten().map(Text::own_bytes).sum::<usize>()
             + spilled
@@ -287,6 +292,7 @@ impl Record {
             trace_id: self.trace_id.map(hex),
             attempts: self.attempts.iter().map(Attempt::view).collect(),
             candidates: self.candidate_views(),
+            prompt_blocks: self.prompt_blocks.clone(),
             same_id: None,
         }
     }
@@ -333,6 +339,7 @@ impl Record {
             trace_id: trace.trace_id.as_deref().and_then(parse_hex),
             attempts,
             candidates: candidates.map(|all| Arc::new(all.iter().map(candidate).collect())),
+            prompt_blocks: trace.prompt_blocks.clone(),
             queue_us: OptionalU64::of_thousandths(trace.queue_ms),
             decision_ns: OptionalU64::of_thousandths(trace.decision_us),
             first_byte_us: OptionalU64::of_thousandths(trace.first_byte_ms),

@@ -10,6 +10,7 @@ pub(super) fn options(max_trace_entries: u32) -> Options {
         trace_ttl_seconds: 3600,
         trace_cleanup_interval_secs: 60,
         trace_candidates: 0,
+        trace_prompt_blocks: false,
         trace_log: None,
         trace_log_max_mb: 100,
         trace_log_keep: 10,
@@ -48,6 +49,7 @@ fn a_completed_request_has_every_fact() {
         stream: Some(true),
         input_tokens: Some(605),
         trace_id: Some("0af7651916cd43dd8448eb211c80319c"),
+        prompt_blocks: PromptBlocks::of(b"abc").as_ref(),
     });
     open.admitted(arrived.at + ms(1));
     open.routed(&worker(4), "prefix_match", Some(512), Duration::from_nanos(3_100), None);
@@ -81,7 +83,8 @@ fn a_completed_request_has_every_fact() {
         "worker_request_id": "chatcmpl-1", "trace_id": "0af7651916cd43dd8448eb211c80319c",
         "attempts": [{"worker_url": "http://127.0.0.1:30005", "node_id": "gpu_4",
                       "http_status": 200, "error": null, "latency_ms": 91.0}],
-        "candidates": null
+        "candidates": null,
+        "prompt_blocks": {"bytes": 3, "hashes": ["78af5f94892f3950"]}
     });
     assert_eq!(json, expected);
 }
@@ -344,10 +347,23 @@ fn the_memory_of_candidates_is_counted() {
 }
 
 #[test]
+fn the_memory_of_prompt_blocks_is_counted() {
+    let memory_bytes = |prompt: &[u8]| {
+        let (tracker, arrived) = (tracker(), arrived());
+        let mut open = tracker.open(arrived, "id", "/generate");
+        let blocks = PromptBlocks::of(prompt);
+        open.request(RequestFacts { prompt_blocks: blocks.as_ref(), ..Default::default() });
+        open.complete(arrived.at);
+        tracker.stats().memory_bytes
+    };
+    let added = memory_bytes(&vec![b'a'; 2048 * 1_000]) - memory_bytes(b"");
+    assert!((8_000..8_100).contains(&added), "{added}");
+}
+
+#[test]
 fn an_open_trace_may_cross_threads() {
     fn is_send<T: Send + 'static>() {}
     is_send::<OpenTrace>();
-    is_send::<Pages>();
 }
 
 #[test]

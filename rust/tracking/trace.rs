@@ -8,6 +8,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
+use super::prompt_blocks::PromptBlocks;
 use super::record::Status;
 
 /// The last microsecond of the year 9999, where RFC 3339 ends.
@@ -181,6 +182,9 @@ trace! {
     /// What the policy chose among at the last pick, best first; `None` if that is not traced, or
     /// the policy was not asked.
     candidates: Option<Vec<CandidateView>>,
+    /// Hashes of the prompt's blocks; `None` if they are not traced, there is no prompt, or it is too
+    /// long.
+    prompt_blocks: Option<PromptBlocks>,
 }
 
 /// A value in one CSV cell: text as it is, null as nothing, anything nested as JSON.
@@ -260,6 +264,7 @@ mod tests {
             score: Some(0.5),
         };
         record.candidates = Some(Arc::new(vec![candidate]));
+        record.prompt_blocks = PromptBlocks::of(b"Once upon a time");
         record
     }
 
@@ -287,7 +292,7 @@ mod tests {
                 r#""prompt_tokens":null,"cached_tokens":null,"completion_tokens":null,"#,
                 r#""queue_ms":null,"decision_us":null,"first_byte_ms":null,"ttft_ms":null,"#,
                 r#""latency_ms":null,"worker_request_id":null,"trace_id":null,"attempts":[],"#,
-                r#""candidates":null}"#
+                r#""candidates":null,"prompt_blocks":null}"#
             )
         );
         trace.same_id = Some(2);
@@ -306,6 +311,7 @@ mod tests {
         assert_eq!(json["trace_id"], "0af7651916cd43dd8448eb211c80319c");
         assert_eq!(json["attempts"][0]["latency_ms"], 92.0);
         assert_eq!(json["candidates"][0]["chosen"], true);
+        assert_eq!(json["prompt_blocks"]["bytes"], 16);
     }
 
     #[test]

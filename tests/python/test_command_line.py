@@ -45,7 +45,7 @@ def test_the_console_script_is_the_same_program() -> None:
         (["launch", "--port", "x"], "--port"),
         (["launch", "--policy", "best"], "round_robin"),
         (["launch", "stray"], "stray"),
-        (["launch", "--worker-kv-tokens", "1"], "does not support worker_kv_tokens yet"),
+        (["launch", "--worker-kv-tokens", "0"], "1..="),
         (["launch", "--port=70000"], "0..=65535"),
         (["sim", "--port", "70000"], "--port"),
     ],

@@ -99,7 +99,12 @@ def test_what_is_done_is_kept_when_it_is_interrupted(number: signal.Signals, tmp
     rows = pd.read_csv(tmp_path / "rows.csv")
     assert (rows.policy == "random").sum() == 100
     assert (rows.policy == "round_robin").sum() < 100
-    assert (tmp_path / "report.html").exists()
+    # Only the run that is whole is compared.
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {it["policy"] for it in summary["metrics"]} == {"random"}
+    assert summary["left_out"][-1] == "No whole run, and so not compared: round_robin."
+    assert summary["left_out"][-1] in program.output
+    assert summary["left_out"][-1] in (tmp_path / "report.html").read_text()
 
 
 def test_a_worker_that_does_not_start_is_shown_with_its_words(tmp_path: Path) -> None:
@@ -121,15 +126,12 @@ def test_a_worker_that_does_not_start_is_shown_with_its_words(tmp_path: Path) ->
         ({"gpus": [0]}, "model_path"),
         ({"sim": 1, "model_path": "m"}, "model_path"),
         ({"sim": 1, "router_options": ["cache_threshold"]}, "NAME=VALUE"),
+        ({"sim": 1, "router_options": ["policy=random"]}, "the policy is an option of the run"),
+        ({"sim": 1, "router_options": ["cache_treshold=0.5"]}, "cache_threshold"),
+        ({"sim": 1, "router_options": ["cache_threshold=2"]}, "from 0 to 1"),
         ({"sim": 1, "output_dir": "/proc/nowhere"}, "cannot be written"),
     ],
 )
 def test_options_that_do_not_fit_are_errors(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         CompareConfig(**options)
-
-
-def test_an_option_of_the_router_is_checked_by_the_router(tmp_path: Path) -> None:
-    with compare(tmp_path, "--sim=1", "--router-options", "cache_threshold=2", "--", "--speed=50") as program:
-        assert program.end() == 1
-        assert "cache-threshold" in program.output

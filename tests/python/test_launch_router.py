@@ -76,6 +76,14 @@ def test_unique_prefixes_are_whole_names() -> None:
     assert passed_on("--max-t", "4096") == ["--max-tree-size=4096"]
 
 
+def test_sessions_are_passed_on_and_act() -> None:
+    flags = ["--policy=manual", "--max-idle-secs=60", "--assignment-mode=min_group"]
+    assert passed_on(*flags) == flags
+    understood = _core.check_flags(flags, {})
+    for shown in ("policy: Manual", "max_idle_secs: 60", "assignment_mode: MinGroup"):
+        assert shown in understood
+
+
 def test_our_own_flags_are_passed_on() -> None:
     own = ["--enable-request-tracking", "--trace-ttl", "9", "--node-ids", "http://a:1=x", "http://b:1=y", "--seed=1"]
     assert passed_on("--port", "1", *own) == ["--port=1", *own]
@@ -161,8 +169,8 @@ def test_what_is_not_supported_ends_the_start(flags: list[str], found: str, caps
         (["--prometheus-duration-buckets", "0"], "above 0"),
         (["--api-key", "a b"], "visible ASCII"),
         (["--max-concurrent-requests", "0"], "nor -1 for no limit"),
-        (["--worker-kv-tokens", "8"], "does not support worker_kv_tokens yet"),
-        (["--policy", "manual"], "round_robin"),
+        (["--worker-kv-tokens", "0"], "1..="),
+        (["--policy", "bucket"], "round_robin"),
         (["--no-such-flag"], "--no-such-flag"),
         (["stray"], "stray"),
         (["--port", "x"], "--port"),

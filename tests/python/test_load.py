@@ -494,7 +494,7 @@ def test_conversations_without_an_answer_are_passed_over_and_told(write: WRITE) 
     assert set(texts(load.requests)) == {"question 1", "other names"}
     assert load.notes == ["passed over 4 of 6 conversations: no question with an answer"]
     assert refusal(num_requests=3, dataset=dataset) == (
-        f"num_requests=3: {dataset.partition(':')[2]} has only 2 conversations with a question and an answer"
+        f"num_requests=3: {dataset.partition(':')[2]} has only 2 conversations with a question and an answer: ask for 2"
     )
 
 
@@ -554,7 +554,7 @@ def test_a_file_must_be_text(kind: str, tmp_path: Path) -> None:
 def test_a_file_must_have_as_many_requests(kind: str, write: WRITE) -> None:
     dataset = write(kind, [LINE | {"prompt": "a"}] * 3)
     path = dataset.partition(":")[2]
-    assert refusal(num_requests=4, dataset=dataset) == f"num_requests=4: {path} has only 3 lines"
+    assert refusal(num_requests=4, dataset=dataset) == f"num_requests=4: {path} has only 3 lines: ask for 3"
     assert len(plan(LoadConfig(num_requests=3, dataset=dataset)).requests) == 3
     write(kind, "")
     assert refusal(num_requests=4, dataset=dataset) == f"num_requests=4: {path} has only 0 lines"

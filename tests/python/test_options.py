@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sglang_router_rs import PolicyType, Router, _core, _options
-from sglang_router_rs.router import _texts
+from sglang_router_rs.router import option_texts
 
 OPTIONS = {option["name"]: option for option in _core.options()}
 
@@ -57,7 +57,7 @@ def keywords(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def texts(given_options: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    return [(name, _texts(name, value)) for name, value in given_options.items()]
+    return [(name, option_texts(name, value)) for name, value in given_options.items()]
 
 
 def by_keywords(given_options: dict[str, Any]) -> str:
@@ -200,7 +200,7 @@ def test_an_unknown_option_is_named_wherever_it_stands(tmp_path: Path) -> None:
     for text, found in (
         ("prot = 1", "prot in .*options.toml: there is no such option; did you mean port"),
         ("port = 99999", "port in .*options.toml.*99999"),
-        ("worker_kv_tokens = 1", "worker_kv_tokens in .*options.toml.*not support"),
+        ("worker_kv_tokens = 0", "worker_kv_tokens in .*options.toml.*in 1\\.\\."),
         ("api_key = 'a b'", r"api_key in .*options.toml: bad value .\(hidden\)"),
         ("cors_allowed_origins = ['a.test']", "cors_allowed_origins in .*options.toml.*not an origin"),
         ("[port]\na = [1]", "port in .*options.toml"),
@@ -220,7 +220,8 @@ def test_an_unknown_option_is_named_wherever_it_stands(tmp_path: Path) -> None:
         ({"worker_url": ["http://a:1"]}, TypeError, "did you mean worker_urls"),
         ({"enable_request_tracing": True}, TypeError, "did you mean enable_request_tracking"),
         ({"zzz": 1}, TypeError, "zzz: there is no such option$"),
-        ({"worker_kv_tokens": 1}, TypeError, "worker_kv_tokens: .* does not support this option yet"),
+        ({"worker_kv_tokens": 0}, ValueError, r"worker_kv_tokens: .* in 1\.\."),
+        ({"cache_weight": float("nan")}, ValueError, "cache_weight: .*at least 0"),
         ({"api_key": ""}, ValueError, "api_key: .*a key is 1 to 512 visible ASCII characters"),
         ({"admin_api_key": "a b"}, ValueError, r"admin_api_key: bad value .\(hidden\)"),
         ({"cors_allowed_origins": "*"}, TypeError, "cors_allowed_origins takes a list, not str"),

@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from sglang_router_rs.routing_test import about, comparison, plots, report, results
+from sglang_router_rs.routing_test import about, comparison, metrics, plots, report, results, side_by_side
 from sglang_router_rs.routing_test.columns import NAMES
-from sglang_router_rs.routing_test.comparison import Run
 from sglang_router_rs.routing_test.findings import findings
+from sglang_router_rs.routing_test.metrics import Run
 
 URLS = ("http://127.0.0.1:1", "http://127.0.0.1:2")
 DRAWN = (
@@ -50,10 +49,10 @@ def request(**values: Any) -> dict[str, Any]:
 
 
 def run(policy: str = "random", rows: list[dict[str, Any]] | None = None, **values: Any) -> Run:
-    rows = [request()] if rows is None else rows
-    frame = pd.DataFrame(rows, columns=list(NAMES))
+    made = results.Results([request()] if rows is None else rows)
     given = {"tracking": True, "repeat": 0, "router_cpu_secs": None, "router_rss_bytes": None}
-    return Run(policy=policy, rows=frame, summary={"duration_secs": 2.0}, **(given | values))
+    given["workers"] = tuple(made.table["worker_url"].dropna().unique())
+    return Run(policy=policy, rows=made.table, summary=made.summary(), **(given | values))
 
 
 def many(policy: str, count: int, nodes: int = 2, **values: Any) -> list[dict[str, Any]]:
@@ -103,7 +102,7 @@ def texts(figure: Figure) -> list[str]:
 def test_metrics_of_a_run_are_those_worked_out_by_hand() -> None:
     rows = [
         request(ttft=0.1, total_latency=1.0, itl_mean=0.01, cached_tokens=50),
-        request(ttft=0.2, total_latency=2.0, itl_mean=0.03, cached_tokens=None),
+        request(ttft=0.2, total_latency=2.0, itl_mean=0.03, finish_time=2.0),
         request(ttft=0.6, total_latency=6.0, itl_mean=0.02, worker_url=URLS[1], node_id="gpu_1"),
         # Its latencies do not count; that the worker got it does.
         request(**FAILED | {"total_latency": 100.0}),
@@ -124,9 +123,9 @@ def test_metrics_of_a_run_are_those_worked_out_by_hand() -> None:
         "completed_per_sec": 1.5,
         "prompt_tokens_per_sec": 150,
         "completion_tokens_per_sec": 15,
-        "hit_rate": 25,
+        "hit_rate": 50 / 3,
         "request_imbalance": 1.5,
-        "prefill_imbalance": 100 / 75,
+        "prefill_imbalance": 150 / 125,
         "router_cpu": 250,
         "router_memory": 3,
     }
@@ -134,10 +133,16 @@ def test_metrics_of_a_run_are_those_worked_out_by_hand() -> None:
     assert means == pytest.approx(expected)
 
 
-def test_nodes_that_only_another_policy_used_count_as_idle() -> None:
-    both = [request(), request(worker_url=URLS[1], node_id="gpu_1")]
-    table = comparison.table([run("spread", both), run("one", [request(), request()])])
-    assert list(table["request_imbalance"]["mean"]) == [1, 2]
+def test_idle_workers_count() -> None:
+    workers = tuple(f"http://w:{port}" for port in range(4))
+    runs = [run(rows=[request(worker_url=workers[2])] * 3, workers=workers, node_ids={workers[0]: "gpu_9"})]
+    line = comparison.table(runs).loc[("random", True)].xs("mean", level=1)
+    assert (line["request_imbalance"], line["prefill_imbalance"]) == (4, 4)
+    nodes = comparison.per_node(runs).set_index("node")
+    assert dict(nodes["requests"]) == {"gpu_0": 3, "gpu_9": 0, workers[1]: 0, workers[3]: 0}
+    assert dict(nodes["prompt_tokens"]) == {"gpu_0": 300, "gpu_9": 0, workers[1]: 0, workers[3]: 0}
+    for draw in (plots.requests_over_time, plots.prefix_hits, plots.timeline):
+        assert {"gpu_9", workers[1]} <= set(texts(draw(runs)))
 
 
 def test_intervals_are_students() -> None:
@@ -145,7 +150,6 @@ def test_intervals_are_students() -> None:
     # t(0.975, 2) = 4.302653, s = 2
     half = 4.302653 * 2 / math.sqrt(3)
     assert (estimate.value, estimate.low, estimate.high) == pytest.approx((12, 12 - half, 12 + half))
-    assert estimate.repeats == 3
 
 
 @given(st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=12))
@@ -156,33 +160,36 @@ def test_intervals_hold_their_mean(values: list[float]) -> None:
 
 def test_one_repeat_has_no_interval() -> None:
     table = comparison.table([at_latency(1), at_latency(2, "other")])
-    for statistic in ("ci_low", "ci_high", "ratio_low", "ratio_high"):
+    for statistic in ("ci_low", "ci_high", "difference_low", "difference_high"):
         assert table.xs(statistic, axis=1, level=1).loc[("other", True)].isna().all()
-    assert table.loc[("other", True), ("e2e_mean", "ratio")] == 2
-    assert "±" not in comparison.text(table)
+    assert table.loc[("other", True), ("e2e_mean", "difference")] == 1000
+    assert "±" not in side_by_side.text(table)
 
 
-def test_ratios_are_paired_by_load() -> None:
+def test_differences_are_paired_by_load() -> None:
     # What differs between the draws is a hundred times what differs between the policies.
     runs = [at_latency(secs, repeat=repeat) for repeat, secs in enumerate((1, 10, 100))]
-    runs += [at_latency(secs, "other", repeat=repeat) for repeat, secs in enumerate((1.1, 12, 130))]
+    runs += [at_latency(secs, "other", repeat=repeat) for repeat, secs in enumerate((2, 12, 103))]
     line = comparison.table(runs).loc[("other", True)]["e2e_mean"]
-    logs = [math.log(1.1), math.log(1.2), math.log(1.3)]
-    middle, half = np.mean(logs), 4.302653 * np.std(logs, ddof=1) / math.sqrt(3)
-    expected = [math.exp(middle), math.exp(middle - half), math.exp(middle + half)]
-    assert [line["ratio"], line["ratio_low"], line["ratio_high"]] == pytest.approx(expected)
+    # t(0.975, 2) = 4.302653, s = 1 of 1, 2, 3 s
+    half = 4302.653 / math.sqrt(3)
+    found = [line[name] for name in ("difference", "difference_low", "difference_high", "first_mean")]
+    assert found == pytest.approx([2000, 2000 - half, 2000 + half, 37000])
     assert line["pairs"] == 3
+    percent = f"{100 * 2000 / 37000:+.1f} % [{100 * (2000 - half) / 37000:+.1f}, {100 * (2000 + half) / 37000:+.1f}]"
+    assert percent in side_by_side.text(comparison.table(runs))
 
 
-def test_a_repeat_without_its_pair_is_left_out_of_ratios() -> None:
+def test_a_repeat_without_its_pair_is_left_out_of_differences() -> None:
     runs = [at_latency(1, repeat=0), at_latency(4, repeat=1), at_latency(2, "other", repeat=0)]
     line = comparison.table(runs).loc[("other", True)]["e2e_mean"]
-    assert (line["ratio"], line["pairs"]) == (2, 1)
+    assert (line["difference"], line["first_mean"], line["pairs"]) == (1000, 1000, 1)
 
 
-def test_a_zero_has_no_ratio() -> None:
-    other = run("other", [request(cached_tokens=50)])
-    assert math.isnan(comparison.table([run(), other]).loc[("other", True), ("hit_rate", "ratio")])
+def test_of_zero_there_are_no_percents() -> None:
+    table = comparison.table([run(), run("other", [request(cached_tokens=50)])])
+    assert table.loc[("other", True), ("hit_rate", "difference")] == 50
+    assert "prefix hit rate" not in [line.label for line in side_by_side.changes(table)]
 
 
 def test_tracking_costs_the_difference_of_its_pairs() -> None:
@@ -194,34 +201,47 @@ def test_tracking_costs_the_difference_of_its_pairs() -> None:
     # t(0.975, 1) = 12.7062, s = √2
     assert [cpu["difference"], cpu["ci_high"]] == pytest.approx([2, 14.7062], rel=1e-5)
     assert (cpu["off"], cpu["on"]) == pytest.approx((15, 17))
-    assert "+2.0 [-10.7, +14.7]" in comparison.tracking_text(cost)
+    assert "+2.0 [-10.7, +14.7]" in side_by_side.tracking_text(cost)
 
 
 def test_without_pairs_tracking_costs_nothing_known() -> None:
     cost = comparison.tracking_cost([run()])
     assert cost.empty
-    assert comparison.tracking_text(cost) == ""
+    assert side_by_side.tracking_text(cost) == ""
 
 
-def test_a_missing_count_makes_a_sum_unknown() -> None:
-    table = comparison.table([run(rows=[request(), request(completion_tokens=None)])])
-    assert math.isnan(table.loc[("random", True), ("completion_tokens_per_sec", "mean")])
-    assert table.loc[("random", True), ("completed_per_sec", "mean")] == 1
+@pytest.mark.parametrize(
+    ("column", "unknown"),
+    [
+        ("completion_tokens", {"completion_tokens_per_sec"}),
+        ("cached_tokens", {"hit_rate", "prefill_imbalance"}),
+        ("prompt_tokens", {"hit_rate", "prefill_imbalance", "prompt_tokens_per_sec"}),
+    ],
+)
+def test_a_missing_count_makes_every_sum_unknown(column: str, unknown: set[str]) -> None:
+    at_other = {"worker_url": URLS[1], "node_id": "gpu_1"}
+    runs = [run(rows=[request(), request(**at_other | {column: None}), request(**FAILED)])]
+    means = comparison.table(runs).loc[("random", True)].xs("mean", level=1)
+    assert set(means.index[means.isna()]) == unknown | {"router_cpu", "router_memory"}
+    nodes = comparison.per_node(runs).set_index("node")
+    empty = {"completion_tokens", "hit_rate", "prompt_tokens"} & (unknown | {column})
+    assert set(nodes.columns[nodes.loc["gpu_1"].isna()]) == empty
+    assert nodes.loc["gpu_0"].notna().all()
 
 
 def test_untracked_runs_know_their_workers_by_the_names_of_tracked_ones() -> None:
     runs = [run(), run(tracking=False, rows=[request(node_id=None), request(worker_url=URLS[1], node_id=None)])]
-    assert comparison.nodes(runs) == {URLS[0]: "gpu_0", URLS[1]: URLS[1]}
+    assert metrics.nodes(runs) == {URLS[0]: "gpu_0", URLS[1]: URLS[1]}
 
 
 def test_workers_of_the_same_name_stay_two() -> None:
-    names = comparison.nodes([run(rows=[request(), request(worker_url=URLS[1])])])
+    names = metrics.nodes([run(rows=[request(), request(worker_url=URLS[1])])])
     assert list(names.values()) == [f"gpu_0 ({url})" for url in URLS]
 
 
 def test_workers_are_in_the_order_of_their_numbers() -> None:
     rows = [request(worker_url=f"http://w:{port}", node_id=f"gpu_{port}") for port in (10, 9, 100)]
-    assert list(comparison.nodes([run(rows=rows)]).values()) == ["gpu_9", "gpu_10", "gpu_100"]
+    assert list(metrics.nodes([run(rows=rows)]).values()) == ["gpu_9", "gpu_10", "gpu_100"]
 
 
 def test_requests_without_a_worker_have_a_line_of_their_own() -> None:
@@ -231,11 +251,35 @@ def test_requests_without_a_worker_have_a_line_of_their_own() -> None:
     assert list(table["failed"]) == [0, 1]
 
 
-def test_the_same_run_twice_is_an_error() -> None:
+def test_runs_that_cannot_be_compared_are_errors() -> None:
     with pytest.raises(ValueError, match="policy random, tracking True, repeat 0"):
         comparison.table([run(), run()])
     with pytest.raises(ValueError, match="no runs"):
         comparison.table([])
+    with pytest.raises(ValueError, match=r"policy random.* not whole \(interrupted\)"):
+        comparison.table([run(flaw="interrupted")])
+
+
+# --- which runs count -------------------------------------------------------------------------------------------------
+
+
+def test_whole_runs_are_compared_in_the_order_of_the_plan() -> None:
+    planned = [("a", True, 0), ("a", True, 1), ("b", True, 0), ("b", True, 1)]
+    a, b = run("a", repeat=1), run("b")
+    assert comparison.whole([run("a", flaw="interrupted"), b, a], planned) == [a, b]
+    assert comparison.left_out([run(*it[:1], tracking=it[1], repeat=it[2]) for it in planned], planned) == []
+
+
+def test_what_is_left_out_is_told_with_its_reason() -> None:
+    planned = [(policy, tracking, repeat) for policy in "abc" for tracking in (True, False) for repeat in (0, 1)]
+    runs = [run("a"), run("a", repeat=1, flaw="no worker is certain"), run("b", tracking=False, flaw="interrupted")]
+    assert comparison.left_out(runs, planned) == [
+        "3 of 12 runs were made.",
+        "2 of 3 runs left out of means, intervals and sentences: a, tracking on, repeat 2: no worker is certain; "
+        "b, tracking off, repeat 1: interrupted.",
+        "No whole run, and so not compared: a, tracking off; b, tracking on; b, tracking off; c, tracking on; "
+        "c, tracking off.",
+    ]
 
 
 # --- the table as text, CSV, JSON -------------------------------------------------------------------------------------
@@ -249,13 +293,13 @@ def test_text_fits_the_terminal(policies: int) -> None:
         for repeat in range(3)
         for tracking in (True, False)
     ]
-    text = comparison.text(comparison.table(runs))
-    assert max(map(len, text.splitlines())) <= comparison.WIDTH
+    text = side_by_side.text(comparison.table(runs))
+    assert max(map(len, text.splitlines())) <= side_by_side.WIDTH
     assert text.count("E2E p99 (ms)") >= 1
 
 
 def test_text_marks_the_best_of_each_line() -> None:
-    text = comparison.text(comparison.table([at_latency(1), at_latency(2, "other")]))
+    text = side_by_side.text(comparison.table([at_latency(1), at_latency(2, "other")]))
     line = next(line for line in text.splitlines() if line.startswith("E2E mean"))
     assert line.split()[-2:] == ["1,000*", "2,000"]
     assert "+100.0 %" in text
@@ -266,7 +310,7 @@ def test_text_marks_the_best_of_each_line() -> None:
 
 def test_text_shows_intervals_with_the_places_of_their_means() -> None:
     runs = [at_latency(secs, repeat=repeat) for repeat, secs in enumerate((0.010, 0.012, 0.014))]
-    assert "12.0 ±5.0" in comparison.text(comparison.table(runs))
+    assert "12.0 ±5.0" in side_by_side.text(comparison.table(runs))
 
 
 def test_csv_is_tidy_and_empty_where_nothing_is_known() -> None:
@@ -293,9 +337,9 @@ def test_json_has_null_where_nothing_is_known(tmp_path: Path) -> None:
     text = results.save_json(made, tmp_path / "made.json").read_text()
     content = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert content["baseline"] == "random"
-    of = {(row["policy"], row["metric"]): row for row in content["ratios"]}
-    assert of["other", "e2e_mean"]["ratio"] == pytest.approx(3)
-    assert of["other", "e2e_mean"]["ratio_low"] is None
+    of = {(row["policy"], row["metric"]): row for row in content["differences"]}
+    assert of["other", "e2e_mean"]["difference"] == pytest.approx(2000)
+    assert of["other", "e2e_mean"]["difference_low"] is None
 
 
 # --- findings ---------------------------------------------------------------------------------------------------------
@@ -307,7 +351,7 @@ def said(runs: list[Run], start: str) -> str:
 
 def test_a_clear_difference_is_claimed() -> None:
     runs = [at_latency(secs, repeat=repeat) for repeat, secs in enumerate((2.0, 4.1, 8.0))]
-    runs += [at_latency(secs, "fast", repeat=repeat) for repeat, secs in enumerate((1.0, 2.0, 4.0))]
+    runs += [at_latency(secs, "fast", repeat=repeat) for repeat, secs in enumerate((1.0, 3.0, 7.1))]
     sentence = said(runs, "Lowest mean E2E")
     assert "fast" in sentence
     assert sentence.endswith("Told apart from every other policy.")
@@ -323,6 +367,28 @@ def test_a_value_of_zero_is_told_apart_by_its_difference() -> None:
     runs = [run(repeat=repeat) for repeat in range(3)]
     runs += [run("hits", [request(cached_tokens=50 + repeat)], repeat=repeat) for repeat in range(3)]
     assert said(runs, "Highest prefix").endswith("Told apart from every other policy.")
+
+
+def test_means_and_difference_of_a_sentence_agree() -> None:
+    # The mean of the ratios would prefer the other one.
+    runs = [at_latency(secs, "a", repeat=repeat) for repeat, secs in enumerate((1.0, 9.0))]
+    runs += [at_latency(secs, "b", repeat=repeat) for repeat, secs in enumerate((2.0, 7.0))]
+    sentence = said(runs, "Lowest mean E2E")
+    assert sentence.startswith("Lowest mean E2E: b, 4,500 ±")
+    assert "; next a, 5,000 (+500 [" in sentence
+
+
+def test_sentences_are_over_the_repeats_that_all_have() -> None:
+    # The third draw, which only one policy got, is the light one.
+    runs = [at_latency(secs, "a", repeat=repeat) for repeat, secs in enumerate((5.0, 5.0, 0.1))]
+    runs += [at_latency(secs, "b", repeat=repeat) for repeat, secs in enumerate((4.0, 4.0))]
+    assert said(runs, "Lowest mean E2E").startswith("Lowest mean E2E: b, 4,000 ms; next a, 5,000 (+1,000")
+    assert said(runs, "2 to 3 repeats")
+
+
+def test_a_policy_whose_metric_is_not_known_is_not_spoken_of() -> None:
+    runs = [run("a"), run("b", [request(ttft=0.2)]), run("c", [request(ttft=None)])]
+    assert "c" not in said(runs, "Lowest mean TTFT").split(": ")[1]
 
 
 def test_one_run_each_claims_nothing() -> None:
@@ -389,6 +455,11 @@ def test_plots_without_cached_tokens_say_so() -> None:
     )
 
 
+def test_a_hit_rate_of_which_a_part_is_unknown_is_not_drawn() -> None:
+    figure = plots.prefix_hits([run(rows=[request(cached_tokens=50), request(cached_tokens=None)])])
+    assert " not known" in texts(figure)
+
+
 @pytest.mark.parametrize("draw", [plots.requests_over_time, plots.timeline])
 def test_plots_without_workers_say_so(draw: Any) -> None:
     figure = draw([run(rows=[request(**FAILED | {"worker_url": None, "node_id": None})])])
@@ -413,8 +484,8 @@ def test_requests_in_flight_share_no_row_of_bars() -> None:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def page(path: Path, runs: list[Run], settings: dict[str, str] | None = None, warnings: list[str] | None = None) -> str:
-    report.write(runs, settings or {}, path / "report.html", warnings or [])
+def page(path: Path, runs: list[Run], settings: dict[str, str] | None = None, **alerts: list[str]) -> str:
+    report.write(runs, settings or {}, about.machine(), path / "report.html", alerts)
     return (path / "report.html").read_text("utf-8")
 
 
@@ -430,7 +501,7 @@ def test_the_page_loads_nothing(tmp_path: Path) -> None:
 
 def test_the_page_shows_table_words_plots_and_settings(tmp_path: Path) -> None:
     runs = [run("random", many("random", 50)), run("other", [*many("other", 50), *many("other", 3, **FAILED)])]
-    html = page(tmp_path, runs, {"request_rate": "50/s"}, ["the generator was late"])
+    html = page(tmp_path, runs, {"request_rate": "50/s"}, Warnings=["the generator was late"])
     assert html.count("<svg ") == len(report.PLOTS)
     for words in (
         "request_rate",
@@ -449,7 +520,7 @@ def test_the_page_shows_table_words_plots_and_settings(tmp_path: Path) -> None:
 def test_nothing_from_outside_becomes_markup(tmp_path: Path) -> None:
     evil = '--><script>alert("x")</script>&amp;'
     rows = [request(node_id=evil, worker_url=f"http://{evil}"), request(**FAILED | {"error": evil})]
-    html = page(tmp_path, [run(evil, rows)], {evil: evil}, [evil])
+    html = page(tmp_path, [run(evil, rows)], {evil: evil}, **{evil: [evil]})
     assert "<script" not in html
     assert "--&gt;&lt;script&gt;" in html
     assert "&amp;amp;" in html
@@ -466,6 +537,7 @@ def test_names_are_not_read_as_formulae(tmp_path: Path, name: str) -> None:
     [
         many("random", 40, **FAILED),
         many("random", 40, **FAILED | {"worker_url": None, "node_id": None, "to_server_time": None}),
+        [*many("random", 40), *many("random", 5, **FAILED | {"worker_url": None, "node_id": None})],
         [
             request(
                 **dict.fromkeys(("ttft", "itl_mean", "prompt_tokens", "cached_tokens", "completion_tokens", "node_id"))
@@ -474,7 +546,7 @@ def test_names_are_not_read_as_formulae(tmp_path: Path, name: str) -> None:
         [request()] * 40,
         [],
     ],
-    ids=["all failed", "never sent", "little known", "all at once", "no requests"],
+    ids=["all failed", "never sent", "some without a worker", "little known", "all at once", "no requests"],
 )
 def test_the_page_stands_whatever_is_missing(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     html = page(tmp_path, [run(rows=rows), run("other", rows)])
@@ -505,6 +577,14 @@ def test_secrets_of_the_command_line_are_masked(monkeypatch: pytest.MonkeyPatch)
     )
 
 
-def test_a_path_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="nowhere"):
-        report.write([run()], {}, tmp_path / "nowhere" / "report.html")
+def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "report.html").write_text("old")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match=r"report.html: No space"):
+        page(tmp_path, [run()])
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    assert (tmp_path / "report.html").read_text() == "old"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.server
+import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -111,6 +112,27 @@ def test_a_wrong_filter_is_named(busy: Router, call: Call, filters: dict[str, An
         call(busy.url, "list_recent_traces", **filters)
 
 
+def test_a_load_has_the_requests_that_pass_the_filters(sim: Sim, call: Call) -> None:
+    options = {"port": 0, "enable_request_tracking": True, "trace_prompt_blocks": True, "log_level": "error"}
+    with Router(sim.urls, **options) as router:
+        assert router.wait_ready()
+        for request_id in ("one", "two"):
+            assert generate(router.url, request_id).status == 200
+        assert ask(f"{router.url}/tokenize", {"prompt": "generates nothing"}).status == 200
+        until(lambda: router.trace_stats()["requests_per_status"]["completed"] == 3)
+        lines, left_out = call(router.url, "get_mooncake_trace")
+        assert [json.loads(line)["hash_ids"] for line in lines.splitlines()] == [[0], [0]]
+        assert left_out == 1
+        assert call(router.url, "get_mooncake_trace", request_id="nobody") == ("", 0)
+        with pytest.raises(ValueError, match="nodeid"):
+            call(router.url, "get_mooncake_trace", nodeid="gpu_0")
+
+
+def test_a_load_needs_its_option(busy: Router, call: Call) -> None:
+    with pytest.raises(ValueError, match="trace_prompt_blocks=True"):
+        call(busy.url, "get_mooncake_trace")
+
+
 def test_statistics(busy: Router, call: Call) -> None:
     stats = call(busy.url, "get_trace_stats")
     assert stats["total_requests"] == stats["active_traces"] == stats["total_traces"] == MANY
@@ -160,6 +182,7 @@ METHODS = [
     pytest.param("get_request_trace", ["a"], id="get"),
     pytest.param("batch_get_traces", [["a"]], id="batch"),
     pytest.param("list_recent_traces", [], id="list"),
+    pytest.param("get_mooncake_trace", [], id="mooncake"),
     pytest.param("get_trace_stats", [], id="stats"),
 ]
 

@@ -54,6 +54,7 @@ class Told:
             for each in FILTERS
         ]
         self.lists = [client.list_recent_traces(None, **each) for each in self.filters]
+        self.loads = [client.get_mooncake_trace(**each) for each in self.filters]
 
 
 def send(router: Router, index: int, request_id: str) -> None:
@@ -70,7 +71,7 @@ def send(router: Router, index: int, request_id: str) -> None:
 def told(sim: Sim, tmp_path_factory: pytest.TempPathFactory) -> Told:
     """More requests than two pages hold, in a log that was rotated."""
     path = tmp_path_factory.mktemp("log") / "traces.jsonl"
-    options = {"port": 0, "enable_request_tracking": True, "log_level": "error"}
+    options = {"port": 0, "enable_request_tracking": True, "trace_prompt_blocks": True, "log_level": "error"}
     with Router(sim.urls, "round_robin", trace_log=path, trace_log_max_mb=1, **options) as router:
         assert router.wait_ready()
         requests = [(index, f"r{index}") for index in range(MANY)] + [(0, "twice"), (1, "twice")]
@@ -103,6 +104,15 @@ def test_listings_are_as_over_http(told: Told) -> None:
     for limit in (1, 100, 1000, 1001, 2100, 10_000):
         assert log.list_recent_traces(limit) == told.lists[0][:limit]
     assert log.list_recent_traces() == told.lists[0][:100]
+
+
+def test_loads_are_as_over_http(told: Told) -> None:
+    log = RouterTraceClient.from_log(told.path)
+    for filters, load in zip(told.filters, told.loads, strict=True):
+        assert log.get_mooncake_trace(**filters) == load, filters
+    lines, left_out = told.loads[0]
+    generated = sum(index % 3 == 1 for index in range(MANY)) + 1
+    assert (lines.count("\n"), left_out) == (generated, MANY + 2 - generated)
 
 
 def test_refusals_are_as_over_http(told: Told, router: Router) -> None:
@@ -147,7 +157,7 @@ def test_many_at_once_are_all_in_the_log(sim: Sim, tmp_path: Path) -> None:
 LINE: dict[str, Any] = {
     "request_id": "a", "worker_url": None, "node_id": None, "timestamp": "2026-01-01T00:00:00.000001Z",
     "routing_policy": "random", "status": "failed", "route": "/generate", "error_message": "e", "latency_ms": 1.5,
-    "completion_time": "2026-01-01T00:00:00.001501Z", "attempts": [], "candidates": None,
+    "completion_time": "2026-01-01T00:00:00.001501Z", "attempts": [], "candidates": None, "prompt_blocks": None,
 }  # fmt: skip
 
 texts = st.text(st.characters(codec="utf-8"), max_size=40)

@@ -298,7 +298,7 @@ async fn a_page_of_an_allowed_origin_may_ask_and_read() {
     assert_eq!(cors(&answer), expected);
 
     let exposed = "access-control-expose-headers: x-request-id,x-sglang-worker,x-sglang-node,\
-                   x-router-error-code,x-next-cursor,retry-after";
+                   x-router-error-code,x-next-cursor,x-left-out,retry-after";
     let expected = ["access-control-allow-origin: https://chat.example.org", exposed];
     let key = ("authorization", "Bearer open-sesame");
     let large = vec![b'x'; 1001];

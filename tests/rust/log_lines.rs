@@ -165,6 +165,24 @@ async fn while_it_drains_its_metrics_are_read_and_its_last_line_is_written() {
 }
 
 #[tokio::test]
+async fn of_counts_that_cannot_be_there_is_one_line() {
+    let mut worker = ScriptedWorker::start().await;
+    let program = Program::start(&worker, &["--policy=least_ttft"]);
+    program.lines_with("worker healthy").await;
+    let mut client = program.client().await;
+    for id in ["first", "second"] {
+        client.send(post(id)).await;
+        let told = r#"{"text":"x","meta_info":{"prompt_tokens":5,"cached_tokens":6}}"#;
+        worker.request().await.answer(ok(told)).await;
+        assert_eq!(client.answer().await.status(), 200);
+    }
+    client.ask(request("POST /generate", &[("x-sglang-target-worker", "nobody")], "{}")).await;
+    program.lines_with("nobody").await;
+    let lines = program.lines_with("6 cached of 5 prompt tokens").await;
+    assert!(lines.len() == 1 && lines[0].contains("WARN"), "{lines:?}");
+}
+
+#[tokio::test]
 async fn a_log_that_nobody_reads_holds_up_nothing() {
     /// More than a pipe holds, 64 KiB, and than is read of it at once.
     const REQUESTS: usize = 1000;

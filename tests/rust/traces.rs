@@ -98,6 +98,7 @@ async fn generate_whole_and_streamed() {
                 "prompt_tokens": meta["prompt_tokens"], "cached_tokens": meta["cached_tokens"],
                 "completion_tokens": 4, "worker_request_id": format!("rid-{number}"), "trace_id": null,
                 "candidates": null,
+                "prompt_blocks": null,
             })
         );
     }
@@ -132,7 +133,7 @@ async fn chat_whole_and_streamed_with_and_without_usage() {
                 "model": "m-1", "stream": stream, "http_status": 200, "finish_reason": "length",
                 "reason": "round_robin", "matched_tokens": null, "prompt_tokens": counts["prompt_tokens"],
                 "cached_tokens": cached, "completion_tokens": counts["completion_tokens"],
-                "worker_request_id": said["id"], "trace_id": null, "candidates": null,
+                "worker_request_id": said["id"], "trace_id": null, "candidates": null, "prompt_blocks": null,
             })
         );
     }

@@ -23,9 +23,18 @@ SECRET = re.compile(r"api.?key|secret|password|token$|authorization", re.IGNOREC
 
 def about(config: LoadConfig, **more: Any) -> dict[str, Any]:
     """What was run and where, for a summary; without its keys."""
-    settings = asdict(config)
-    masked = {name: "***" for name, value in settings.items() if SECRET.search(name) and value is not None}
-    return {"machine": machine(), "config": settings | masked, **more}
+    return {"machine": machine(), "config": _without_secrets(asdict(config)), **more}
+
+
+def _without_secrets(settings: dict[str, Any]) -> dict[str, Any]:
+    def shown(name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return _without_secrets(value)
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return _masked(value)
+        return "***" if SECRET.search(name) and value is not None else value
+
+    return {name: shown(name, value) for name, value in settings.items()}
 
 
 def machine() -> dict[str, str]:

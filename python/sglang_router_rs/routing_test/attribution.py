@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -85,12 +85,55 @@ def decisions(traces: dict[str, Trace]) -> list[Row]:
     ]
 
 
-def disagreements(exchange: Exchange, row: Row, trace: Trace | None) -> Iterable[Disagreement]:
-    """What speaks against the worker of a request; the row holds what others made of it, before it is filled in."""
-    return (Disagreement(exchange.request_id, problem) for problem in _problems(exchange, row, trace))
+def by_traces(
+    exchanges: Sequence[Exchange], rows: Sequence[Row], traces: Mapping[str, Trace]
+) -> Iterable[Disagreement]:
+    """Write what the traces say into the rows; what speaks against the workers."""
+    for exchange, row in zip(exchanges, rows, strict=True):
+        trace = traces.get(exchange.request_id)
+        if trace is not None:
+            fill(row, trace)
+        yield from disagreements(exchange, trace)
 
 
-def _problems(exchange: Exchange, row: Row, trace: Trace | None) -> Iterable[str]:
+def by_headers(exchanges: Sequence[Exchange], rows: Sequence[Row]) -> Iterable[Disagreement]:
+    """Write what the headers say into the rows, where there are no traces; what speaks against the workers."""
+    for exchange, row in zip(exchanges, rows, strict=True):
+        row["node_id"] = row["gpu_id"] = exchange.header_node
+        if exchange.succeeded and exchange.header_worker is None:
+            yield Disagreement(exchange.request_id, NO_HEADER)
+
+
+def by_address(exchanges: Sequence[Exchange], rows: Sequence[Row], url: str) -> Iterable[Disagreement]:
+    """Write the worker that was asked directly into the rows; what speaks against it."""
+    for exchange, row in zip(exchanges, rows, strict=True):
+        row["worker_url"] = url
+        if exchange.header_worker not in (None, url):
+            problem = f"the header says that {exchange.header_worker} served it, not {url}: is that a router?"
+            yield Disagreement(exchange.request_id, problem)
+
+
+def disagreements(exchange: Exchange, trace: Trace | None) -> Iterable[Disagreement]:
+    """What speaks against the worker of a request."""
+    return (Disagreement(exchange.request_id, problem) for problem in _problems(exchange, trace))
+
+
+def restore(exchanges: Sequence[Exchange], rows: Sequence[Row], traces: Mapping[str, Trace]) -> Iterable[Disagreement]:
+    """Find rows that have come to name another worker than their trace, and give them back the right one."""
+    for exchange, row in zip(exchanges, rows, strict=True):
+        trace = traces.get(exchange.request_id)
+        if trace is None:
+            continue
+        # That the header contradicts the trace has been told.
+        worker, node = exchange.header_worker or trace["worker_url"], trace["node_id"]
+        for column, known in (("worker_url", worker), ("node_id", node), ("gpu_id", node)):
+            if row.get(column) != known:
+                yield Disagreement(exchange.request_id, f"{column}: the row says {row.get(column)}, the trace {known}")
+        fill(row, trace)
+        row["worker_url"] = worker
+
+
+def _problems(exchange: Exchange, trace: Trace | None) -> Iterable[str]:
     if exchange.succeeded and exchange.header_worker is None:
         yield NO_HEADER
     if trace is None:
@@ -102,17 +145,20 @@ def _problems(exchange: Exchange, row: Row, trace: Trace | None) -> Iterable[str
         yield f"the router saw {trace['same_id']} requests with this id"
     if exchange.succeeded and trace["status"] != "completed":
         yield f"its answer came whole, but the trace says {trace['status']}: {trace['error_message']}"
-    named = [
-        ("worker", "header", exchange.header_worker, trace["worker_url"]),
-        ("node", "header", exchange.header_node, trace["node_id"]),
-        ("id of the answer", "answer", exchange.answer_id, trace["worker_request_id"]),
-        ("port of the worker", "answer", exchange.answer_port, _port(trace["worker_url"])),
-        ("gpu_id", "row", row.get("gpu_id"), trace["node_id"]),
-        ("worker_url", "row", row.get("worker_url"), trace["worker_url"]),
-    ]
-    for what, whose, told, traced in named:
-        if told is not None and traced is not None and told != traced:
-            yield f"{what}: the {whose} says {told}, the trace {traced}"
+    for what, told, traced in (
+        ("worker", exchange.header_worker, trace["worker_url"]),
+        ("node", exchange.header_node, trace["node_id"]),
+    ):
+        if told is not None and told != traced:
+            yield f"{what}: the header says {told}, the trace {traced}"
+    answered: tuple[tuple[str, object, object], ...] = (
+        ("id of the answer", exchange.answer_id, trace["worker_request_id"]),
+        ("port of the worker", exchange.answer_port, _port(trace["worker_url"])),
+    )
+    for what, said, known in answered:
+        # The router need not have read the answer.
+        if said is not None and known is not None and said != known:
+            yield f"{what}: the answer says {said}, the trace {known}"
 
 
 def _port(url: str | None) -> int | None:

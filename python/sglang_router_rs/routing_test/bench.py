@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 from urllib.parse import urlsplit
 
 from ..client import NotThisRouter, TracingDisabled
 from . import attribution, results
 from .about import about
 from .cluster import RunError
+from .command import check_writable, complain, parser
 from .config import LoadConfig
 from .interruption import interruptible
 from .load import plan
-from .options import OptionError, add_flags, given, option
-from .run import attribute, measure, save, warnings
+from .options import OptionError, given, option
+from .run import attribute, measure, save, tell, warnings
 from .service import Service, prepare
 
 DESCRIPTION = """\
@@ -40,8 +39,6 @@ class BenchConfig(LoadConfig):
 
     router_url: str | None = option(None, "the router [default: http://localhost:30001]")
     worker_url: str | None = option(None, "send to this worker directly, with no router")
-    api_key: str | None = option(None, "sent as Bearer key with each request")
-    admin_api_key: str | None = option(None, "the router's key for traces [default: the --api-key]")
     flush_cache: bool = option(
         False, "empty the workers' caches between warm-up and load: the same load again finds nothing"
     )
@@ -58,50 +55,22 @@ class BenchConfig(LoadConfig):
             raise OptionError("decisions", self.decisions, "needs a router; there is none with --worker-url")
         for name in ("router_url", "worker_url"):
             url = getattr(self, name)
-            parts = urlsplit(url or "http://localhost")
-            if parts.scheme not in ("http", "https") or not parts.netloc or parts.path.strip("/"):
+            if url is not None and not _is_base_url(url):
                 raise OptionError(name, url, "is not http://HOST:PORT")
+        if self.decisions is not None and Path(self.decisions).absolute() == Path(self.output).absolute():
+            raise OptionError("decisions", self.decisions, "is the file of --output")
         for name in ("output", "decisions"):
             if getattr(self, name) is not None:
                 check_writable(name, Path(getattr(self, name)))
 
 
-def check_writable(name: str, path: Path) -> None:
-    """See that a file can be written, before anything runs.
-
-    Raises:
-        OptionError: names the option, the path and the reason.
-    """
-    if path.is_dir():
-        raise OptionError(name, str(path), "is a directory; name a file")
+def _is_base_url(url: str) -> bool:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe = path.with_name(f".{path.name}.probe")
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise OptionError(name, str(path), f"cannot be written: {error.strerror}") from None
-
-
-class Parser(argparse.ArgumentParser):
-    """A command line whose errors fit on one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """End with status 2."""
-        self.exit(2, f"error: {message}\n")
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line of ``bench``."""
-    made = Parser(
-        prog="python -m sglang_router_rs bench",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_flags(made, BenchConfig)
-    return made
+        parts = urlsplit(url)
+        is_complete = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+    return is_complete and parts.scheme in ("http", "https") and url.rstrip("/") == f"{parts.scheme}://{parts.netloc}"
 
 
 async def bench(config: BenchConfig) -> results.Results:
@@ -118,27 +87,23 @@ async def bench(config: BenchConfig) -> results.Results:
     else:
         url = (config.router_url or "http://localhost:30001").rstrip("/")
         service = Service(url, api_key=config.api_key, admin_api_key=config.admin_api_key)
-    target, lacks = await prepare(service, config, load, config.decisions)
-    for line in [*load.notes, *lacks]:
-        print(f"note: {line}", file=sys.stderr)
+    target, notes = await prepare(service, config, load, config.decisions)
+    tell(notes)
     before = service.flush_caches if config.flush_cache else None
     made, exchanges = await measure(target, load, before=before)
-    made.about = about(config, target=service.url)
-    if service.has_traces:
-        async with service.traces() as client:
-            traces = await attribution.fetch(client, [exchange.request_id for exchange in exchanges])
-        attribute(made, exchanges, traces)
-        if config.decisions is not None:
-            made.decisions = attribution.decisions(traces)
-    else:
-        for row in made.rows:
-            row["worker_url"] = service.url
+    made.about = about(config, target=service.url, notes=notes)
+    traces = await attribute(service, made, exchanges)
+    if config.decisions is not None:
+        made.decisions = attribution.decisions(traces)
     return made
 
 
 def main(argv: list[str]) -> int:
-    """Run the command line; returns its exit status: 0, 1 if it failed or its results are void, 130 if interrupted."""
-    made = parser()
+    """Run the command line; returns its exit status.
+
+    0; 1 if it failed, its results are void or no request succeeded; 130 if it was interrupted.
+    """
+    made = parser("bench", BenchConfig, DESCRIPTION, EXAMPLES)
     arguments = made.parse_args(argv)
     try:
         config = BenchConfig(**given(arguments, BenchConfig))
@@ -153,12 +118,6 @@ def main(argv: list[str]) -> int:
         return 130
 
 
-def complain(error: BaseException) -> int:
-    """Tell what went wrong; the exit status."""
-    print(f"error: {error}", file=sys.stderr)
-    return 1
-
-
 def report(outcome: results.Results, config: BenchConfig) -> int:
     """Save everything, and print what matters of it; the exit status."""
     summary = outcome.summary()
@@ -166,6 +125,6 @@ def report(outcome: results.Results, config: BenchConfig) -> int:
     save(outcome, summary, Path(config.output))
     if config.decisions is not None:
         print("written:", results.save_csv(results.decisions(outcome.decisions), Path(config.decisions)))
-    if outcome.disagreements:
-        return 1
-    return 130 if outcome.interrupted else 0
+    if outcome.interrupted:
+        return 130
+    return 1 if outcome.disagreements or not summary["requests"]["succeeded"] else 0

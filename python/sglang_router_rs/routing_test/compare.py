@@ -7,10 +7,10 @@ from repeat to repeat, so that none is always the first.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import dataclasses
 import itertools
+import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -22,16 +22,16 @@ import pandas as pd
 
 from .. import _core
 from ..client import NotThisRouter, TracingDisabled
-from . import attribution, comparison, report, results
+from . import comparison, report, results, side_by_side
 from .about import about
-from .bench import Parser, check_writable, complain
-from .cluster import Cluster, Process, RunError, Worker, free_ports
-from .comparison import Run
-from .config import LoadConfig
+from .cluster import HOST, Cluster, Process, RunError, Worker, free_ports
+from .command import check_writable, complain, parser
+from .config import LoadConfig, check_router_options, tracking_settings
 from .interruption import interruptible
 from .load import Load, plan
-from .options import OptionError, add_flags, at_least, given, option
-from .run import attribute, measure, warnings
+from .metrics import Run
+from .options import OptionError, at_least, given, option
+from .run import attribute, measure, tell, warnings
 from .service import Service, prepare
 
 DESCRIPTION = """\
@@ -80,13 +80,25 @@ class CompareConfig(LoadConfig):
                 raise OptionError(name, values, f"must be different ones of {', '.join(allowed)}")
         ways = [name for name in ("workers", "sim", "gpus") if getattr(self, name)]
         if len(ways) != 1:
-            raise OptionError("workers", ways, "say which workers: one of --workers, --sim and --gpus")
+            raise OptionError("workers", self.workers, "say which workers: one of --workers, --sim and --gpus")
         if (self.gpus is None) != (self.model_path is None):
             raise OptionError("model_path", self.model_path, "goes with --gpus, and --gpus with it")
         for setting in self.router_options:
             if not setting.partition("=")[1]:
                 raise OptionError("router_options", setting, "must be NAME=VALUE")
+        check_router_options(self.router_settings)
         check_writable("output_dir", Path(self.output_dir) / "report.html")
+
+    @property
+    def runs(self) -> int:
+        """How many runs there will be."""
+        return len(self.policies) * len(self.tracking) * self.repeats
+
+    @property
+    def router_settings(self) -> dict[str, str]:
+        """The router_options by name."""
+        parts = (setting.partition("=") for setting in self.router_options)
+        return {name.replace("-", "_"): value for name, _, value in parts}
 
 
 class Turn(NamedTuple):
@@ -122,6 +134,8 @@ class Comparison:
         async with AsyncExitStack() as stack:
             cluster = await stack.enter_async_context(Cluster(self._directory / "logs"))
             workers = await self._workers(cluster)
+            # Of an earlier comparison.
+            shutil.rmtree(self._directory / "runs", ignore_errors=True)
             kinds = list(itertools.product(config.policies, config.tracking))
             for repeat, load in enumerate(loads):
                 first = repeat % len(kinds)
@@ -140,17 +154,23 @@ class Comparison:
 
     async def _run(self, cluster: Cluster, workers: Sequence[Worker], turn: Turn, load: Load) -> None:
         name = self._name(turn)
-        runs = len(self.config.policies) * len(self.config.tracking) * self.config.repeats
-        print(f"run {len(self.runs) + 1} of {runs}: {name}", file=sys.stderr)
+        print(f"run {len(self.runs) + 1} of {self.config.runs}: {name}", file=sys.stderr)
         port = free_ports(1)[0]
-        settings = dict(setting.split("=", 1) for setting in self.config.router_options)
+        settings: dict[str, object] = {"policy": turn.policy, **self.config.router_settings}
         if turn.tracking:
-            held = len(load.requests) + len(load.warmup)
-            settings |= {"enable_request_tracking": "true", "max_trace_entries": str(held)}
-        router = await cluster.start_router(port, workers, {"policy": turn.policy, **settings})
+            settings = {**tracking_settings(load, self.config), **settings}
+        router = await cluster.start_router(port, workers, settings)
         try:
-            service = Service(f"http://127.0.0.1:{port}", has_traces=turn.tracking)
-            target, lacks = await prepare(service, self.config, load)
+            config = self.config
+            service = Service(
+                f"http://{HOST}:{port}",
+                has_traces=turn.tracking,
+                api_key=config.api_key,
+                admin_api_key=config.admin_api_key,
+            )
+            target, notes = await prepare(service, config, load)
+            tell([line for line in notes if line not in self.warnings])
+            self.warnings += [line for line in notes if line not in self.warnings]
             spent = 0.0
 
             async def before() -> None:
@@ -160,14 +180,13 @@ class Comparison:
 
             made, exchanges = await measure(target, load, name, before)
             used = _used(router, spent)
-            traces = None
-            if turn.tracking:
-                async with service.traces() as client:
-                    traces = await attribution.fetch(client, [exchange.request_id for exchange in exchanges])
-            attribute(made, exchanges, traces)
+            await attribute(service, made, exchanges)
         finally:
             cluster.stop(router)
-        self._keep(made, name, Run(*turn, made.table, {}, *used), [*load.notes, *lacks])
+        urls = tuple(worker.url for worker in workers)
+        names = {worker.url: worker.node_id for worker in workers if worker.node_id is not None}
+        run = Run(*turn, made.table, {}, *used, workers=urls, node_ids=names, flaw=_flaw(made))
+        self._keep(made, name, run)
 
     def _name(self, turn: Turn) -> str:
         """As short as it can be told from the others."""
@@ -178,33 +197,59 @@ class Comparison:
             parts.append(str(turn.repeat + 1))
         return "-".join(parts)
 
-    def _keep(self, made: results.Results, name: str, run: Run, lacks: Sequence[str]) -> None:
+    def _keep(self, made: results.Results, name: str, run: Run) -> None:
         """Save a run as soon as it is there."""
         made.about = about(self.config, policy=run.policy, tracking=run.tracking, repeat=run.repeat)
         summary = made.summary()
         summary["warnings"] = warnings(made, summary, self.config.max_concurrency)
-        results.save_csv(run.rows, self._directory / "runs" / f"{name}.csv")
-        results.save_json(summary, self._directory / "runs" / f"{name}.summary.json")
         self.runs.append(dataclasses.replace(run, summary=summary))
-        self.warnings += [line for line in lacks if line not in self.warnings]
         self.warnings += [f"{name}: {line}" for line in summary["warnings"]]
         self.is_void |= bool(made.disagreements)
         self.interrupted |= made.interrupted
+        results.save_csv(run.rows, self._directory / "runs" / f"{name}.csv")
+        results.save_json(summary, self._directory / "runs" / f"{name}.summary.json")
+
+    @property
+    def planned(self) -> list[Turn]:
+        """The runs that there are to be, in the order of the report."""
+        config = self.config
+        turns = itertools.product(config.policies, config.tracking, range(config.repeats))
+        return [Turn(policy, tracking == "on", repeat) for policy, tracking, repeat in turns]
+
+    @property
+    def left_out(self) -> list[str]:
+        """Which runs are not compared, and why."""
+        return comparison.left_out(self.runs, self.planned)
+
+    @property
+    def whole(self) -> list[Run]:
+        """The runs that are compared."""
+        return comparison.whole(self.runs, self.planned)
 
     def save(self) -> list[Path]:
-        """Write report, tables and rows of the runs there are; returns the paths."""
+        """Write the rows of all runs, and tables and report of the whole ones, if any; returns the paths."""
         directory = self._directory
         rows = pd.concat([_labelled(run) for run in self.runs], ignore_index=True)
-        table, cost = comparison.table(self.runs), comparison.tracking_cost(self.runs)
-        facts = about(self.config, warnings=self.warnings)
+        files = [results.save_csv(rows, directory / "rows.csv")]
+        whole = self.whole
+        if not whole:
+            return files
+        table, cost = comparison.table(whole), comparison.tracking_cost(whole)
+        facts = about(self.config, warnings=self.warnings, left_out=self.left_out)
         settings = {name: str(value) for name, value in facts["config"].items() if value is not None}
-        report.write(self.runs, settings, directory / "report.html", self.warnings)
+        page, alerts = directory / "report.html", {"Left out": self.left_out, "Warnings": self.warnings}
         return [
-            directory / "report.html",
+            *files,
             results.save_csv(comparison.tidy(table), directory / "summary.csv"),
             results.save_json({**facts, **comparison.as_dict(table, cost)}, directory / "summary.json"),
-            results.save_csv(rows, directory / "rows.csv"),
+            report.write(whole, settings, facts["machine"], page, alerts),
         ]
+
+
+def _flaw(made: results.Results) -> str:
+    """Why a run cannot be compared; empty if it can."""
+    flaws = {"interrupted": made.interrupted, "the worker of some requests is not certain": bool(made.disagreements)}
+    return " and ".join(flaw for flaw, there in flaws.items() if there)
 
 
 def _used(router: Process, before: float) -> tuple[float, int]:
@@ -218,22 +263,9 @@ def _labelled(run: Run) -> pd.DataFrame:
     return pd.concat([labels, run.rows], axis=1)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line of ``compare``."""
-    made = Parser(
-        prog="python -m sglang_router_rs compare",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_flags(made, CompareConfig)
-    return made
-
-
 def main(argv: list[str]) -> int:
     """Run the command line; the exit status is 0, 1 if a run failed or is void, 130 if interrupted."""
-    made = parser()
+    made = parser("compare", CompareConfig, DESCRIPTION, EXAMPLES)
     ours, worker_args = argv, []
     if "--" in argv:
         ours, worker_args = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
@@ -258,9 +290,12 @@ def main(argv: list[str]) -> int:
         files = done.save()
     except OSError as error:
         return complain(error)
-    print(comparison.text(comparison.table(done.runs)))
-    if len(config.tracking) > 1:
-        print(comparison.tracking_text(comparison.tracking_cost(done.runs)))
+    if done.whole:
+        print(side_by_side.text(comparison.table(done.whole)))
+    if done.whole and len(config.tracking) > 1:
+        print(side_by_side.tracking_text(comparison.tracking_cost(done.whole)))
+    for line in done.left_out:
+        print(line, file=sys.stderr)
     for line in done.warnings:
         print(f"warning: {line}", file=sys.stderr)
     print("written:", *files)

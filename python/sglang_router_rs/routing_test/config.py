@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from .. import _core
+from ..router import option_texts
+from .exchange import ROUTES
 from .options import OptionError, above, at_least, between, check, one_of, option
 
-ROUTES = ("/generate", "/v1/completions", "/v1/chat/completions")
+if TYPE_CHECKING:
+    from .load import Load
+
 ARRIVALS = ("poisson", "constant", "burst", "trace")
 
 
@@ -20,7 +27,9 @@ class LoadConfig:
 
     num_requests: int = option(1000, "requests that are measured", at_least(1))
     request_rate: float = option(
-        50.0, "requests per second on average, except with trace arrivals; inf: all at once", above(0, infinite=True)
+        50.0,
+        "requests per second on average, except with trace arrivals; inf: all at once",
+        at_least(1e-6, infinite=True),
     )
     arrivals: str | None = option(
         None,
@@ -29,7 +38,7 @@ class LoadConfig:
         one_of(*ARRIVALS),
     )
     burst_size: int = option(10, "requests that arrive at once with --arrivals burst", at_least(1))
-    trace_speed: float = option(1.0, "the times of --arrivals trace pass that many times faster", above(0))
+    trace_speed: float = option(1.0, "the times of --arrivals trace pass that many times faster", at_least(1e-6))
     dataset: str = option(
         "random", "what is asked: random, shared-prefix, sharegpt:FILE, custom:FILE or trace:FILE", metavar="DATASET"
     )
@@ -56,8 +65,56 @@ class LoadConfig:
     warmup: int = option(10, "requests that are sent before, and not measured", at_least(0))
     timeout_secs: float = option(1800.0, "seconds after which a request is given up and counted as failed", above(0))
 
+    api_key: str | None = option(None, "sent as Bearer key with each request")
+    admin_api_key: str | None = option(None, "the router's key for traces and workers [default: the --api-key]")
+
     def __post_init__(self) -> None:
         check(self)
+        if self.trace_speed != 1 and (self.arrivals or self.dataset.partition(":")[0]) != "trace":
+            raise OptionError("trace_speed", self.trace_speed, "has no effect: arrivals are not those of a trace")
+
+
+def check_router_options(options: Mapping[str, object]) -> None:
+    """See that the router knows these options, and that the run does not set them itself.
+
+    Raises:
+        OptionError: names the option, and what would be right.
+    """
+    instead = {
+        "policy": "the policy is an option of the run",
+        "enable_request_tracking": "whether requests are tracked is an option of the run",
+        **dict.fromkeys(("host", "port", "worker_urls", "node_ids"), "the run sets it"),
+    }
+    for name, value in options.items():
+        if name in instead:
+            raise OptionError("router_options", f"{name}={value}", instead[name])
+        try:
+            # Options of tracking are errors without it.
+            _core.Server.check([("enable_request_tracking", ["true"]), (name, option_texts(name, value))])
+        except (TypeError, ValueError) as error:
+            raise OptionError("router_options", f"{name}={value}", str(error)) from None
+
+
+def check_policy(policy: str) -> None:
+    """See that the router knows the policy.
+
+    Raises:
+        OptionError: names those there are.
+    """
+    names = [known["name"] for known in _core.policies()]
+    if policy not in names:
+        raise OptionError("policy", policy, f"must be one of {', '.join(names)}")
+
+
+def tracking_settings(load: Load, config: LoadConfig) -> dict[str, object]:
+    """What a router needs to remember the whole load until it is asked for it."""
+    lasts_secs = load.requests[-1].arrival_time + config.timeout_secs
+    return {
+        "enable_request_tracking": True,
+        "max_trace_entries": len(load.requests) + len(load.warmup),
+        # With room for the questions at the end.
+        "trace_ttl_seconds": int(lasts_secs) + 3600,
+    }
 
 
 @dataclass(kw_only=True)
@@ -70,7 +127,7 @@ class RoutingConfig(LoadConfig):
 
     base_port: int = option(30001, "port of the router", between(0, 65535))
     start_router: bool = option(True, "start the router; without it, one runs at base_port")
-    policy: str = option("cache_aware", "the router's policy")
+    policy: str | None = option(None, "policy of the router that is started [default: cache_aware]")
     worker_base_port: int = option(
         30005, "port of the first worker that is started; the others follow it", between(1, 65535)
     )
@@ -80,6 +137,7 @@ class RoutingConfig(LoadConfig):
     worker_args: list[str] = option([], "further arguments of each worker that is started")
     worker_urls: list[str] | None = option(None, "workers that run already; none are started")
     router_options: dict[str, object] | None = option(None, "further options of the router, as keywords of Router")
+    flush_cache: bool = option(True, "empty the workers' caches between warm-up and load")
     output_dir: str = option("results", "where results.csv, summary.json and logs go")
 
     def __post_init__(self) -> None:
@@ -91,6 +149,23 @@ class RoutingConfig(LoadConfig):
             raise OptionError("gpu_ids", self.gpu_ids, "must be as many as num_workers, which may be left out")
         if self.worker_urls == []:
             raise OptionError("worker_urls", [], "must name a worker; None starts some")
+        last_port = self.worker_base_port + len(self.gpus) - 1
+        if last_port > 65535:
+            raise OptionError("worker_base_port", self.worker_base_port, f"the last worker would be at {last_port}")
+        check_router_options(self.router_options or {})
+        if self.policy is not None:
+            check_policy(self.policy)
+        of_workers = ["num_workers", "gpu_ids", "model_path", "worker_args"]
+        if not self.start_router:
+            self._refuse(["policy", "router_options", "worker_urls", *of_workers], "the router runs already")
+        if self.worker_urls is not None:
+            self._refuse(of_workers, "the workers of worker_urls run already")
+
+    def _refuse(self, names: list[str], reason: str) -> None:
+        """Refuse options that would have no effect."""
+        for name in names:
+            if getattr(self, name):
+                raise OptionError(name, getattr(self, name), f"has no effect: {reason}")
 
     @property
     def gpus(self) -> list[int]:

@@ -98,7 +98,12 @@ def read(source: Source) -> tuple[list[Entry], list[str]]:
     except OSError as error:
         raise source.wrong(f"cannot be read: {error.strerror or error}") from error
     if len(entries) < source.config.num_requests:
-        raise OptionError("num_requests", source.config.num_requests, f"{path} has only {len(entries)} {things}")
+        more = f": ask for {len(entries)}" if entries else ""
+        raise OptionError(
+            "num_requests",
+            source.config.num_requests,
+            f"{path} has only {len(entries)} {things}{more}",
+        )
     return entries, notes
 
 

@@ -10,15 +10,19 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .columns import STAMP_ENDS
-from .load import Request
+
+if TYPE_CHECKING:
+    from .load import Request
 
 Json = dict[str, Any]
 
 # How much of an error message is kept.
 ERROR_CHARS = 300
+# What a column of whole numbers holds.
+COUNT_MAX = 2**63 - 1
 
 
 @dataclass(slots=True)
@@ -64,7 +68,10 @@ class Exchange:
 
 
 class AnswerError(Exception):
-    """What an answer says went wrong."""
+    """What an answer says went wrong, in one line that any file can hold."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_one_line(message))
 
 
 @dataclass(frozen=True)
@@ -100,12 +107,12 @@ def _chat_body(request: Request, model: str | None, stream: bool, ignore_eos: bo
 def _read_generate(exchange: Exchange, answer: Json, now: float) -> None:
     meta = answer.get("meta_info") or {}
     before = exchange.tokens_received or 0
-    count = meta.get("completion_tokens")
+    count = _count(meta, "completion_tokens")
     if count is not None:
         exchange.tokens_received = count
     exchange.answer_id = meta.get("id", exchange.answer_id)
     exchange.answer_port = meta.get("worker_port", exchange.answer_port)
-    exchange.prompt_tokens, exchange.cached_tokens = meta.get("prompt_tokens"), meta.get("cached_tokens")
+    exchange.prompt_tokens, exchange.cached_tokens = _count(meta, "prompt_tokens"), _count(meta, "cached_tokens")
     if count is not None and count > before:
         exchange.content(now, count - before)
     elif count is None and answer.get("text"):
@@ -129,9 +136,17 @@ def _read_openai(exchange: Exchange, answer: Json, now: float) -> None:
         raise AnswerError("aborted by the worker")
     usage = answer.get("usage")
     if usage:
-        exchange.prompt_tokens, exchange.completion_tokens = usage.get("prompt_tokens"), usage.get("completion_tokens")
-        exchange.tokens_received = exchange.completion_tokens
-        exchange.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+        exchange.prompt_tokens = _count(usage, "prompt_tokens")
+        exchange.completion_tokens = exchange.tokens_received = _count(usage, "completion_tokens")
+        exchange.cached_tokens = _count(usage.get("prompt_tokens_details") or {}, "cached_tokens")
+
+
+def _count(said: Json, name: str) -> int | None:
+    """A number of tokens; ``None`` if it is not told."""
+    value = said.get(name)
+    if value is not None and (type(value) is not int or not 0 <= value <= COUNT_MAX):
+        raise ValueError(f"{name} is no number of tokens")
+    return value
 
 
 def _has_content(choice: Json) -> bool:
@@ -182,9 +197,15 @@ def error_text(body: bytes) -> str:
     """What the body of an error says, in one line."""
     try:
         said = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         said = body.decode(errors="replace")
     if isinstance(said, dict):
         inner = said.get("error", said)
         said = inner.get("message", inner) if isinstance(inner, dict) else inner
-    return re.sub(r"\s+", " ", said if isinstance(said, str) else json.dumps(said))[:ERROR_CHARS]
+    return _one_line(said if isinstance(said, str) else json.dumps(said))
+
+
+def _one_line(text: str) -> str:
+    # JSON may hold halves of characters, which no file takes.
+    whole = text.encode(errors="backslashreplace").decode()
+    return re.sub(r"\s+", " ", whole)[:ERROR_CHARS]

@@ -1,91 +1,83 @@
-"""What a comparison shows, in sentences computed from it. A difference is claimed only where the data hold it."""
+"""What a comparison shows, in sentences computed from it. A difference is claimed only where the data hold it.
+
+A metric is put in words over the repeats that all policies have, so that the means of a sentence, their differences and
+the order of the policies come from the same numbers.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import pandas as pd
 
 from . import comparison
-from .comparison import METRIC, Metric, Run
-
-# What is put in words, and how it is said.
-SAID = {
-    "ttft_mean": "Lowest mean TTFT",
-    "ttft_p99": "Lowest p99 of TTFT",
-    "e2e_mean": "Lowest mean E2E latency",
-    "e2e_p99": "Lowest p99 of E2E latency",
-    "completion_tokens_per_sec": "Most completion tokens per second",
-    "hit_rate": "Highest prefix hit rate",
-    "request_imbalance": "Most even spread of requests",
-}
+from .comparison import mean_interval
+from .metrics import METRICS, Metric, Run, failed
+from .side_by_side import decimals, signed, with_interval
 
 
 def findings(runs: Sequence[Run]) -> list[str]:
-    """The sentences, of the runs that ``comparison.shown`` selects."""
+    """The sentences, of the runs that ``comparison.shown`` selects.
+
+    Raises:
+        ValueError: as ``comparison.measured``.
+    """
     selected = comparison.shown(runs)
     values = comparison.measured([run for its in selected.values() for run in its]).droplevel("tracking")
     said = [_failures(selected)]
     if len(selected) > 1:
-        repeats = max(len(its) for its in selected.values())
-        said.append(_confidence(repeats))
-        said += [sentence for name in SAID if (sentence := _best(values, METRIC[name], repeats))]
-    return said
+        said.append(_confidence([len(its) for its in selected.values()]))
+        # Repeats by policies; a policy of which the metric is not known is not spoken of.
+        samples = ((metric, values[metric.name].unstack("policy")[list(selected)]) for metric in METRICS if metric.best)
+        said += [_best(sample.dropna(axis=1, how="all").dropna(), metric) for metric, sample in samples]
+    return [sentence for sentence in said if sentence]
 
 
 def _failures(selected: dict[str, list[Run]]) -> str:
-    counts = {policy: (_failed(its), sum(len(run.rows) for run in its)) for policy, its in selected.items()}
-    some = [f"{policy} {failed:,} of {total:,}" for policy, (failed, total) in counts.items() if failed]
+    counts = {
+        policy: (sum(len(failed(run.rows)) for run in its), sum(len(run.rows) for run in its))
+        for policy, its in selected.items()
+    }
+    some = [f"{policy} {broken:,} of {total:,}" for policy, (broken, total) in counts.items() if broken]
     if not some:
         return f"All {sum(total for _, total in counts.values()):,} requests succeeded."
     return f"Requests that failed: {', '.join(some)}. Latencies and rates leave them out."
 
 
-def _failed(runs: list[Run]) -> int:
-    return sum(len(run.rows) - len(comparison.succeeded(run.rows)) for run in runs)
-
-
-def _confidence(repeats: int) -> str:
-    if repeats < 2:
+def _confidence(repeats: Sequence[int]) -> str:
+    if max(repeats) < 2:
         return (
             "One run per policy: nothing tells a difference from chance, and there are no intervals. "
             "More repeats (--repeats) would."
         )
+    least, most = min(repeats), max(repeats)
+    count = f"{most}" if least == most else f"{least} to {most}"
     return (
-        f"{repeats} repeats: policies are told apart where the 95 % interval of their ratio, paired by load, leaves "
-        "out 1 (of their difference 0, where a value is 0). Intervals are not corrected for the number of comparisons."
+        f"{count} repeats: policies are told apart where the 95 % interval of their difference, paired by load, leaves "
+        "out 0, over the repeats that all of them have. Intervals are not corrected for the number of comparisons."
     )
 
 
-def _best(values: pd.DataFrame, metric: Metric, repeats: int) -> str:
-    # The best policy of a metric, by how much, and whom it is not told apart from.
-    samples = {
-        policy: values.loc[[policy], metric.name].droplevel("policy") for policy in values.index.unique("policy")
-    }
-    means = {policy: float(sample.mean()) for policy, sample in samples.items() if sample.notna().any()}
-    if len(means) < 2:
+def _best(values: pd.DataFrame, metric: Metric) -> str:
+    # The best policy of a metric, how far the next one is, and whom it is not told apart from.
+    if len(values.columns) < 2 or values.empty:
         return ""
-    ranked = sorted(means, key=lambda policy: means[policy], reverse=metric.better == "higher")
+    means = values.mean()
+    ranked = list(means.sort_values(ascending=metric.better == "lower", kind="stable").index)
     best, others = ranked[0], ranked[1:]
-    places = comparison.decimals(means.values())
+    # Means are as exact as what is between the first two.
+    places = decimals([*means, means[others[0]] - means[best]])
     if means[best] == means[ranked[-1]]:
-        return f"{SAID[metric.name]}: the same for all, {means[best]:,.{places}f} {metric.unit}."
-    own = comparison.with_interval(comparison.mean_interval(samples[best]), places)
-    ratios = {policy: comparison.ratio(samples[policy], samples[best]) for policy in others}
-    following = others[0]
-    by = "" if math.isnan(ratios[following].value) else f" ({comparison.change(ratios[following])})"
+        return f"{metric.best}: the same for all, {means[best]:,.{places}f} {metric.unit}."
+    more = {policy: mean_interval(values[policy] - values[best]) for policy in others}
+    own, following = with_interval(mean_interval(values[best]), places), others[0]
     sentence = (
-        f"{SAID[metric.name]}: {best}, {own} {metric.unit}; next {following}, {means[following]:,.{places}f}{by}."
+        f"{metric.best}: {best}, {own} {metric.unit}; next {following}, {means[following]:,.{places}f} "
+        f"({signed(more[following], places)})."
     )
-    if repeats < 2:
+    if len(values) < 2:
         return sentence
-    unclear = [policy for policy in others if not _apart(samples[policy], samples[best])]
+    unclear = [policy for policy in others if not more[policy].excludes(0)]
     if not unclear:
         return f"{sentence} Told apart from every other policy."
     return f"{sentence} Not told apart from {', '.join(unclear)}."
-
-
-def _apart(one: pd.Series[float], other: pd.Series[float]) -> bool:
-    of_ratio = comparison.ratio(one, other)
-    return comparison.difference(one, other).excludes(0) if math.isnan(of_ratio.value) else of_ratio.excludes(1)

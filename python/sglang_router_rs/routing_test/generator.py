@@ -15,7 +15,7 @@ import json
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -79,45 +79,35 @@ class Generator:
         """Send each request at its arrival time, and wait for all answers."""
         exchanges = [Exchange(name, request) for name, request in zip(ids, requests, strict=True)]
         _allow_files(len(exchanges) if self._target.max_concurrency is None else self._target.max_concurrency)
-        limit = self._target.max_concurrency
-        places = None if limit is None else asyncio.Semaphore(limit)
         lags: list[float] = []
-        async with AsyncExitStack() as stack:
-            session = await stack.enter_async_context(self._session())
-            stack.enter_context(_rare_collections())
-            tasks: list[asyncio.Task[None]] = []
-            watch = asyncio.create_task(_watch_lag(lags))
-            self._zero, started_at = time.perf_counter(), time.time()
-            sending: asyncio.Future[Any] = asyncio.create_task(self._start_all(session, exchanges, places, tasks))
-            stopping: asyncio.Future[Any] = asyncio.create_task(self._stop.wait())
-            try:
-                await asyncio.wait({sending, stopping}, return_when=asyncio.FIRST_COMPLETED)
-                if sending.done():
-                    sending.result()
-                    answers: asyncio.Future[Any] = asyncio.ensure_future(asyncio.gather(*tasks))
-                    await asyncio.wait({answers, stopping}, return_when=asyncio.FIRST_COMPLETED)
-                    if answers.done():
-                        answers.result()
-            finally:
-                for task in (sending, stopping, watch, *tasks):
-                    task.cancel()
-                await asyncio.gather(sending, stopping, watch, *tasks, return_exceptions=True)
+        async with self._session() as session:
+            with _rare_collections():
+                self._zero, started_at = time.perf_counter(), time.time()
+                watching = asyncio.create_task(_watch_lag(lags))
+                sending = asyncio.create_task(self._send_all(session, exchanges))
+                stopping = asyncio.create_task(self._stop.wait())
+                both: set[asyncio.Future[Any]] = {sending, stopping}
+                try:
+                    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    await _ended(sending, stopping, watching)
         begun = [exchange for exchange in exchanges if exchange.error is not None]
         return Sent(begun, started_at, lags, interrupted=self._stop.is_set())
 
-    async def _start_all(
-        self,
-        session: aiohttp.ClientSession,
-        exchanges: list[Exchange],
-        places: asyncio.Semaphore | None,
-        tasks: list[asyncio.Task[None]],
-    ) -> None:
-        for number, exchange in enumerate(exchanges):
-            early = exchange.request.arrival_time - self._now()
-            # When it is late already, those before it get their turn now and then; a turn each would make it later.
-            if early > 0 or number % STARTED_AT_ONCE == 0:
-                await asyncio.sleep(max(0.0, early))
-            tasks.append(asyncio.create_task(self._one(session, exchange, places)))
+    async def _send_all(self, session: aiohttp.ClientSession, exchanges: Sequence[Exchange]) -> None:
+        limit = self._target.max_concurrency
+        places = None if limit is None else asyncio.Semaphore(limit)
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            for number, exchange in enumerate(exchanges):
+                early = exchange.request.arrival_time - self._now()
+                # When it is late already, those before it get their turn now and then; a turn each would make it later.
+                if early > 0 or number % STARTED_AT_ONCE == 0:
+                    await asyncio.sleep(max(0.0, early))
+                tasks.append(asyncio.create_task(self._one(session, exchange, places)))
+            await asyncio.wait(tasks)
+        finally:
+            await _ended(*tasks)
 
     async def _one(self, session: aiohttp.ClientSession, exchange: Exchange, places: asyncio.Semaphore | None) -> None:
         try:
@@ -143,12 +133,16 @@ class Generator:
         headers = {**target.headers, "content-type": "application/json", "x-request-id": exchange.request_id}
         try:
             async with session.post(
-                target.url + target.route, data=json.dumps(body).encode(), headers=headers, trace_request_ctx=exchange
+                target.url + target.route,
+                data=json.dumps(body).encode(),
+                headers=headers,
+                allow_redirects=False,
+                trace_request_ctx=exchange,
             ) as response:
                 exchange.http_status = response.status
                 exchange.header_worker = response.headers.get("x-sglang-worker")
                 exchange.header_node = response.headers.get("x-sglang-node")
-                if not response.ok:
+                if not 200 <= response.status < 300:
                     return f"HTTP {response.status}: {error_text(await response.read())}"
                 if response.content_type == "text/event-stream":
                     return await self._read_stream(response, exchange)
@@ -156,8 +150,9 @@ class Generator:
                 return ""
         except AnswerError as error:
             return str(error)
-        except asyncio.TimeoutError:
-            return f"no end after {target.timeout_secs:g} s"
+        except asyncio.TimeoutError as error:
+            # Only that of a connection says more.
+            return str(error) or f"no end after {target.timeout_secs:g} s"
         except (aiohttp.ClientError, OSError) as error:
             return f"{type(error).__name__}: {error}"
 
@@ -176,7 +171,7 @@ class Generator:
     def _read(self, exchange: Exchange, data: bytes, now: float | None = None) -> None:
         try:
             answer = json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise AnswerError(f"the answer is not JSON: {error_text(data)}") from None
         if not isinstance(answer, dict):
             raise AnswerError(f"the answer is not a JSON object: {error_text(data)}")
@@ -184,7 +179,7 @@ class Generator:
             raise AnswerError(error_text(data))
         try:
             self._route.read(exchange, answer, self._now() if now is None else now)
-        except (AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, OverflowError, TypeError, ValueError) as error:
             raise AnswerError(f"the answer has another shape than expected ({error}): {error_text(data)}") from None
         if now is None:
             # Nothing is known of when the tokens of a whole answer came.
@@ -208,6 +203,15 @@ class Generator:
 
     def _now(self) -> float:
         return time.perf_counter() - self._zero
+
+
+async def _ended(*tasks: asyncio.Future[Any]) -> None:
+    """Cancel what still runs, and raise what went wrong in what has ended."""
+    for task in tasks:
+        task.cancel()
+    for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(outcome, Exception):
+            raise outcome
 
 
 async def _watch_lag(lags: list[float]) -> None:

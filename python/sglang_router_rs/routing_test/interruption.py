@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, which end a run in good order.
+"""SIGINT, SIGTERM and SIGHUP, which end a run in good order.
 
 Python's own KeyboardInterrupt may come between the start of a process and the note that it was started. Here a signal
 is noticed at a wait only, so that whatever has begun is ended, and what was measured is saved.
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-NUMBERS = (signal.SIGINT, signal.SIGTERM)
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # What a signal does now: the last one.
 _stops: list[Callable[[], object]] = []

@@ -33,19 +33,19 @@ class OptionError(ValueError):
 Check = Callable[[Any], "str | None"]
 
 
-def at_least(lowest: float) -> Check:
-    """Numbers from ``lowest`` on; not NaN, not infinite."""
-    return lambda value: None if lowest <= value < math.inf else f"must be a number from {lowest:g} on"
-
-
-def above(bound: float, infinite: bool = False) -> Check:
-    """Numbers above ``bound``, and ``inf`` where that means something."""
+def at_least(lowest: float, infinite: bool = False) -> Check:
+    """Numbers from ``lowest`` on, and ``inf`` where that means something; never NaN."""
 
     def check(value: float) -> str | None:
-        fits = value > bound and (infinite or value < math.inf)
-        return None if fits else f"must be a number above {bound:g}{', or inf' if infinite else ''}"
+        fits = value >= lowest and (infinite or value < math.inf)
+        return None if fits else f"must be a number from {lowest:g} on{', or inf' if infinite else ''}"
 
     return check
+
+
+def above(bound: float) -> Check:
+    """Numbers above ``bound``; not NaN, not infinite."""
+    return lambda value: None if bound < value < math.inf else f"must be a number above {bound:g}"
 
 
 def between(lowest: float, highest: float) -> Check:
@@ -81,10 +81,18 @@ def check(options: Any) -> None:
         if not _is_a(value, wanted):
             names = " or ".join(kind.__name__ for kind in wanted)
             raise OptionError(field.name, value, f"takes {names}, not {type(value).__name__}")
+        if isinstance(value, list):
+            _check_items(field.name, value, _item_kind(shapes[field.name]))
         judge = field.metadata.get("check")
         problem = judge(value) if judge else None
         if problem:
             raise OptionError(field.name, value, problem)
+
+
+def _check_items(name: str, values: list[Any], wanted: type) -> None:
+    for value in values:
+        if not _is_a(value, (wanted,)):
+            raise OptionError(name, values, f"takes a list of {wanted.__name__}, not of {type(value).__name__}")
 
 
 def add_flags(parser: argparse.ArgumentParser, options: type, leave_out: frozenset[str] = frozenset()) -> None:
@@ -100,8 +108,8 @@ def add_flags(parser: argparse.ArgumentParser, options: type, leave_out: frozens
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **settings)
             continue
         if list in kinds:
-            items = typing.get_args(_without_none(shapes[field.name])) or (str,)
-            settings |= {"nargs": "+", "type": _list_parser(items[0])}
+            items = _item_kind(shapes[field.name])
+            settings |= {"action": "extend", "nargs": "+", "type": _list_parser(items)}
         else:
             settings["type"] = _parser(kinds[0])
         parser.add_argument(flag, metavar=field.metadata.get("metavar") or field.name.upper(), **settings)
@@ -152,6 +160,11 @@ def _without_none(shape: Any) -> Any:
     if isinstance(shape, types.UnionType) or typing.get_origin(shape) is typing.Union:
         return next(part for part in typing.get_args(shape) if part is not types.NoneType)
     return shape
+
+
+def _item_kind(shape: Any) -> type:
+    kind: type = typing.get_args(_without_none(shape))[0]
+    return kind
 
 
 def _kinds(shape: Any) -> tuple[type, ...]:

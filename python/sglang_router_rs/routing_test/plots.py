@@ -23,8 +23,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from . import comparison
-from .comparison import Numbers, Run, known, nodes, numbers, shown, succeeded
+from .comparison import mean_interval, shown
+from .metrics import Numbers, Run, at, failed, known, nodes, numbers, or_nan
+from .results import hit_rate, succeeded
 
 # Told apart by most colour-blind people (after Okabe and Ito), and legible on white and on black.
 PALETTE = ("#0c7bdc", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#8c6bb1", "#8a8a8a")
@@ -114,16 +115,15 @@ def ttft_over_time(runs: Sequence[Run]) -> Figure:
 def requests_over_time(runs: Sequence[Run]) -> Figure:
     """Requests per second at each worker, stacked, and the share of each; a row per policy, on the same time axis."""
     firsts = _firsts(runs)
-    names = nodes(runs)
-    if not names:
+    if not _reached(firsts):
         return _only_words("no request reached a worker")
+    names = nodes(runs)
     figure = _figure(0.9 + 1.35 * len(firsts))
     grid = figure.subplots(len(firsts), 2, sharex=True, sharey="col", squeeze=False)
     edges = _edges([numbers(run.rows, "to_server_time") for run in firsts.values()], most=60)
     colors = _node_colors(len(names))
     for (policy, run), (rate, share) in zip(firsts.items(), grid, strict=True):
-        sent = numbers(run.rows, "to_server_time")
-        counts = np.array([_histogram(sent[run.rows["worker_url"].eq(url).to_numpy()], edges) for url in names])
+        counts = np.array([_histogram(numbers(at(run.rows, url), "to_server_time"), edges) for url in names])
         _frame(rate, title=_title(policy, run), y="requests/s")
         _frame(share, y="share [%]")
         if not counts.sum():
@@ -146,9 +146,9 @@ def prefix_hits(runs: Sequence[Run]) -> Figure:
     """Prompt tokens found in the workers' caches: over time, in total, and per worker."""
     policies = shown(runs)
     names = nodes(runs)
-    rates = {policy: [comparison.hit_rate(run.rows) for run in its] for policy, its in policies.items()}
-    if np.isnan(np.concatenate(list(rates.values()))).all():
+    if not any(len(known(run.rows, "cached_tokens")) for its in policies.values() for run in its):
         return _only_words("the workers reported no cached tokens")
+    rates = {policy: [_percent_hit(run.rows) for run in its] for policy, its in policies.items()}
     figure = _figure(4.2 + 0.27 * len(policies))
     over_time, total, per_node = figure.subplot_mosaic(
         [["time", "total"], ["node", "node"]], width_ratios=[2, 1]
@@ -166,7 +166,10 @@ def prefix_hits(runs: Sequence[Run]) -> Figure:
     over_time.set_ylim(bottom=0)
 
     for place, ((policy, values), style) in enumerate(zip(rates.items(), _styles(runs), strict=True)):
-        estimate = comparison.mean_interval(values)
+        estimate = mean_interval(values)
+        if math.isnan(estimate.value):
+            total.text(0, place, " not known", va="center", fontsize=8, color=INK)
+            continue
         total.barh(place, estimate.value, color=style["color"], height=0.65, label=policy)
         if not math.isnan(estimate.low):
             total.errorbar(estimate.value, place, xerr=estimate.half_width, color=INK, capsize=3, linewidth=1.2)
@@ -182,9 +185,9 @@ def prefix_hits(runs: Sequence[Run]) -> Figure:
 def timeline(runs: Sequence[Run]) -> Figure:
     """What each worker had at hand: a bar per request if that is legible, else the number in flight as a heat map."""
     firsts = _firsts(runs)
-    urls = list(nodes(runs))
-    if not urls:
+    if not _reached(firsts):
         return _only_words("no request reached a worker")
+    urls = list(nodes(runs))
     if all(_as_bars(run, urls) for run in firsts.values()):
         return _bars(runs)
     return _in_flight(runs)
@@ -211,7 +214,7 @@ def _bars(runs: Sequence[Run]) -> Figure:
             colors = [WHOLE if whole else DECODE for whole in unknown]
             axes.barh(y, prefill, height * 0.85, start, color=PREFILL)
             axes.barh(y, length - prefill, height * 0.85, start + prefill, color=colors)
-            broken = ~rows["success"].eq(True).to_numpy()
+            broken = rows.index.isin(failed(rows).index)
             axes.plot((start + length)[broken], y[broken], **CROSS)
         _lanes(axes, list(names.values()))
     panels[-1].set_xlabel("sent until finished [s]", fontsize=9, color=INK)
@@ -236,7 +239,7 @@ def _in_flight(runs: Sequence[Run]) -> Figure:
         axes.pcolormesh(edges, lanes, counts[policy], cmap=SCALE, norm=scale, rasterized=True)
         for lane, url in enumerate(names):
             rows = _sent(run, url)
-            broken = numbers(rows[~rows["success"].eq(True)], "finish_time")
+            broken = numbers(failed(rows), "finish_time")
             broken = broken[_thinned(len(broken), CROSSES // len(names))]
             axes.plot(broken, np.full(len(broken), lane), **CROSS)
         _lanes(axes, list(names.values()))
@@ -256,14 +259,13 @@ def _firsts(runs: Sequence[Run]) -> dict[str, Run]:
     return {policy: min(its, key=lambda run: run.repeat) for policy, its in shown(runs).items()}
 
 
-def _failed(run: Run) -> pd.DataFrame:
-    return run.rows[~run.rows["success"].eq(True)]
+def _reached(firsts: dict[str, Run]) -> bool:
+    return any(run.rows["worker_url"].notna().any() for run in firsts.values())
 
 
 def _sent(run: Run, url: str) -> pd.DataFrame:
     # Requests that reached this worker, in order.
-    rows = run.rows[run.rows["worker_url"].eq(url)]
-    return rows.dropna(subset=["to_server_time", "finish_time"]).sort_values("to_server_time")
+    return at(run.rows, url).dropna(subset=["to_server_time", "finish_time"]).sort_values("to_server_time")
 
 
 def _as_bars(run: Run, urls: Sequence[str]) -> bool:
@@ -292,11 +294,15 @@ def _hit_rates(run: Run, edges: Numbers) -> Numbers:
     # In %, per bin of the times of sending; NaN where nothing is known.
     rows = run.rows[run.rows["to_server_time"].notna()]
     bins = np.digitize(numbers(rows, "to_server_time"), edges[1:-1])
-    return np.array([comparison.hit_rate(rows[bins == place]) for place in range(len(edges) - 1)])
+    return np.array([_percent_hit(rows[bins == place]) for place in range(len(edges) - 1)])
 
 
 def _hit_rate_at(runs: Sequence[Run], url: str) -> float:
-    return comparison.hit_rate(pd.concat([run.rows[run.rows["worker_url"].eq(url)] for run in runs]))
+    return _percent_hit(pd.concat([at(run.rows, url) for run in runs]))
+
+
+def _percent_hit(rows: pd.DataFrame) -> float:
+    return or_nan(hit_rate(rows)) * 100
 
 
 def _edges(times: Sequence[Numbers], most: int) -> Numbers:
@@ -383,8 +389,8 @@ def _only_words(words: str) -> Figure:
 
 
 def _title(policy: str, run: Run) -> str:
-    failed = len(_failed(run))
-    return f"{_short(policy)}: {failed:,} of {len(run.rows):,} failed" if failed else _short(policy)
+    broken = len(failed(run.rows))
+    return f"{_short(policy)}: {broken:,} of {len(run.rows):,} failed" if broken else _short(policy)
 
 
 def _short(name: str) -> str:
@@ -431,16 +437,16 @@ def _policy_legend(figure: Figure, runs: Sequence[Run]) -> None:
 
 def _crosses(axes: Axes, run: Run) -> None:
     # Failed requests at the upper edge, by when they were sent or, if they never were, should have been.
-    failed = _failed(run)
-    sent = numbers(failed, "to_server_time")
-    times = np.where(np.isnan(sent), numbers(failed, "arrival_time"), sent)
+    broken = failed(run.rows)
+    sent = numbers(broken, "to_server_time")
+    times = np.where(np.isnan(sent), numbers(broken, "arrival_time"), sent)
     times = times[_thinned(len(times), CROSSES)]
     if len(times):
         axes.plot(times, np.full(len(times), 0.96), transform=axes.get_xaxis_transform(), **CROSS)
 
 
 def _cross_key(runs: Sequence[Run]) -> list[Line2D]:
-    any_failed = any(len(_failed(run)) for run in _firsts(runs).values())
+    any_failed = any(len(failed(run.rows)) for run in _firsts(runs).values())
     return [Line2D([], [], label="failed", **CROSS)] if any_failed else []
 
 

@@ -18,10 +18,11 @@ from matplotlib.image import imread, imsave
 
 from ..__main__ import run
 from . import report
-from .bench import Parser, check_writable, complain
-from .columns import NAMES
-from .comparison import Run
+from .about import machine
+from .command import Parser, check_writable, complain
+from .metrics import Run
 from .options import OptionError
+from .results import Results
 
 # Pixels per inch of a picture.
 DPI = 110
@@ -34,7 +35,10 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="python -m sglang_router_rs replay", add_help=False, allow_abbrev=False)
     parser.add_argument("--plot", required=True, metavar="FILE")
     parser.add_argument("--csv", metavar="FILE")
+    parser.add_argument("--workers", type=int, default=0)
     arguments, rest = parser.parse_known_args(argv)
+    if arguments.workers:
+        rest += ["--workers", str(arguments.workers)]
     plot = Path(arguments.plot)
     try:
         if plot.suffix not in _WRITE:
@@ -44,7 +48,7 @@ def main(argv: list[str]) -> int:
             csv = Path(arguments.csv or Path(directory) / "replay.csv")
             status = run(["replay", *rest, "--csv", str(csv)])
             if status == 0:
-                _WRITE[plot.suffix](runs(csv), plot, " ".join(rest))
+                _WRITE[plot.suffix](runs(csv, arguments.workers), plot, " ".join(rest))
             return status
     except OptionError as error:
         parser.error(error.as_flag)
@@ -52,13 +56,14 @@ def main(argv: list[str]) -> int:
         return complain(error)
 
 
-def runs(csv: Path) -> list[Run]:
-    """The runs in the CSV of a replay, one per policy, in its order."""
+def runs(csv: Path, workers: int = 0) -> list[Run]:
+    """The runs in the CSV of a replay, one per policy, in its order; before so many workers, or those that are in it."""
     rows = pd.read_csv(csv, dtype={"reason": "string", "error": "string", "worker": "Int64", "policy": "string"})
-    return [_run(str(policy), part) for policy, part in rows.groupby("policy", sort=False)]
+    count = max(workers, int(rows["worker"].max()) + 1 if rows["worker"].notna().any() else 0)
+    return [_run(str(policy), part, count) for policy, part in rows.groupby("policy", sort=False)]
 
 
-def _run(policy: str, rows: pd.DataFrame) -> Run:
+def _run(policy: str, rows: pd.DataFrame, workers: int) -> Run:
     success = rows["error"].isna()
     tokens = rows["output_tokens"].where(success)
     worker = "worker " + rows["worker"].astype("string")
@@ -86,13 +91,15 @@ def _run(policy: str, rows: pd.DataFrame) -> Run:
         "matched_tokens": rows["matched_tokens"],
         "attempts": rows["attempts"],
     }
-    table = pd.DataFrame(columns, index=rows.index).reindex(columns=list(NAMES)).reset_index(drop=True)
-    duration = float(ended.max() - rows["arrival_secs"].min())
-    return Run(policy, True, 0, table, {"duration_secs": duration}, router_cpu_secs=None, router_rss_bytes=None)
+    table = pd.DataFrame(columns, index=rows.index).astype(object)
+    cells = table.where(table.notna(), None).itertuples(index=False)
+    made = Results([dict(zip(columns, row, strict=True)) for row in cells], planned=len(rows))
+    names = {f"worker {number}": f"worker {number}" for number in range(workers)}
+    return Run(policy, True, 0, made.table, made.summary(), None, None, workers=tuple(names), node_ids=names)
 
 
 def _page(made: Sequence[Run], path: Path, command: str) -> None:
-    report.write(made, {"replay, in virtual time": command}, path)
+    report.write(made, {"replay, in virtual time": command}, machine(), path)
 
 
 def _picture(made: Sequence[Run], path: Path, _: str) -> None:

@@ -1,7 +1,7 @@
 """A comparison as one HTML file that needs nothing else: no script, no download, light and dark, wide and narrow.
 
-Numbers come from ``comparison``, sentences from ``findings``, pictures from ``plots``; here they are put on a page.
-Every text from outside is escaped. Colours of text and grid in the pictures become those of the page.
+Numbers come from ``comparison`` and ``side_by_side``, sentences from ``findings``, pictures from ``plots``; here they
+are put on a page. Every text from outside is escaped. Text and grid of the pictures take the colours of the page.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import io
 import math
 import re
 import string
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -20,10 +20,11 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from . import comparison, plots
-from .about import machine
-from .comparison import METRICS, NODE_COLUMNS, Run
+from . import comparison, plots, side_by_side
+from .comparison import NODE_COLUMNS
 from .findings import findings
+from .metrics import METRICS, Run, failed
+from .results import save_text
 
 TITLE = "Routing policies on the same load"
 # Kinds of errors that are listed; further ones are counted.
@@ -67,8 +68,8 @@ PLOTS = (
     Plot(
         "Prefix hits",
         plots.prefix_hits,
-        "Prompt tokens that were in the worker's cache, as a share of all prompt tokens, where it reports both. "
-        "Over time: first repeat. In total: mean of the repeats, with its 95 % interval. Per worker: all repeats.",
+        "Prompt tokens that were in the worker's cache, as a share of all prompt tokens; empty where a request told no "
+        "count. Over time: first repeat. In total: mean of the repeats and its 95 % interval. Per worker: all repeats.",
     ),
     Plot(
         "Timeline per worker",
@@ -80,14 +81,21 @@ PLOTS = (
 )
 
 
-def write(runs: Sequence[Run], settings: dict[str, str], path: str | Path, warnings: Sequence[str] = ()) -> None:
-    """Write the page.
+def write(
+    runs: Sequence[Run],
+    settings: Mapping[str, str],
+    machine: Mapping[str, str],
+    path: Path,
+    alerts: Mapping[str, Sequence[str]] | None = None,
+) -> Path:
+    """Write the page, whole or not at all; returns where it is.
 
     Args:
-        runs: what is compared; the first one's policy is what others are compared with.
-        settings: what was run, as names and values; ``machine()`` is added.
+        runs: what is compared, whole runs only; the first one's policy is what others are compared with.
+        settings: what was run, as names and values.
+        machine: where, as ``about.machine`` tells.
         path: the file; overwritten if it is there.
-        warnings: what a reader must know before believing the numbers, such as a generator that could not keep up.
+        alerts: by title, what a reader must know before believing the numbers, such as which runs were left out.
 
     Raises:
         ValueError: as ``comparison.measured``.
@@ -95,8 +103,8 @@ def write(runs: Sequence[Run], settings: dict[str, str], path: str | Path, warni
     """
     parts = [
         f"<h1>{escape(TITLE)}: {escape(', '.join(dict.fromkeys(run.policy for run in runs)))}</h1>",
-        _what_was_run(settings, machine()),
-        _warnings(warnings),
+        _what_was_run(settings, machine),
+        *(_alert(title, lines) for title, lines in (alerts or {}).items()),
         _section("What it shows", _list(findings(runs))),
         _section("Metrics", _metrics(runs)),
         _tracking(runs),
@@ -105,27 +113,27 @@ def write(runs: Sequence[Run], settings: dict[str, str], path: str | Path, warni
         _section("Failures", _failures(runs)),
     ]
     page = string.Template(importlib.resources.files(__package__).joinpath("report.html").read_text("utf-8"))
-    Path(path).write_text(page.substitute(title=escape(TITLE), body="\n".join(filter(None, parts))), "utf-8")
+    return save_text(path, page.substitute(title=escape(TITLE), body="\n".join(filter(None, parts))))
 
 
 # --- parts of the page ------------------------------------------------------------------------------------------------
 
 
-def _what_was_run(settings: dict[str, str], found: dict[str, str]) -> str:
-    at_a_glance = ", ".join(found[name] for name in ("date", "CPU", "kernel") if name in found)
-    words = _table(["", ""], [*settings.items(), *found.items()], kind="words")
+def _what_was_run(settings: Mapping[str, str], machine: Mapping[str, str]) -> str:
+    at_a_glance = ", ".join(machine[name] for name in ("date", "CPU", "kernel") if name in machine)
+    words = _table(["", ""], [*settings.items(), *machine.items()], kind="words")
     return f"<details><summary>What was run: {escape(at_a_glance)}</summary>{words}</details>"
 
 
-def _warnings(warnings: Sequence[str]) -> str:
-    return f'<section class="warnings"><h2>Warnings</h2>{_list(warnings)}</section>' if warnings else ""
+def _alert(title: str, lines: Sequence[str]) -> str:
+    return f'<section class="alert"><h2>{escape(title)}</h2>{_list(lines)}</section>' if lines else ""
 
 
 def _metrics(runs: Sequence[Run]) -> str:
     table = comparison.table(runs)
     variants = list(table.index)
-    lines = comparison.lines(table)
-    heads = ["", *(comparison.variant_label(variant, variants) for variant in variants)]
+    lines = side_by_side.lines(table)
+    heads = ["", *(side_by_side.variant_label(variant, variants) for variant in variants)]
     rows = [[_labelled(line), *line.cells] for line in lines]
     parts = [_table(heads, rows, best=[(False, *line.best) for line in lines])]
     repeats = int(table.xs("repeats", axis=1, level=1).to_numpy().max())
@@ -133,12 +141,12 @@ def _metrics(runs: Sequence[Run]) -> str:
     if repeats > 1:
         note += f" ± is half the 95 % interval of the mean over {repeats} repeats (Student's t)."
     parts.append(f'<p class="faint">{note}</p>')
-    changes = comparison.changes(table)
+    changes = side_by_side.changes(table)
     if changes:
         first = variants[0][0]
         others = [variant for variant in variants if variant[0] != first]
-        heads = ["", *(comparison.variant_label(variant, variants) for variant in others)]
-        note = f"Change from {escape(first)}, in percent of its value, from ratios that are paired by load"
+        heads = ["", *(side_by_side.variant_label(variant, variants) for variant in others)]
+        note = f"Change from {escape(first)}, in percent of its mean, paired by load"
         note += ", with their 95 % interval:" if repeats > 1 else ":"
         parts += [f"<p>{note}</p>", _table(heads, [[line.label, *line.cells] for line in changes])]
     meanings = [(metric.label, metric.unit, metric.meaning) for metric in METRICS]
@@ -149,7 +157,7 @@ def _metrics(runs: Sequence[Run]) -> str:
 
 def _tracking(runs: Sequence[Run]) -> str:
     cost = comparison.tracking_cost(runs)
-    lines = comparison.tracking_lines(cost)
+    lines = side_by_side.tracking_lines(cost)
     if not lines:
         return ""
     rows = [[_labelled(line), *line.cells] for line in lines]
@@ -161,7 +169,7 @@ def _tracking(runs: Sequence[Run]) -> str:
     return _section("What tracking costs", content)
 
 
-def _labelled(line: comparison.Line) -> str:
+def _labelled(line: side_by_side.Line) -> str:
     return f"{line.label} ({line.unit})" if line.unit else line.label
 
 
@@ -195,19 +203,14 @@ def _number(value: object) -> str:
         return f"{value:,}" if isinstance(value, int) else str(value)
     if math.isnan(value):
         return ""
-    return f"{value:,.0f}" if value.is_integer() else f"{value:,.{comparison.decimals([value])}f}"
+    return f"{value:,.0f}" if value.is_integer() else f"{value:,.{side_by_side.decimals([value])}f}"
 
 
 def _failures(runs: Sequence[Run]) -> str:
-    failed = pd.concat(
-        [
-            run.rows.loc[~run.rows["success"].eq(True), ["http_status", "error"]].assign(policy=run.policy)
-            for run in runs
-        ]
-    )
-    if failed.empty:
-        return "<p>None: every request of every run succeeded.</p>"
-    counts = failed.groupby(["policy", "http_status", "error"], dropna=False, sort=False).size()
+    broken = pd.concat([failed(run.rows)[["http_status", "error"]].assign(policy=run.policy) for run in runs])
+    if broken.empty:
+        return "<p>None: every request of these runs succeeded.</p>"
+    counts = broken.groupby(["policy", "http_status", "error"], dropna=False, sort=False).size()
     kinds = counts.sort_values(ascending=False, kind="stable").reset_index(name="count")
     rows = [
         [policy, "" if pd.isna(status) else f"{status:g}", f"{count:,}", "" if pd.isna(error) else _cut(str(error))]

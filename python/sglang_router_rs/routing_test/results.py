@@ -21,6 +21,7 @@ from .exchange import Exchange
 # A microsecond: finer than the clock of an event loop.
 _DECIMALS = "%.6f"
 
+
 # The clients' measures that a summary describes, in seconds.
 _MEASURES = ("ttft", "itl_mean", "server_latency", "total_latency", "queue_time")
 _ROUTER_MEASURES = ("router_queue_ms", "router_ttft_ms", "router_latency_ms")
@@ -93,11 +94,13 @@ def _gap_p99(gaps: Sequence[tuple[float, int]]) -> float | None:
 
 
 def frame(rows: Sequence[Row]) -> pd.DataFrame:
-    """Rows as a table: the columns in their order, then SGLang's stamps by name."""
-    stamps = sorted({name for row in rows for name in row if name.startswith(STAMP_PREFIX)})
+    """Rows as a table: the columns in their order, SGLang's stamps by name, then what an analysis has added."""
+    given = dict.fromkeys(name for row in rows for name in row)
+    stamps = sorted(name for name in given if name.startswith(STAMP_PREFIX))
     kinds = {column.name: column.kind for column in COLUMNS} | dict.fromkeys(stamps, "Float64")
     table = {name: pd.array([row.get(name) for row in rows], dtype=kind) for name, kind in kinds.items()}  # type: ignore[call-overload]
-    return pd.DataFrame(table)
+    added = {name: pd.Series([row.get(name) for row in rows], dtype=object) for name in given if name not in kinds}
+    return pd.DataFrame({**table, **{name: values.convert_dtypes() for name, values in added.items()}})
 
 
 def described(values: pd.Series[Any]) -> dict[str, float | int | None]:
@@ -109,39 +112,54 @@ def described(values: pd.Series[Any]) -> dict[str, float | int | None]:
     return {"count": len(known), "mean": float(known.mean()), "median": median, "p95": p95, "p99": p99}
 
 
-def _part(rows: pd.DataFrame, duration_secs: float) -> dict[str, Any]:
+def succeeded(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of requests that succeeded."""
+    return rows[rows["success"].fillna(False).astype(bool)]
+
+
+def tokens(rows: pd.DataFrame, name: str) -> int | None:
+    """Sum of a column of counts, of the requests that succeeded; ``None`` if one of them is not known."""
+    counts = succeeded(rows)[name]
+    return None if counts.isna().any() else int(counts.sum())
+
+
+def hit_rate(rows: pd.DataFrame) -> float | None:
+    """Cached prompt tokens / prompt tokens of the requests that succeeded; ``None`` if a count is not known."""
+    prompt, cached = tokens(rows, "prompt_tokens"), tokens(rows, "cached_tokens")
+    return cached / prompt if prompt and cached is not None else None
+
+
+def part(rows: pd.DataFrame, duration_secs: float) -> dict[str, Any]:
     """What some requests amount to; rates are over the duration of the whole run."""
-    good = rows[rows["success"].fillna(False).astype(bool)]
-    known = good.dropna(subset=["prompt_tokens", "cached_tokens"])
-    prompt, cached, made = (int(rows[name].sum()) for name in ("prompt_tokens", "cached_tokens", "decode_length"))
-    known_prompt = int(known["prompt_tokens"].sum())
+    good = succeeded(rows)
+    counts = {name: tokens(rows, f"{name}_tokens") for name in ("prompt", "cached", "completion")}
     return {
         "requests": {"total": len(rows), "succeeded": len(good), "failed": len(rows) - len(good)},
-        "tokens": {"prompt": prompt, "cached": cached, "completion": made},
-        "hit_rate": int(known["cached_tokens"].sum()) / known_prompt if known_prompt else None,
+        "tokens": counts,
+        "hit_rate": hit_rate(rows),
         "rates": {
             "requests_per_sec": _rate(len(good), duration_secs),
-            "prompt_tokens_per_sec": _rate(prompt, duration_secs),
-            "completion_tokens_per_sec": _rate(made, duration_secs),
+            "prompt_tokens_per_sec": _rate(counts["prompt"], duration_secs),
+            "completion_tokens_per_sec": _rate(counts["completion"], duration_secs),
         },
-        # Of requests that succeeded: a refusal is quick, and no service.
         "secs": {name: described(good[name]) for name in _MEASURES},
         "router_ms": {name: described(good[name]) for name in _ROUTER_MEASURES},
     }
 
 
-def _rate(count: float, secs: float) -> float | None:
-    return count / secs if secs > 0 else None
+def _rate(count: float | None, secs: float) -> float | None:
+    return count / secs if count is not None and secs > 0 else None
 
 
 def cumulative(rows: pd.DataFrame) -> pd.DataFrame:
     """Throughput and latency so far, at each request's end: a line for its node and one for the system.
 
     Throughputs are in tokens per second since the first arrival: tokens that the worker counted, prompt and answer.
-    ``AVG_LATENCY`` is the mean ``total_latency`` in seconds of the requests that have succeeded so far.
+    ``AVG_LATENCY`` is the mean ``total_latency`` in seconds of the requests that have succeeded so far. From the first
+    request on whose tokens nobody told, a throughput is not known.
     """
-    good = rows[rows["success"].fillna(False).astype(bool)].sort_values("finish_time", kind="stable")
-    parts = [_running(good, SYSTEM), *(_running(part, str(node)) for node, part in good.groupby("node_id"))]
+    good = succeeded(rows).sort_values("finish_time", kind="stable")
+    parts = [_running(good, SYSTEM), *(_running(its, str(node)) for node, its in good.groupby("node_id"))]
     table = pd.concat(parts)[list(CUMULATIVE_COLUMNS)]
     return table.sort_values("time", kind="stable", ignore_index=True)
 
@@ -154,8 +172,8 @@ def _running(good: pd.DataFrame, node: str) -> pd.DataFrame:
             "time": time,
             "node_id": node,
             "finished": finished,
-            "PREFILL_THROUGHPUT": good["prompt_tokens"].cumsum() / time,
-            "DECODE_THROUGHPUT": good["completion_tokens"].cumsum() / time,
+            "PREFILL_THROUGHPUT": good["prompt_tokens"].cumsum(skipna=False) / time,
+            "DECODE_THROUGHPUT": good["completion_tokens"].cumsum(skipna=False) / time,
             "AVG_LATENCY": good["total_latency"].cumsum() / finished,
         }
     )
@@ -187,13 +205,13 @@ class Results:
         rows = self.table
         ends, sent = rows["finish_time"].dropna(), rows["to_server_time"].dropna()
         duration = float(ends.max() - sent.min()) if len(ends) and len(sent) else 0.0
-        total = _part(rows, duration)
+        total = part(rows, duration)
         total["requests"] |= {
             "planned": self.planned,
             "unrouted": int(rows["worker_url"].isna().sum()),
             "errors": {str(text): int(count) for text, count in rows["error"].value_counts().items()},
         }
-        nodes = {str(node): _part(part, duration) for node, part in rows.groupby("node_id")}
+        nodes = {str(node): part(its, duration) for node, its in rows.groupby("node_id")}
         return {
             **self.about,
             "interrupted": self.interrupted,
@@ -201,6 +219,7 @@ class Results:
             **total,
             "mean_in_flight": _rate(float(rows["server_latency"].sum()), duration),
             "arrivals": self._arrivals(rows),
+            "wait_secs": _waits(rows),
             "nodes": nodes,
             "disagreements": [{"req_id": name, "problem": problem} for name, problem in self.disagreements],
         }
@@ -273,14 +292,24 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
+def _waits(rows: pd.DataFrame) -> dict[str, float | None]:
+    """The median TTFT, or latency where nothing is streamed, of the first and of the last quarter to arrive."""
+    good = succeeded(rows).sort_values("arrival_time", kind="stable")
+    waits = good["ttft" if good["ttft"].notna().any() else "total_latency"].dropna().to_numpy(dtype=float)
+    quarter = len(waits) // 4
+    if not quarter:
+        return {"first_quarter": None, "last_quarter": None}
+    return {"first_quarter": float(np.median(waits[:quarter])), "last_quarter": float(np.median(waits[-quarter:]))}
+
+
 def save_csv(table: pd.DataFrame, path: Path) -> Path:
     """Write a table; returns where it is."""
-    return _save(path, table.to_csv(index=False, float_format=_DECIMALS))
+    return save_text(path, table.to_csv(index=False, float_format=_DECIMALS))
 
 
 def save_json(value: dict[str, Any], path: Path) -> Path:
     """Write an object; returns where it is. What is not a number is ``null``."""
-    return _save(path, json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return save_text(path, json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _plain(value: Any) -> Any:
@@ -293,8 +322,8 @@ def _plain(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def _save(path: Path, text: str) -> Path:
-    """Write a file whole or not at all: what was there before is not lost to a full disk."""
+def save_text(path: Path, text: str) -> Path:
+    """Write a file whole or not at all: what was there before is not lost to a full disk. Returns where it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.NamedTemporaryFile(

@@ -11,11 +11,12 @@ from . import attribution
 from .about import about
 from .attribution import Row
 from .cluster import Cluster, Worker, free_ports
-from .config import RoutingConfig
+from .command import check_writable
+from .config import RoutingConfig, tracking_settings
 from .interruption import interruptible
-from .load import plan
+from .load import Load, plan
 from .results import Results
-from .run import AttributionError, attribute, measure, save, warnings
+from .run import AttributionError, attribute, measure, save, tell, warnings
 from .service import Service, prepare
 
 
@@ -34,8 +35,8 @@ class RoutingTest:
 
     def __init__(self, config: RoutingConfig) -> None:
         self.config = config
-        self._service = Service(f"http://localhost:{config.base_port}")
-        # What the default fetch_request_traces has read in this run, so that it is not read twice.
+        self._service = self._at(config.base_port)
+        # Of the last run: they have ended, and need not be read again.
         self._traces: dict[str, Trace] = {}
 
     async def run(self) -> Results:
@@ -47,7 +48,7 @@ class RoutingTest:
         Raises:
             RunError: a process does not start, a port is taken, or the router cannot be measured.
             TracingDisabled, NotThisRouter: of a router that runs already.
-            OptionError: an option does not fit the data, the model or the router.
+            OptionError: an option does not fit the data, the model or the router, or output_dir cannot be written.
             AttributionError: after everything was saved, if the worker of a request is not certain.
             KeyboardInterrupt: likewise, if SIGINT or SIGTERM ended the run.
         """
@@ -58,9 +59,10 @@ class RoutingTest:
 
         Traces that have not ended are waited for, for up to ten seconds.
         """
-        traces = await self._fetch(request_ids)
-        self._traces.update(traces)
-        return traces
+        missing = [name for name in request_ids if name not in self._traces]
+        async with self._service.traces() as client:
+            found = self._traces | await attribution.fetch(client, missing)
+        return {name: found[name] for name in request_ids if name in found}
 
     async def analyze_results(self, results: list[Row], request_ids: Sequence[str]) -> list[Row]:
         """Write what the traces say into rows that have a ``req_id``: worker, node, reason and the router's times.
@@ -77,41 +79,44 @@ class RoutingTest:
         config = self.config
         load = plan(config)
         output = Path(config.output_dir) / "results.csv"
+        check_writable("output_dir", output)
         async with AsyncExitStack() as stack:
             cluster = await stack.enter_async_context(Cluster(output.parent / "logs"))
             if config.start_router:
-                await self._start(cluster, len(load.requests) + len(load.warmup))
-            target, _ = await prepare(self._service, config, load)
-            made, exchanges = await measure(target, load)
-            made.about = about(config, target=self._service.url)
-            ids = [exchange.request_id for exchange in exchanges]
-            await self.analyze_results(made.rows, ids)
-            missing = [name for name in ids if name not in self._traces]
-            traces = {**self._traces, **await self._fetch(missing)}
-            attribute(made, exchanges, traces)
-        summary = made.summary()
-        lines = warnings(made, summary, config.max_concurrency)
-        save(made, summary | {"warnings": lines}, output)
+                await self._start(cluster, load)
+            target, notes = await prepare(self._service, config, load)
+            tell(notes)
+            before = self._service.flush_caches if config.flush_cache else None
+            made, exchanges = await measure(target, load, before=before)
+            made.about = about(config, target=self._service.url, notes=notes)
+            self._traces = await attribute(self._service, made, exchanges)
+            try:
+                await self.analyze_results(list(made.rows), [exchange.request_id for exchange in exchanges])
+            finally:
+                made.disagreements += attribution.restore(exchanges, made.rows, self._traces)
+                summary = made.summary()
+                lines = warnings(made, summary, config.max_concurrency)
+                save(made, summary | {"warnings": lines}, output)
         if made.disagreements:
             raise AttributionError("\n".join([*lines, f"saved nevertheless: {output}"]))
         if made.interrupted:
             raise KeyboardInterrupt
         return made
 
-    async def _fetch(self, request_ids: Sequence[str]) -> dict[str, Trace]:
-        async with self._service.traces() as client:
-            return await attribution.fetch(client, request_ids)
+    def _at(self, port: int) -> Service:
+        config = self.config
+        return Service(f"http://localhost:{port}", api_key=config.api_key, admin_api_key=config.admin_api_key)
 
-    async def _start(self, cluster: Cluster, requests: int) -> None:
+    async def _start(self, cluster: Cluster, load: Load) -> None:
         config = self.config
         if config.base_port == 0:
             config.base_port = free_ports(1)[0]
-            self._service = Service(f"http://localhost:{config.base_port}")
+            self._service = self._at(config.base_port)
         if config.worker_urls is not None:
             workers = [Worker(url) for url in config.worker_urls]
         else:
             gpus = config.gpus
             ports = [config.worker_base_port + index for index in range(len(gpus))]
             workers = await cluster.start_workers(ports, gpus, config.model_path, config.worker_args)
-        options = {"enable_request_tracking": True, "max_trace_entries": requests, **(config.router_options or {})}
-        await cluster.start_router(config.base_port, workers, {"policy": config.policy, **options})
+        settings = {"policy": config.policy, **tracking_settings(load, config), **(config.router_options or {})}
+        await cluster.start_router(config.base_port, workers, settings)

@@ -10,7 +10,7 @@ from typing import Any
 
 import aiohttp
 
-from ..client import AsyncRouterTraceClient
+from ..client import AsyncRouterTraceClient, NotThisRouter, TracingDisabled
 from .cluster import RunError
 from .config import LoadConfig
 from .exchange import ROUTES, error_text
@@ -75,7 +75,7 @@ def _bearer(key: str | None) -> dict[str, str]:
 async def prepare(
     service: Service, config: LoadConfig, load: Load, decisions: str | None = None
 ) -> tuple[Target, list[str]]:
-    """How the load is to be sent, and what its results will lack, in words.
+    """How the load is to be sent, and what its user should know before, in words.
 
     Raises:
         RunError: nobody answers there, or no worker is healthy.
@@ -86,16 +86,17 @@ async def prepare(
     timeout = aiohttp.ClientTimeout(total=ASK_SECS)
     async with aiohttp.ClientSession(timeout=timeout, headers=service.headers) as session:
         await _check_ready(service, session)
+        notes: list[str] = []
         if service.has_traces:
-            kept = await _check_memory(service, config, load)
+            kept, notes = await _check_memory(service, config, load)
             if decisions is not None and not kept.get("trace_candidates"):
                 raise OptionError(
                     "decisions", decisions, "the router keeps no candidates: start it with --trace-candidates=-1"
                 )
         model = await _model(service, session)
         longest = model.get("max_model_len")
-        if longest is not None:
-            _check_lengths(config, load, int(longest))
+        if isinstance(longest, int):
+            _check_lengths(config, load, longest)
         name = config.model or model.get("id")
         if ROUTES[config.route].needs_model and name is None:
             raise OptionError("model", None, f"{service.url}/v1/models names none; give its name")
@@ -110,7 +111,7 @@ async def prepare(
         max_concurrency=config.max_concurrency,
         headers=service.headers,
     )
-    return target, lacks
+    return target, [*load.notes, *notes, *lacks]
 
 
 async def _check_ready(service: Service, session: aiohttp.ClientSession) -> None:
@@ -129,20 +130,30 @@ async def _check_ready(service: Service, session: aiohttp.ClientSession) -> None
         raise RunError(f"{service.url}{path} answers {status}; is it the right URL?")
 
 
-async def _check_memory(service: Service, config: LoadConfig, load: Load) -> dict[str, Any]:
-    """The router's configuration of tracking, if it holds as many requests for as long as the load takes."""
-    async with service.traces() as client:
-        kept: dict[str, Any] = (await client.get_trace_stats())["config"]
+async def _check_memory(service: Service, config: LoadConfig, load: Load) -> tuple[dict[str, Any], list[str]]:
+    """The router's configuration of tracking, if it can remember the load, and a line if it may not."""
+    try:
+        async with service.traces() as client:
+            kept: dict[str, Any] = (await client.get_trace_stats())["config"]
+    except (TracingDisabled, NotThisRouter):
+        raise
+    except RuntimeError as error:
+        raise RunError(f"{error}; a router with admin_api_key wants --admin-api-key") from None
     wanted = len(load.requests) + len(load.warmup)
     if wanted > kept["max_trace_entries"]:
         problem = f"with warm-up {wanted} requests, but the router remembers {kept['max_trace_entries']}: "
         raise OptionError("num_requests", config.num_requests, f"{problem}start it with --max-trace-entries {wanted}")
-    span = load.requests[-1].arrival_time
-    if span >= kept["trace_ttl_seconds"]:
-        problem = f"they arrive over {span:.0f} s, but the router forgets after {kept['trace_ttl_seconds']:g} s: "
-        ttl = int(span + config.timeout_secs) + 1
-        raise OptionError("num_requests", config.num_requests, f"{problem}start it with --trace-ttl-seconds {ttl}")
-    return kept
+    span, ttl = load.requests[-1].arrival_time, kept["trace_ttl_seconds"]
+    enough = int(span + config.timeout_secs) + 1
+    if span >= ttl:
+        problem = f"they arrive over {span:.0f} s, but the router forgets after {ttl:g} s: "
+        raise OptionError("num_requests", config.num_requests, f"{problem}start it with --trace-ttl-seconds {enough}")
+    if enough <= ttl:
+        return kept, []
+    return kept, [
+        f"the router forgets traces after {ttl:g} s: the run is void if its last answer takes longer than "
+        f"{ttl - span:.0f} s; --trace-ttl-seconds {enough} is enough"
+    ]
 
 
 async def _model(service: Service, session: aiohttp.ClientSession) -> dict[str, Any]:
@@ -159,12 +170,14 @@ async def _model(service: Service, session: aiohttp.ClientSession) -> dict[str, 
 
 def _check_lengths(config: LoadConfig, load: Load, longest: int) -> None:
     for number, request in enumerate(load.requests, 1):
-        total = (request.input_length or 0) + request.output_length
-        if total > longest:
-            asked = f"{request.input_length or 'an unknown number of'} + {request.output_length} tokens"
-            problem = f"request {number} asks for {asked}, but the model takes {longest} in all (max_model_len)"
-            name = "dataset" if ":" in config.dataset else "input_len"
-            raise OptionError(name, getattr(config, name), problem)
+        asked, answer = request.input_length or 0, request.output_length
+        if asked + answer <= longest:
+            continue
+        longer = "input_len" if asked > answer else "output_len"
+        name = "dataset" if ":" in config.dataset else longer
+        tokens = f"{asked or 'an unknown number of'} + {answer} tokens"
+        problem = f"request {number} asks for {tokens}, but the model takes {longest} in all (max_model_len)"
+        raise OptionError(name, getattr(config, name), problem)
 
 
 async def _without_cache_report(service: Service, config: LoadConfig, session: aiohttp.ClientSession) -> list[str]:

@@ -18,7 +18,7 @@ use crate::routing::WorkerName;
 use crate::tracking::record::Record;
 use crate::tracking::store::{Page, Store};
 use crate::tracking::text::Names;
-use crate::tracking::{MAX_KEPT_LOGS, Query, Stats, Trace};
+use crate::tracking::{MAX_KEPT_LOGS, Mooncake, Pages, Query, Stats, Trace};
 
 /// Longest line, far above what a record with thousands of candidates comes to.
 const MAX_LINE_BYTES: usize = 1 << 24;
@@ -75,6 +75,11 @@ impl TraceLog {
     /// As [`super::super::Tracker::list`].
     pub fn list(&self, query: &Query) -> Page {
         self.store.list(query, 0)
+    }
+
+    /// All that match as a load to send again.
+    pub fn mooncake(&self, query: &Query) -> Mooncake {
+        Mooncake::of(Pages::new(query, |query| self.list(query)))
     }
 
     /// The object of [`Stats`], of what the log holds; null where only a running router knows.

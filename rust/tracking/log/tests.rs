@@ -10,7 +10,9 @@ use super::file::{LogFile, older};
 use super::*;
 use crate::routing::WorkerName;
 use crate::tracking::tests::options;
-use crate::tracking::{AnswerFacts, Arrived, Candidate, Query, RequestFacts, Tracker};
+use crate::tracking::{
+    AnswerFacts, Arrived, Candidate, Mooncake, PromptBlocks, Query, RequestFacts, Tracker,
+};
 
 const ROOM: u64 = 1 << 20;
 
@@ -117,6 +119,7 @@ fn live(tracker: &Arc<Tracker>, lives: &[Life]) {
             stream: Some(true),
             input_tokens: life.tokens,
             trace_id,
+            prompt_blocks: PromptBlocks::of(life.id.as_bytes()).as_ref(),
         });
         for (index, (number, error)) in life.attempts.iter().enumerate() {
             open.routed(
@@ -135,7 +138,9 @@ fn live(tracker: &Arc<Tracker>, lives: &[Life]) {
         open.headers(200);
         open.ttft(at);
         open.answer(AnswerFacts {
+            prompt_tokens: life.tokens.map(|tokens| tokens % 2_000),
             cached_tokens: life.tokens,
+            completion_tokens: Some(3),
             worker_request_id: life.worker_request_id.as_deref(),
             ..AnswerFacts::default()
         });
@@ -179,6 +184,10 @@ proptest! {
                 prop_assert_eq!(log.list(&query).traces, tracker.list(&query).traces);
             }
         }
+        let (from_log, from_tracker) =
+            (log.mooncake(&Query::default()), Mooncake::of(tracker.pages(&Query::default())));
+        prop_assert_eq!(from_log.left_out(), from_tracker.left_out());
+        prop_assert_eq!(from_log.flatten().collect::<Vec<_>>(), from_tracker.flatten().collect::<Vec<_>>());
         let mut told = serde_json::to_value(tracker.stats()).expect("plain data");
         for name in ["evicted", "expired", "in_flight", "memory_bytes", "config", "version"] {
             told[name] = serde_json::Value::Null;

@@ -1,7 +1,7 @@
 """Does the laboratory tell the truth? Its rows against what simulated workers wrote down themselves.
 
-    make bench-laboratory                              the defaults
-    make bench-laboratory LABORATORY="--requests 500"  with options
+    make bench-truth                              the defaults
+    make bench-truth TRUTH="--requests 500"  with options
 
 Three runs of ``RoutingTest``: a steady stream of requests over four workers (is every row's worker the one whose own
 log has the request, and did the requests leave when they should?); many at once (were they in flight together?); and
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from sglang_router_rs.routing_test import RoutingConfig, RoutingTest
+from sglang_router_rs.routing_test import RoutingConfig, RoutingTest, RunError
 from trial import Failure, Processes, Rule, carry_out, free_ports, parsed, parser, positive, request_log
 
 # What must hold.
@@ -93,8 +93,13 @@ async def steady(directory: Path, requests: int, rate: float) -> list[Rule]:
     """Is every row right, and did every request leave in time?"""
     load = {"num_requests": requests, "request_rate": rate, "input_len": 64, "output_len": 16, "policy": "cache_aware"}
     results, log = await run_one(directory, 4, ["--speed", "20"], **load)
+    return steady_rules(results, log, rate)
+
+
+def steady_rules(results: Any, log: Path, rate: float) -> list[Rule]:
+    """What must hold of the steady run."""
     summary = results.summary()
-    arrivals, base = summary["arrivals"], summary["config"]["worker_base_port"]
+    requests, arrivals, base = len(results.rows), summary["arrivals"], summary["config"]["worker_base_port"]
     late = arrivals["lateness_secs"]["p99"]
     spans = f"{arrivals['achieved_span_secs']:.3f} s of {arrivals['scheduled_span_secs']:.3f} s"
     span = away("the span", arrivals["achieved_span_secs"], arrivals["scheduled_span_secs"], SPAN_WITHIN)
@@ -115,8 +120,14 @@ async def steady(directory: Path, requests: int, rate: float) -> list[Rule]:
 
 async def at_once(directory: Path, requests: int) -> list[Rule]:
     """Are many requests really in flight together?"""
-    load = {"num_requests": requests, "request_rate": float("inf"), "input_len": 64, "output_len": 64}
+    load = {"num_requests": requests, "request_rate": float("inf"), "input_len": 64, "output_len": 128}
     results, log = await run_one(directory, 4, [], policy="round_robin", **load)
+    return at_once_rules(results, log)
+
+
+def at_once_rules(results: Any, log: Path) -> list[Rule]:
+    """What must hold of many at once."""
+    requests = results.planned
     most = most_at_once(events(log))
     few = [] if most > requests * AT_ONCE_SHARE else [f"{most} of {requests}"]
     return [
@@ -131,9 +142,12 @@ async def truth(directory: Path, requests: int) -> list[Rule]:
     load |= {"input_len": PROMPT_TOKENS, "output_len": ANSWER_TOKENS, "policy": "random"}
     flags = ["--prefill-rate", str(PREFILL_RATE), "--step-base", str(STEP_SECS), "--step-per-seq", "0"]
     results, log = await run_one(directory, 1, flags, **load)
-    summary = results.summary()
     with (directory / "results.csv").open() as file:
-        rows = list(csv.DictReader(file))
+        return truth_rules(results.summary(), list(csv.DictReader(file)), log)
+
+
+def truth_rules(summary: dict[str, Any], rows: list[dict[str, str]], log: Path) -> list[Rule]:
+    """What must hold of the worker whose times are set."""
     means = {
         name: statistics.fmean(float(row[name]) for row in rows) for name in ("ttft", "itl_mean", "server_latency")
     }
@@ -153,7 +167,7 @@ async def truth(directory: Path, requests: int) -> list[Rule]:
     by_law = len(rows) / summary["duration_secs"] * means["server_latency"]
     differ = [name for name, mean in means.items() if abs(summary["secs"][name]["mean"] - mean) > 1e-6]
     return [
-        Rule(f"{requests} requests to a worker of set times: all succeeded", list(summary["requests"]["errors"])),
+        Rule(f"{len(rows)} requests to a worker of set times: all succeeded", list(summary["requests"]["errors"])),
         *rules,
         Rule(
             f"  Little's law: in flight = rate x latency, to {TRUTH_WITHIN:.0%}",
@@ -172,7 +186,7 @@ async def run(settings: argparse.Namespace, processes: Processes) -> list[Rule]:
             *await at_once(processes.directory / "at-once", settings.at_once),
             *await truth(processes.directory / "truth", settings.truth),
         ]
-    except RuntimeError as error:
+    except (RunError, RuntimeError, ValueError) as error:
         raise Failure(str(error)) from error
 
 
@@ -183,7 +197,7 @@ def main() -> int:
     made.add_argument("--rate", type=positive, default=500, help="requests per second of the steady run")
     made.add_argument("--at-once", type=int, default=3000, help="requests of the second run")
     made.add_argument("--truth", type=int, default=60, help="requests of the third run")
-    return carry_out("laboratory", parsed(made), run)
+    return carry_out("truth", parsed(made), run)
 
 
 if __name__ == "__main__":
