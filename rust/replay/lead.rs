@@ -79,7 +79,7 @@ fn on_conversations() {
 #[test]
 fn on_agents() {
     let traces = [1, 2, 3, 4].map(|seed| Kind::Agents.make(1000, seed));
-    for (bound, flags) in [(0.8, &[][..]), (0.66, &["--speeds=1,1,0.5,0.5"])] {
+    for (bound, flags) in [(0.86, &[][..]), (0.56, &["--speeds=1,1,0.5,0.5"])] {
         assert_within(bound, "cache_aware", &traces, flags);
     }
 }

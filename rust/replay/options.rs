@@ -48,7 +48,8 @@ pub struct Flags {
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub workers: u32,
 
-    /// How much faster than the others each worker is, 0.001 to 1000; fewer speeds than workers are taken in turn
+    /// Speed of each worker, by which prefill and decode are that many times faster, 0.001 to 1000; fewer speeds
+    /// than workers are taken in turn
     #[arg(long, value_delimiter = ',', default_values_t = [1.0])]
     #[arg(allow_negative_numbers = true, value_parser = factor)]
     pub speeds: Vec<f64>,

@@ -2,8 +2,8 @@
 //!
 //! The one idea: a pure [`engine`] decides when each token comes and what the KV cache holds;
 //! everything else dresses that up as SGLang's HTTP server. Read in this order: [`engine`],
-//! [`kv_cache`], [`hardware`], `tokens`, `worker` (the engine on the wall clock), `ask` and `answer` (a request's
-//! way in and out), `shapes`, `faults`, `request_log`, `http`.
+//! [`kv_cache`], [`hardware`], `tokens`, `worker` (the engine on the wall clock), `ask` and `answer`
+//! (a request's way in and out), `shapes`, `faults`, `request_log`, `http`.
 //!
 //! Invariant: workers of one process share nothing but its threads.
 //!

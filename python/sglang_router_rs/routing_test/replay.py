@@ -5,6 +5,7 @@ The replay itself is the Rust core's, with all its options; here its rows become
 
 from __future__ import annotations
 
+import io
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +13,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.image import imsave
+from matplotlib.image import imread, imsave
 
 from ..__main__ import run
 from . import report
@@ -26,6 +26,8 @@ from .results import Results
 
 # Pixels per inch of a picture.
 DPI = 110
+
+Pixels = np.ndarray[Any, np.dtype[Any]]
 
 
 def main(argv: list[str]) -> int:
@@ -105,11 +107,11 @@ def _picture(made: Sequence[Run], path: Path, _: str) -> None:
     imsave(path, np.vstack(pictures))
 
 
-def _pixels(figure: Figure) -> Any:
-    figure.set_dpi(DPI)
-    canvas: Any = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())
+def _pixels(figure: Figure) -> Pixels:
+    written = io.BytesIO()
+    figure.savefig(written, format="png", dpi=DPI)
+    written.seek(0)
+    return np.asarray(imread(written))
 
 
 _WRITE = {".html": _page, ".png": _picture}
