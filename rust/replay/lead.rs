@@ -15,6 +15,7 @@ use super::synthetic::Kind;
 use super::tests::options;
 use super::trace::{Asked, Trace};
 use crate::routing;
+use crate::routing::own::load_nothing;
 
 /// Fails if the mean TTFT of `least_ttft` is more than so many times that of another policy.
 fn assert_within(bound: f64, other: &str, trace: &Trace, flags: &[&str]) {
@@ -22,8 +23,8 @@ fn assert_within(bound: f64, other: &str, trace: &Trace, flags: &[&str]) {
     let options = options(&[&["t", list.as_str()], flags].concat()).expect("flags");
     let setup = options.setup().expect("they go together");
     let trace = trace.clone().faster(options.flags.rate_scale);
-    let mean_secs = |policy: &routing::PolicyKind| {
-        let rule = routing::build(&options.routing(*policy));
+    let mean_secs = |policy: &routing::Choice| {
+        let rule = routing::build(&options.routing(*policy), &load_nothing).expect("the router's");
         let outcomes = replay(&trace, &setup, &*rule, &AtomicUsize::new(0));
         let run = Run { policy: policy.name().to_owned(), outcomes };
         Summary::new(&run, &trace, &setup).ttft_mean_secs.expect("first tokens")

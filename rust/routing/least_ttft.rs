@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use super::candidates::Weighed;
 use super::outlook::{Outlook, View, Views};
-use super::{Options, Pick, Policy, Request, Target, Underway, WorkerId};
+use super::{Options, Pick, PickError, Policy, Request, Target, Underway, WorkerId};
 
 const PREFIX_MATCH: &str = "prefix_match";
 const SHORTER_WAIT: &str = "shorter_wait";
@@ -89,7 +89,7 @@ impl Policy for LeastTtft {
         targets: &[Arc<Target>],
         rng: &mut fastrand::Rng,
         weighed: Option<&mut Weighed>,
-    ) -> Pick {
+    ) -> Result<Pick, PickError> {
         let views = self.outlook.see(request, targets);
         let scores = self.scores(&views, targets);
         let index = lowest(&scores, targets, rng);
@@ -108,7 +108,7 @@ impl Policy for LeastTtft {
             Some(most) if matched_tokens < most => SHORTER_WAIT,
             Some(_) => PREFIX_MATCH,
         };
-        Pick { index, reason, matched_tokens: Some(matched_tokens) }
+        Ok(Pick { index, reason, matched_tokens: Some(matched_tokens) })
     }
 
     fn input_tokens(&self, request: &Request) -> Option<u32> {
