@@ -77,7 +77,7 @@ impl Server {
     }
 
     /// Binds the port and serves on threads of its own. Raises OSError when the port is taken or a log cannot be
-    /// written. `own` is a policy of one's own: `choose`, `finished` or None, and its name.
+    /// written. `own` is a policy of one's own, instead of the one that the options name.
     #[new]
     #[pyo3(signature = (keywords, own=None))]
     fn start(
@@ -324,7 +324,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(all_metrics, module)?)
 }
 
-/// A policy of one's own: `choose`, `finished` or None, and its name.
+/// A policy of one's own: `choose`, `finished` or None, and its name or `FILE.py:NAME`.
 type Own = (Py<PyAny>, Option<Py<PyAny>>, String);
 
 /// The options, and the policy of one's own if there is one, which is then what the options name.
@@ -334,12 +334,9 @@ fn with_own(
 ) -> PyResult<(Options, Option<Arc<dyn Policy>>)> {
     let mut options = parse(keywords)?;
     let Some((choose, finished, name)) = own else { return Ok((options, None)) };
-    // A file has told its name with its place.
-    if !matches!(options.routing.policy, Choice::Own(_)) {
-        let refused = |why| value_error(&LoadError(why));
-        options.routing.policy = Choice::own(&name).map_err(refused)?;
-    }
-    let chooser = policy::chooser(&name, choose, finished);
+    let choice = Choice::own(&name).map_err(|why| value_error(&LoadError(why)))?;
+    options.routing.policy = choice;
+    let chooser = policy::chooser(choice.name(), choose, finished);
     let policy = routing::build(&options.routing, &move |_: &str| Ok(chooser.clone()));
     Ok((options, Some(policy.map_err(|error| value_error(&error))?)))
 }
@@ -349,7 +346,8 @@ fn load(text: &str) -> Result<Arc<dyn Chooser>, LoadError> {
     Python::attach(|py| {
         let loaded = py.import("sglang_router_rs.own_policy")?.call_method1("load", (text,))?;
         let (choose, finished, name): Own = loaded.extract()?;
-        Ok(policy::chooser(&name, choose, finished))
+        let choice = Choice::own(&name).map_err(PyValueError::new_err)?;
+        Ok(policy::chooser(choice.name(), choose, finished))
     })
     .map_err(|error: PyErr| LoadError(Python::attach(|py| error.value(py).to_string())))
 }

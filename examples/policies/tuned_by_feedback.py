@@ -54,9 +54,7 @@ class TunedByFeedback:
             error_ms = record["ttft_ms"] - self._expected_ms(chosen)
             step = RATE * error_ms / sum(value * value for value in chosen)
             # More of anything never makes it faster.
-            self.weights = [
-                max(0.0, weight + step * value) for weight, value in zip(self.weights, chosen, strict=True)
-            ]
+            self.weights = [max(0.0, weight + step * value) for weight, value in zip(self.weights, chosen, strict=True)]
 
     def _expected_ms(self, values: Sequence[float]) -> float:
         return sum(weight * value for weight, value in zip(self.weights, values, strict=True))

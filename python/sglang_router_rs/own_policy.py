@@ -110,7 +110,7 @@ class Policy(Protocol):
 Choose = Callable[[RequestView, Sequence[WorkerView]], int]
 Finished = Callable[[Mapping[str, Any]], object]
 
-# choose, finished if there is one, and the name in traces and metrics.
+# choose, finished if there is one, and what it is called: a name, or FILE.py:NAME.
 Own = tuple[Choose, Finished | None, str]
 
 
@@ -124,7 +124,10 @@ def own(policy: object, name: str | None = None) -> Own:
         # A class stands for an object of it.
         name = name or policy.__name__
         _check_call(policy, f"{name}()", 0)
-        policy = policy()
+        try:
+            policy = policy()
+        except Exception as error:
+            raise ValueError(f"policy: {name}() raised:\n{traceback.format_exc().rstrip()}") from error
     choose = getattr(policy, "choose", policy)
     if name is None:
         name = str(getattr(policy, "__name__", type(policy).__name__))
@@ -163,7 +166,8 @@ def load(text: str) -> Own:
         known = f"; it has {', '.join(names)}" if names else ""
         raise ValueError(f"{text}: {path} has no {name}{known}") from None
     try:
-        return own(policy, name)
+        choose, finished, _ = own(policy, name)
+        return choose, finished, text
     except ValueError as error:
         raise ValueError(f"{text}: {str(error).removeprefix('policy: ')}") from error
 

@@ -34,8 +34,8 @@ class Router:
 
     Takes ``worker_urls``, ``policy`` (a ``PolicyType`` or its name; or one of your own: a function
     ``choose(request, workers) -> index``, an object that has it, or ``"FILE.py:NAME"``, see ``Policy``) and every
-    other option by keyword; they are listed in ``docs/options.md`` and by ``help(Router)``. ``None`` leaves an option at its default. Options are
-    checked here, before anything starts.
+    other option by keyword; they are listed in ``docs/options.md`` and by ``help(Router)``. ``None`` leaves an
+    option at its default. Options are checked here, before anything starts.
 
     Raises:
         TypeError: an unknown option (the nearest one is named), one that is not supported yet, or a list or

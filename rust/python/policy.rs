@@ -103,12 +103,12 @@ impl WorkerView {
 
 /// The rule that these Python objects are.
 pub(super) fn chooser(
-    name: &str,
+    name: &'static str,
     choose: Py<PyAny>,
     finished: Option<Py<PyAny>>,
 ) -> Arc<dyn Chooser> {
     Arc::new(PythonPolicy {
-        name: name.to_owned(),
+        name,
         choose,
         finished: finished.map(Arc::new),
         ended: OnceLock::new(),
@@ -117,7 +117,7 @@ pub(super) fn chooser(
 }
 
 struct PythonPolicy {
-    name: String,
+    name: &'static str,
     choose: Py<PyAny>,
     finished: Option<Arc<Py<PyAny>>>,
     /// From the first request that is over.
@@ -189,7 +189,7 @@ impl Chooser for PythonPolicy {
 
     fn finished(&self, trace: String) {
         let Some(finished) = &self.finished else { return };
-        let ended = self.ended.get_or_init(|| Ended::start(&self.name, finished.clone()));
+        let ended = self.ended.get_or_init(|| Ended::start(self.name, finished.clone()));
         ended.hand_over(trace);
     }
 
@@ -201,7 +201,7 @@ impl Chooser for PythonPolicy {
 
     fn replayed(&self, replayed: &Replayed<'_>) {
         let Some(finished) = &self.finished else { return };
-        let trace = json_text(&trace_of(replayed, &self.name));
+        let trace = json_text(&trace_of(replayed, self.name));
         let heard = Python::try_attach(|py| {
             hear(py, finished, &trace).inspect_err(|error| {
                 if !self.has_complained.swap(true, Ordering::Relaxed) {
@@ -236,7 +236,8 @@ fn hear(py: Python<'_>, finished: &Py<PyAny>, trace: &str) -> PyResult<()> {
 /// The traceback as Python prints it, or its end.
 fn traceback(py: Python<'_>, error: &PyErr) -> String {
     let lines = py.import("traceback").and_then(|traceback| {
-        let lines = traceback.call_method1("format_exception", (error.value(py),))?;
+        let raised = (error.get_type(py), error.value(py), error.traceback(py));
+        let lines = traceback.call_method1("format_exception", raised)?;
         lines.extract::<Vec<String>>()
     });
     let mut text = lines.map_or_else(|_| error.to_string(), |lines| lines.concat());
@@ -258,11 +259,11 @@ struct Ended {
 }
 
 impl Ended {
-    fn start(name: &str, finished: Arc<Py<PyAny>>) -> Self {
+    fn start(name: &'static str, finished: Arc<Py<PyAny>>) -> Self {
         let (waiting, traces) = sync_channel(MAX_WAITING);
         let (over, is_over) = sync_channel(0);
         let lost = Arc::new(AtomicU64::new(0));
-        let hearer = Hearer { name: name.to_owned(), finished, lost: lost.clone(), warned: None };
+        let hearer = Hearer { name, finished, lost: lost.clone(), warned: None };
         // The thread is not the runtime's, so it has to be told where the router's log lines go.
         let lines = dispatcher::get_default(Clone::clone);
         let hear_all = move || {
@@ -288,14 +289,16 @@ impl Ended {
         self.waiting.lock().take();
         let is_over = self.is_over.lock().recv_timeout(LAST_WORDS);
         if is_over == Err(RecvTimeoutError::Timeout) {
-            tracing::warn!("a policy's finished() takes long: it may not hear of the last requests");
+            tracing::warn!(
+                "a policy's finished() takes long: it may not hear of the last requests"
+            );
         }
     }
 }
 
 /// The thread's part.
 struct Hearer {
-    name: String,
+    name: &'static str,
     finished: Arc<Py<PyAny>>,
     lost: Arc<AtomicU64>,
     /// When losses were last warned of, and how many there were by then.

@@ -12,8 +12,8 @@ use super::report::{Run, Summary};
 use super::synthetic::Kind;
 use super::text::{Words, pages};
 use super::trace::{Asked, BLOCK_TOKENS, Trace};
-use crate::routing::own::load_nothing;
 use crate::routing::candidates::Weighed;
+use crate::routing::own::load_nothing;
 use crate::routing::{self, Pick, PickError, Policy, Request, Target, Told, Underway, WorkerId};
 use crate::sim::engine::Config;
 
@@ -248,7 +248,8 @@ fn the_same_again_is_the_same() {
             replay(
                 &trace,
                 &setup,
-                &*routing::build(&options.routing(*policy), &load_nothing).expect("one of the router's"),
+                &*routing::build(&options.routing(*policy), &load_nothing)
+                    .expect("one of the router's"),
                 &AtomicUsize::new(0),
             )
         };

@@ -21,7 +21,8 @@ use parking_lot::RwLock;
 use super::candidates::Weighed;
 use super::prefix_tree::{Match, PrefixTree};
 use super::{
-    BYTES_PER_TOKEN, Options, Pick, PickError, Policy, Request, Target, Underway, WorkerId, least_in_flight,
+    BYTES_PER_TOKEN, Options, Pick, PickError, Policy, Request, Target, Underway, WorkerId,
+    least_in_flight,
 };
 
 const IMBALANCE: &str = "imbalance";
@@ -250,7 +251,8 @@ mod tests {
         policy.sent(&Request::of(b"aaaa"), &at(1));
         let (targets, _held) = loaded(&[0, 1, 9]);
         let (request, mut rng) = (Request::of(b"aaaabbbb"), fastrand::Rng::with_seed(0));
-        let (pick, candidates) = explained(&policy, &request, &targets, &mut rng, usize::MAX).expect("never fails");
+        let (pick, candidates) =
+            explained(&policy, &request, &targets, &mut rng, usize::MAX).expect("never fails");
         assert_eq!(pick, expect(0, IMBALANCE, 0));
         let matched: Vec<_> = candidates.iter().map(|c| (c.index, c.matched_tokens)).collect();
         assert_eq!(matched, [(0, Some(0)), (1, Some(1)), (2, Some(2))]);
@@ -308,7 +310,8 @@ mod tests {
                         let len = rng.usize(..200);
                         let prompt: Vec<u8> = (0..len).map(|_| rng.u8(..2)).collect();
                         let request = Request::of(&prompt);
-                        let pick = policy.pick(&request, targets, &mut rng, None).expect("never fails");
+                        let pick =
+                            policy.pick(&request, targets, &mut rng, None).expect("never fails");
                         let _in_flight = targets[pick.index].begin();
                         policy.sent(&request, &targets[pick.index]);
                         if round % 100 == 0 {

@@ -11,8 +11,8 @@
 //! before a policy is asked; what was decided is recorded after.
 
 use std::fmt;
-use std::sync::{Arc, OnceLock};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use candidates::Weighed;
 use clap::ValueEnum;
@@ -711,7 +711,8 @@ pub(crate) mod tests {
         rng: &mut fastrand::Rng,
         keep: usize,
     ) -> Pick {
-        let (pick, candidates) = candidates::explained(policy, request, given, rng, keep).expect("never fails");
+        let (pick, candidates) =
+            candidates::explained(policy, request, given, rng, keep).expect("never fails");
         assert_eq!(candidates.len(), keep.min(given.len()));
         let chosen = candidates.iter().find(|candidate| candidate.index == pick.index);
         let chosen = chosen.expect("the chosen one is always kept");

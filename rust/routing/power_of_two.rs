@@ -95,7 +95,8 @@ mod tests {
     fn a_single_worker_is_the_only_one() {
         let (targets, _held) = loaded(&[5]);
         let mut rng = fastrand::Rng::with_seed(0);
-        let pick = PowerOfTwo.pick(&Request::of(b""), &targets, &mut rng, None).expect("never fails");
+        let pick =
+            PowerOfTwo.pick(&Request::of(b""), &targets, &mut rng, None).expect("never fails");
         assert_eq!((pick.index, pick.reason), (0, ONLY_WORKER));
     }
 }

@@ -114,7 +114,9 @@ mod tests {
                 scope.spawn(|| {
                     let mut rng = fastrand::Rng::with_seed(0);
                     for _ in 0..5000 {
-                        let pick = policy.pick(&Request::of(b""), &targets, &mut rng, None).expect("never fails");
+                        let pick = policy
+                            .pick(&Request::of(b""), &targets, &mut rng, None)
+                            .expect("never fails");
                         counts[pick.index].fetch_add(1, Ordering::Relaxed);
                     }
                 });

@@ -205,11 +205,7 @@ async fn attempt(
 }
 
 /// The next worker to try. A policy that may take long holds up no other request, unless many of them do.
-async fn pick(
-    app: &App,
-    wish: &mut Wish<'_>,
-    body_bytes: usize,
-) -> Result<Option<Picked>, Error> {
+async fn pick(app: &App, wish: &mut Wish<'_>, body_bytes: usize) -> Result<Option<Picked>, Error> {
     if !app.policy.may_block() {
         return unhurried(body_bytes, || pick::pick(app, wish));
     }

@@ -24,8 +24,8 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::options::{self, Options};
-use crate::routing::own::load_nothing;
 use crate::routing::candidates::Weighed;
+use crate::routing::own::load_nothing;
 use crate::routing::{self, Pick, PickError, Policy, Target, Underway, WorkerId};
 use crate::running;
 use crate::server::{App, routes, serve_connection};
@@ -109,7 +109,8 @@ impl Simulation {
         let request_timeout = options.server.request_timeout();
         let timeout_secs = options.workers.breaker.cb_timeout_duration_secs;
         let watched = Arc::new(Watched {
-            policy: routing::build(&options.routing, &load_nothing).expect("one of the router's own"),
+            policy: routing::build(&options.routing, &load_nothing)
+                .expect("one of the router's own"),
             workers: OnceLock::new(),
             faults: Mutex::default(),
             breaker_timeout: Duration::from_secs(timeout_secs),

@@ -157,7 +157,13 @@ impl Tracker {
         let max_log_bytes = u64::from(options.trace_log_max_mb) << 20;
         let open_log = |path: &PathBuf| Log::open(path, max_log_bytes, options.trace_log_keep);
         let log = options.trace_log.as_ref().map(open_log).transpose()?;
-        Ok(Arc::new(Tracker { options, started_at: Instant::now(), store, log, told: OnceLock::new() }))
+        Ok(Arc::new(Tracker {
+            options,
+            started_at: Instant::now(),
+            store,
+            log,
+            told: OnceLock::new(),
+        }))
     }
 
     /// The options in force.
