@@ -142,7 +142,7 @@ fn chat(load: &mut Load, requests: usize) -> Trace {
                 history,
             }));
             session += 1;
-            begins_ms += load.pause_ms(0.5);
+            begins_ms += load.pause_ms(0.42);
         }
         let Some(Reverse(mut turn)) = load.turns.pop() else { continue };
         let output_tokens = load.length(250.0, 0.9, 4096);
@@ -186,7 +186,7 @@ fn agents(load: &mut Load, requests: usize) -> Trace {
                 load.turns.push(Reverse(Turn { at_ms, session, turns_left, history }));
                 session += 1;
             }
-            burst_ms += load.pause_ms(4.0);
+            burst_ms += load.pause_ms(3.0);
         }
         let Some(Reverse(mut turn)) = load.turns.pop() else { continue };
         let output_tokens = load.length(90.0, 0.8, 4096);

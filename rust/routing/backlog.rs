@@ -121,3 +121,99 @@ impl Backlog {
         before - self.tokens
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const SPEED: Option<f64> = Some(100.0);
+
+    #[test]
+    fn the_head_of_the_queue_is_computed_as_time_goes() {
+        let mut backlog = Backlog::default();
+        assert_eq!(backlog.pending_tokens(5.0, SPEED), 0);
+        backlog.enter(1, 1000, true, 10.0);
+        backlog.enter(2, 500, true, 11.0);
+        assert_eq!(backlog.pending_tokens(10.0, SPEED), 1500);
+        assert_eq!(backlog.pending_tokens(12.0, SPEED), 1300);
+        // It takes longer than expected, and what is behind it waits.
+        assert_eq!(backlog.pending_tokens(40.0, SPEED), 500);
+        assert_eq!(backlog.pending_tokens(40.0, None), 1500);
+        // Before its time.
+        assert_eq!(backlog.pending_tokens(1.0, SPEED), 1500);
+    }
+
+    #[test]
+    fn what_begins_took_the_time_since_the_one_before() {
+        let mut backlog = Backlog::default();
+        backlog.enter(1, 1000, true, 10.0);
+        backlog.enter(2, 500, true, 11.0);
+        assert_eq!(backlog.begun(1, 18.0), Some(Computed { tokens: 1000, secs: 8.0 }));
+        assert_eq!(backlog.begun(1, 19.0), None);
+        assert_eq!(backlog.begun(2, 22.0), Some(Computed { tokens: 500, secs: 4.0 }));
+        // Idle until then.
+        backlog.enter(3, 100, true, 50.0);
+        assert_eq!(backlog.begun(3, 51.0), Some(Computed { tokens: 100, secs: 1.0 }));
+        assert_eq!(backlog.pending_tokens(51.0, SPEED), 0);
+    }
+
+    #[test]
+    fn what_is_no_stream_leaves_when_its_time_is_over() {
+        let mut backlog = Backlog::default();
+        for ticket in 1..=3 {
+            backlog.enter(ticket, 100, false, 0.0);
+        }
+        backlog.enter(4, 100, true, 0.0);
+        assert_eq!(backlog.pending_tokens(1.5, SPEED), 250);
+        backlog.drain(1.5, 100.0);
+        assert_eq!(backlog.pending_tokens(1.5, SPEED), 250);
+        backlog.drain(100.0, 100.0);
+        assert_eq!(backlog.pending_tokens(3.5, SPEED), 50);
+        // The stream alone, since the others were through at 3 s.
+        assert_eq!(backlog.begun(4, 5.0), Some(Computed { tokens: 100, secs: 2.0 }));
+    }
+
+    #[test]
+    fn a_stream_that_begins_says_that_those_before_it_were_computed() {
+        let mut backlog = Backlog::default();
+        backlog.enter(1, 100, true, 0.0);
+        backlog.enter(2, 200, false, 0.0);
+        backlog.enter(3, 300, true, 0.0);
+        backlog.enter(4, 400, false, 0.0);
+        assert_eq!(backlog.begun(3, 5.0), Some(Computed { tokens: 500, secs: 5.0 }));
+        assert_eq!(backlog.pending_tokens(5.0, None), 500);
+        backlog.left(4, true, 6.0);
+        backlog.left(1, false, 7.0);
+        assert_eq!(backlog.pending_tokens(8.0, None), 0);
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_is_pending_once_all_have_ended(
+            steps in prop::collection::vec((0..4_u8, 0..20_u64, 0..1000_u32, any::<bool>()), 0..60),
+        ) {
+            let mut backlog = Backlog::default();
+            let mut sent = 0;
+            for (at, (kind, which, tokens, flag)) in steps.into_iter().enumerate() {
+                let (at, ticket) = (at as f64, which.min(sent));
+                match kind {
+                    0 => {
+                        sent += 1;
+                        backlog.enter(sent, tokens, flag, at);
+                    }
+                    1 => drop(backlog.begun(ticket, at)),
+                    2 => backlog.left(ticket, flag, at),
+                    _ => backlog.drain(at, f64::from(tokens) + 1.0),
+                }
+                let queued: u64 = backlog.queue.iter().map(|waiting| u64::from(waiting.tokens)).sum();
+                prop_assert_eq!(backlog.tokens, queued);
+                prop_assert!(backlog.pending_tokens(at, Some(50.0)) <= queued);
+            }
+            for ticket in 1..=sent {
+                backlog.left(ticket, false, 100.0);
+            }
+            prop_assert_eq!(backlog.pending_tokens(0.0, None), 0);
+        }
+    }
+}

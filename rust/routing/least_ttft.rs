@@ -112,7 +112,7 @@ impl Policy for LeastTtft {
     }
 
     fn input_tokens(&self, request: &Request) -> Option<u32> {
-        Some(self.outlook.input_tokens(request))
+        (!request.prompt.is_empty()).then(|| self.outlook.input_tokens(request))
     }
 
     fn matched_tokens(&self, request: &Request, worker: WorkerId) -> Option<u32> {
@@ -144,4 +144,216 @@ fn lowest(scores: &[Option<f64>], targets: &[Arc<Target>], rng: &mut fastrand::R
         }
     }
     index
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::routing::candidates::explained;
+    use crate::routing::mirror::BLOCK_BYTES;
+    use crate::routing::tests::{close_to, loaded, options, scores, tally};
+    use crate::routing::{InFlight, Told};
+    use proptest::prelude::*;
+
+    fn policy(flags: &[&str]) -> LeastTtft {
+        LeastTtft::new(&options(flags).expect("flags parse"))
+    }
+
+    fn text(kind: u8, blocks: usize) -> Vec<u8> {
+        vec![kind; blocks * BLOCK_BYTES]
+    }
+
+    fn stream(prompt: &[u8], at_secs: f64) -> Request<'_> {
+        Request { stream: true, at_secs, ..Request::of(prompt) }
+    }
+
+    fn send(policy: &LeastTtft, request: &Request, target: &Arc<Target>) -> InFlight {
+        let mut in_flight = target.begin();
+        in_flight.heard_by(policy.sent(request, target));
+        in_flight
+    }
+
+    fn served(policy: &LeastTtft, prompt: &[u8], target: &Arc<Target>) {
+        send(policy, &stream(prompt, 0.0), target).begun(0.0);
+    }
+
+    fn pick(policy: &LeastTtft, prompt: &[u8], targets: &[Arc<Target>]) -> Pick {
+        let mut draw = fastrand::Rng::with_seed(3);
+        policy.pick(&stream(prompt, 0.0), targets, &mut draw, None).expect("never fails")
+    }
+
+    #[test]
+    fn a_prompt_goes_where_it_is_cached() {
+        let (policy, (targets, _held)) = (policy(&[]), loaded(&[0, 2, 0]));
+        served(&policy, &text(1, 10), &targets[1]);
+        let expected = Pick { index: 1, reason: PREFIX_MATCH, matched_tokens: Some(160) };
+        assert_eq!(pick(&policy, &text(1, 12), &targets), expected);
+        assert_eq!(pick(&policy, &text(2, 12), &targets).reason, NO_MATCH);
+        policy.forget(1);
+        assert_eq!(pick(&policy, &text(1, 12), &targets).reason, NO_MATCH);
+    }
+
+    #[test]
+    fn it_goes_elsewhere_when_the_wait_is_longer_than_five_times_what_is_saved() {
+        let (policy, (targets, _none)) = (policy(&[]), loaded(&[0, 0]));
+        served(&policy, &text(1, 10), &targets[0]);
+        // Saved are 160 tokens.
+        let _long = send(&policy, &stream(&text(2, 48), 0.0), &targets[0]);
+        assert_eq!(pick(&policy, &text(1, 12), &targets).index, 0);
+        let _more = send(&policy, &stream(&text(3, 8), 0.0), &targets[0]);
+        let elsewhere = Pick { index: 1, reason: SHORTER_WAIT, matched_tokens: Some(0) };
+        assert_eq!(pick(&policy, &text(1, 12), &targets), elsewhere);
+        let only_waits = self::policy(&["--cache-weight=0"]);
+        served(&only_waits, &text(1, 10), &targets[0]);
+        let _short = send(&only_waits, &stream(&text(2, 12), 0.0), &targets[0]);
+        assert_eq!(pick(&only_waits, &text(1, 12), &targets).index, 1);
+    }
+
+    #[test]
+    fn ties_go_by_requests_in_flight_and_then_at_random() {
+        let policy = policy(&[]);
+        let (targets, _held) = loaded(&[1, 2, 1, 1]);
+        let counts = tally(&policy, &targets, 3000);
+        assert!(close_to(&counts, &[1000.0, 0.0, 1000.0, 1000.0]), "{counts:?}");
+    }
+
+    #[test]
+    fn one_prompt_again_and_again_spreads_over_the_workers() {
+        let (policy, (targets, _none)) = (policy(&[]), loaded(&[0; 8]));
+        let prompt = text(1, 128);
+        let mut draw = fastrand::Rng::with_seed(3);
+        let mut held = Vec::new();
+        for _ in 0..400 {
+            let request = stream(&prompt, 0.0);
+            let pick = policy.pick(&request, &targets, &mut draw, None).expect("never fails");
+            held.push(send(&policy, &request, &targets[pick.index]));
+        }
+        let loads: Vec<_> = targets.iter().map(|target| target.in_flight()).collect();
+        // Its share is 50, and the slack 4 + √50.
+        assert!(loads.iter().all(|load| *load <= 62), "{loads:?}");
+    }
+
+    #[test]
+    fn a_crowded_worker_waits_until_another_holds_as_much() {
+        let (policy, (targets, _held)) = (policy(&[]), loaded(&[14, 0, 0, 0]));
+        served(&policy, &text(1, 128), &targets[0]);
+        let (first, scored) = scores(&policy, &text(1, 128), &targets);
+        assert!(first.index != 0 && scored[0].is_none(), "{scored:?}");
+        // The second copy is being computed; meanwhile the first one serves.
+        let _copied = send(&policy, &stream(&text(1, 128), 0.0), &targets[first.index]);
+        assert_eq!(pick(&policy, &text(1, 128), &targets).index, 0);
+        let _more: Vec<_> = (0..14).map(|_| targets[0].begin()).collect();
+        assert_eq!(pick(&policy, &text(1, 128), &targets).index, first.index);
+    }
+
+    #[test]
+    fn an_empty_prompt_and_a_huge_one_are_picked_for() {
+        let (policy, (targets, _none)) = (policy(&["--worker-kv-tokens=1"]), loaded(&[0, 0]));
+        let huge = text(1, 100_000);
+        for prompt in [&b""[..], &huge] {
+            let pick = pick(&policy, prompt, &targets);
+            assert_eq!((pick.reason, pick.matched_tokens), (NO_MATCH, Some(0)));
+            served(&policy, prompt, &targets[pick.index]);
+        }
+        assert_eq!(policy.input_tokens(&Request::of(b"")), None);
+    }
+
+    #[test]
+    fn bad_numbers_are_refused_by_name_and_range() {
+        for (flag, range) in [
+            ("--cache-weight=-1", "at least 0"),
+            ("--cache-weight=NaN", "at least 0"),
+            ("--cache-weight=inf", "finite"),
+            ("--worker-kv-tokens=0", "1..="),
+            ("--worker-kv-tokens=-1", "invalid"),
+            ("--worker-kv-tokens=2e6", "invalid"),
+        ] {
+            let error = options(&[flag]).expect_err(flag);
+            assert!(error.contains(range), "{error}");
+        }
+        let options = options(&[]).expect("no flag is needed");
+        assert_eq!((options.cache_weight, options.worker_kv_tokens), (4.0, None));
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Ask { kind: u8, blocks: usize, stream: bool },
+        Begin(usize),
+        Tell(usize, u32, u32),
+        End(usize),
+        Forget(WorkerId),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let asked = (0..4_u8, 0..60_usize, any::<bool>());
+        prop_oneof![
+            6 => asked.prop_map(|(kind, blocks, stream)| Step::Ask { kind, blocks, stream }),
+            3 => any::<usize>().prop_map(Step::Begin),
+            2 => (any::<usize>(), 0..2000_u32, 0..2000_u32).prop_map(|(at, p, c)| Step::Tell(at, p, c)),
+            3 => any::<usize>().prop_map(Step::End),
+            1 => (0..4_u32).prop_map(Step::Forget),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig {
+            failure_persistence: None,
+            ..ProptestConfig::with_cases(100)
+        })]
+
+        #[test]
+        fn the_choice_can_be_made_again_from_what_is_told(
+            steps in prop::collection::vec(step(), 1..80),
+        ) {
+            let policy = policy(&["--worker-kv-tokens=2000"]);
+            let (targets, _none) = loaded(&[0; 4]);
+            let mut draw = fastrand::Rng::with_seed(1);
+            let mut held: Vec<InFlight> = Vec::new();
+            for (at, step) in steps.into_iter().enumerate() {
+                let at_secs = at as f64;
+                match step {
+                    Step::Ask { kind, blocks, stream } => {
+                        let prompt = text(kind, blocks);
+                        let request = Request { stream, at_secs, ..Request::of(&prompt) };
+                        let tokens = policy.input_tokens(&request).unwrap_or(0);
+                        let (pick, told) =
+                            explained(&policy, &request, &targets, &mut draw, 4).expect("never fails");
+                        let speeds = told.iter().map(|one| one.speed.unwrap_or(1.0));
+                        let mean = speeds.sum::<f64>() / told.len() as f64;
+                        for one in &told {
+                            let uncached = f64::from(tokens - one.matched_tokens.unwrap_or(0));
+                            let pending = f64::from(one.pending_tokens.expect("it is counted"));
+                            let wait = (pending + uncached) / one.speed.unwrap_or(1.0);
+                            let score = wait + 4.0 * uncached / mean;
+                            let is_it = |told: f64| (told - score).abs() <= 1e-9 * score;
+                            prop_assert!(one.score.is_none_or(is_it), "{one:?} {score}");
+                        }
+                        prop_assert_eq!(told[0].index, pick.index);
+                        prop_assert!(told[0].score.is_some());
+                        held.push(send(&policy, &request, &targets[pick.index]));
+                    }
+                    Step::Begin(which) if !held.is_empty() => {
+                        let which = which % held.len();
+                        held[which].begun(at_secs);
+                    }
+                    Step::Tell(which, prompt, cached) if !held.is_empty() => {
+                        let which = which % held.len();
+                        held[which].told(&Told {
+                            prompt_tokens: Some(prompt),
+                            cached_tokens: Some(cached),
+                            completion_tokens: Some(cached),
+                        });
+                    }
+                    Step::End(which) if !held.is_empty() => {
+                        drop(held.swap_remove(which % held.len()));
+                    }
+                    Step::Forget(worker) => policy.forget(worker),
+                    _ => {}
+                }
+            }
+            drop(held);
+            let views = policy.outlook.see(&Request::of(b""), &targets);
+            prop_assert!(views.workers.iter().all(|view| view.pending_tokens == 0));
+        }
+    }
 }

@@ -417,3 +417,265 @@ fn find(holders: &[Holder], worker: WorkerId) -> Result<usize, usize> {
 fn place_of(index: usize) -> u32 {
     u32::try_from(index).expect("room for 2^32 blocks is more memory than there is")
 }
+
+#[cfg(test)]
+impl Mirror {
+    /// Panics unless the module's invariants hold.
+    fn check_invariants(&self) {
+        assert_eq!(self.by_name.len() + self.free.len(), self.blocks.len());
+        let held: usize = self.blocks.iter().map(|block| block.holders.len()).sum();
+        let mut listed = 0;
+        for (worker, cache) in &self.caches {
+            let (mut newer, mut place, mut bytes, mut use_before) =
+                (NONE, cache.newest, 0, UseNumber::MAX);
+            while place != NONE {
+                let entry = cache.entries[place as usize];
+                assert_eq!(entry.newer, newer, "the list is the same both ways");
+                assert!(entry.last_use <= use_before, "newest first");
+                if let Content::Block(block) = entry.content {
+                    let holders = &self.blocks[block as usize].holders;
+                    assert!(holders.is_sorted_by_key(|holder| holder.worker));
+                    let at = find(holders, *worker).expect("a holder");
+                    assert_eq!(holders[at].place, place);
+                    listed += 1;
+                }
+                bytes += entry.content.bytes();
+                (newer, place, use_before) = (place, entry.older, entry.last_use);
+            }
+            assert_eq!(bytes, cache.bytes);
+            assert_eq!(bytes, cache.uses.iter().map(|(_, bytes)| bytes).sum::<u64>());
+        }
+        assert_eq!(held, listed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
+
+    const BLOCK: u64 = BLOCK_BYTES as u64;
+
+    /// A prompt with one block per byte.
+    fn prompt(blocks: &[u8]) -> Box<[u64]> {
+        names(&blocks.iter().flat_map(|&byte| [byte; BLOCK_BYTES]).collect::<Vec<_>>())
+    }
+
+    /// The blocks each worker holds, from the levels.
+    fn by_level(mirror: &Mirror, names: &[u64]) -> BTreeMap<WorkerId, usize> {
+        let mut matched = BTreeMap::new();
+        for (blocks, holders) in mirror.levels(names) {
+            matched.extend(holders.iter().map(|holder| (holder.worker, blocks)));
+        }
+        matched
+    }
+
+    #[test]
+    fn a_block_is_named_by_all_that_stands_before_it() {
+        assert_eq!(names(&[7; BLOCK_BYTES - 1]).len(), 0);
+        assert_eq!(names(&[7; 2 * BLOCK_BYTES + 1]).len(), 2);
+        assert_eq!(prompt(b"abc")[..2], prompt(b"abd")[..2]);
+        assert_ne!(prompt(b"abc")[2], prompt(b"abd")[2]);
+        assert_ne!(prompt(b"xbc")[2], prompt(b"abc")[2]);
+        assert_ne!(prompt(b"aa")[0], prompt(b"aa")[1]);
+    }
+
+    #[test]
+    fn levels_tell_who_holds_how_much() {
+        let mut mirror = Mirror::default();
+        mirror.use_prompt(5, &prompt(b"abcdef"), 100 * BLOCK);
+        mirror.use_prompt(2, &prompt(b"abcx"), 100 * BLOCK);
+        mirror.use_prompt(9, &prompt(b"abcdefgh"), 100 * BLOCK);
+        let matched = by_level(&mirror, &prompt(b"abcdefghi"));
+        assert_eq!(matched, BTreeMap::from([(2, 3), (5, 6), (9, 8)]));
+        assert!(by_level(&mirror, &prompt(b"zabc")).is_empty());
+        assert!(by_level(&mirror, &[]).is_empty());
+    }
+
+    #[test]
+    fn the_end_of_what_was_not_used_for_longest_goes_first() {
+        let mut mirror = Mirror::default();
+        mirror.use_prompt(0, &prompt(b"abcd"), 8 * BLOCK);
+        mirror.use_prompt(0, &prompt(b"xyz"), 8 * BLOCK);
+        mirror.use_prompt(0, &prompt(b"abq"), 8 * BLOCK);
+        // One more: d, then c, then the end of xyz.
+        mirror.use_prompt(0, &prompt(b"1"), 8 * BLOCK);
+        assert_eq!(mirror.matched_blocks(&prompt(b"abcd"), 0), 3);
+        mirror.use_prompt(0, &prompt(b"23"), 8 * BLOCK);
+        assert_eq!(mirror.matched_blocks(&prompt(b"abcd"), 0), 2);
+        assert_eq!(mirror.matched_blocks(&prompt(b"xyz"), 0), 2);
+        assert_eq!(mirror.bytes(0), 8 * BLOCK);
+        // Of a prompt that is too large its head.
+        mirror.use_prompt(0, &prompt(b"0123456789"), 8 * BLOCK);
+        assert_eq!(mirror.matched_blocks(&prompt(b"0123456789"), 0), 8);
+        assert_eq!(mirror.use_prompt(0, &prompt(b"k"), 0).matched_blocks(), 0);
+        assert_eq!(mirror.bytes(0), 0);
+        mirror.check_invariants();
+    }
+
+    #[test]
+    fn a_use_tells_when_its_parts_were_used_before() {
+        let mut mirror = Mirror::default();
+        let first = mirror.use_prompt(0, &prompt(b"abcd"), 100 * BLOCK);
+        assert_eq!((first.matched_blocks(), first.runs.len()), (0, 0));
+        let second = mirror.use_prompt(0, &prompt(b"abx"), 100 * BLOCK);
+        mirror.use_nameless(0, 100, 100 * BLOCK);
+        let third = mirror.use_prompt(0, &prompt(b"abcde"), 100 * BLOCK);
+        let expected = [
+            Run { end: 2, last_use: second.number, newer_bytes: 100 },
+            Run { end: 4, last_use: first.number, newer_bytes: 100 + 3 * BLOCK },
+        ];
+        assert_eq!(third.runs[..], expected);
+    }
+
+    #[test]
+    fn what_was_taken_back_is_gone_unless_it_was_used_since() {
+        let mut mirror = Mirror::default();
+        mirror.use_prompt(0, &prompt(b"ab"), 100 * BLOCK);
+        let failed = mirror.use_prompt(0, &prompt(b"abcdef"), 100 * BLOCK);
+        mirror.use_prompt(0, &prompt(b"abcdx"), 100 * BLOCK);
+        mirror.retract(0, &prompt(b"abcdef"), &failed);
+        assert_eq!(mirror.matched_blocks(&prompt(b"abcdef"), 0), 4);
+        mirror.check_invariants();
+        mirror.retract(0, &prompt(b"abcdef"), &failed);
+        mirror.retract(7, &prompt(b"abcdef"), &failed);
+        assert_eq!(mirror.bytes(0), 5 * BLOCK);
+    }
+
+    #[test]
+    fn a_cut_takes_all_that_was_used_no_later() {
+        let mut mirror = Mirror::default();
+        mirror.use_prompt(0, &prompt(b"abc"), 100 * BLOCK);
+        let second = mirror.use_prompt(0, &prompt(b"xy"), 100 * BLOCK);
+        mirror.use_prompt(0, &prompt(b"ax"), 100 * BLOCK);
+        mirror.cut(0, second.number);
+        assert_eq!(mirror.matched_blocks(&prompt(b"abc"), 0), 1);
+        assert_eq!(mirror.matched_blocks(&prompt(b"xy"), 0), 0);
+        mirror.cut(4, second.number);
+        mirror.check_invariants();
+    }
+
+    #[test]
+    fn small_change_adds_up() {
+        let mut mirror = Mirror::default();
+        for _ in 0..10 {
+            mirror.use_nameless(0, 30, 1000);
+        }
+        assert_eq!(mirror.bytes(0), 270);
+        mirror.use_nameless(0, u32::MAX, 1000);
+        assert_eq!(mirror.bytes(0), 0);
+        mirror.check_invariants();
+    }
+
+    #[test]
+    fn uses_that_left_nothing_take_no_room_for_ever() {
+        let mut mirror = Mirror::default();
+        mirror.use_prompt(0, &prompt(b"old"), 100 * BLOCK);
+        for _ in 0..10_000 {
+            mirror.use_prompt(0, &prompt(b"new"), 100 * BLOCK);
+        }
+        assert!(mirror.caches[&0].uses.len() <= 2 * (6 + EMPTY_USES_MAX) + 1);
+        mirror.check_invariants();
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Use(WorkerId, Vec<u8>, u64),
+        Nameless(WorkerId, u32),
+        Forget(WorkerId),
+        Cut(WorkerId),
+    }
+
+    /// The same, kept as a map from worker and prefix to its last use.
+    #[derive(Default)]
+    struct Naive {
+        /// Least recently used first; `None` is nameless.
+        caches: BTreeMap<WorkerId, Vec<(Option<Vec<u8>>, u64)>>,
+    }
+
+    impl Naive {
+        fn use_prompt(&mut self, worker: WorkerId, prompt: &[u8], room_bytes: u64) {
+            let fitting = prompt.len().min((room_bytes / BLOCK) as usize);
+            let cache = self.caches.entry(worker).or_default();
+            for end in (1..=fitting).rev() {
+                let prefix = Some(prompt[..end].to_vec());
+                cache.retain(|(held, _)| *held != prefix);
+                cache.push((prefix, BLOCK));
+            }
+            self.shrink(worker, room_bytes);
+        }
+
+        fn shrink(&mut self, worker: WorkerId, room_bytes: u64) {
+            let cache = self.caches.entry(worker).or_default();
+            while cache.iter().map(|(_, bytes)| bytes).sum::<u64>() > room_bytes {
+                cache.remove(0);
+            }
+        }
+
+        fn matched(&self, worker: WorkerId, prompt: &[u8]) -> usize {
+            let Some(cache) = self.caches.get(&worker) else { return 0 };
+            let is_held = |end: &usize| {
+                cache.iter().any(|(held, _)| held.as_deref() == Some(&prompt[..*end]))
+            };
+            (1..=prompt.len()).take_while(is_held).count()
+        }
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let text = prop::collection::vec(0..3_u8, 0..8);
+        prop_oneof![
+            12 => (0..4_u32, text, 0..14_u64).prop_map(|(w, text, room)| Step::Use(w, text, room)),
+            3 => (0..4_u32, BLOCK as u32..300).prop_map(|(w, bytes)| Step::Nameless(w, bytes)),
+            1 => (0..4_u32).prop_map(Step::Forget),
+            1 => (0..4_u32).prop_map(Step::Cut),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig {
+            failure_persistence: None,
+            ..ProptestConfig::with_cases(200)
+        })]
+
+        #[test]
+        fn behaves_like_prefixes_in_a_list(steps in prop::collection::vec(step(), 1..40)) {
+            let (mut mirror, mut naive) = (Mirror::default(), Naive::default());
+            let room = 12 * BLOCK;
+            let mut prompts: Vec<Vec<u8>> = Vec::new();
+            for step in steps {
+                match step {
+                    Step::Use(worker, text, blocks) => {
+                        mirror.use_prompt(worker, &prompt(&text), blocks * BLOCK);
+                        naive.use_prompt(worker, &text, blocks * BLOCK);
+                        prompts.push(text);
+                    }
+                    Step::Nameless(worker, bytes) => {
+                        mirror.use_nameless(worker, bytes, room);
+                        let cache = naive.caches.entry(worker).or_default();
+                        cache.push((None, bytes.into()));
+                        naive.shrink(worker, room);
+                    }
+                    Step::Forget(worker) => {
+                        mirror.forget(worker);
+                        naive.caches.remove(&worker);
+                    }
+                    Step::Cut(worker) => {
+                        mirror.cut(worker, UseNumber::MAX);
+                        naive.caches.remove(&worker);
+                    }
+                }
+                mirror.check_invariants();
+                for text in &prompts {
+                    let names = prompt(text);
+                    let levels = by_level(&mirror, &names);
+                    for worker in 0..4 {
+                        let matched = naive.matched(worker, text);
+                        prop_assert_eq!(mirror.matched_blocks(&names, worker), matched);
+                        prop_assert_eq!(levels.get(&worker).copied().unwrap_or(0), matched);
+                    }
+                }
+            }
+        }
+    }
+}

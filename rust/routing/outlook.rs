@@ -13,8 +13,8 @@
 //! Where a worker had less of a prompt than was believed, what it used even longer ago is gone too, whether it was evicted or the
 //! cache was emptied; that is believed at the second time, as a prompt can also differ in what is not text.
 //!
-//! Bounds: per request in flight 8 bytes per block of its prompt; per worker the size of its cache in blocks
-//! (see [`Mirror`]). A worker that has left is swept out when the next one does.
+//! Bounds: per request in flight 8 bytes per block of its prompt; per worker the size of its cache in blocks, at most
+//! 2^22 tokens (see [`Mirror`]). A worker that has left is swept out when the next one does.
 //!
 //! One lock, shared by those who look and held alone by those who tell, each for microseconds; names of blocks are computed
 //! outside of it.
@@ -348,5 +348,243 @@ impl Ratio {
     /// Tokens of so many blocks of a prompt of `input_tokens`: at least one of it is always computed.
     fn matched(self, blocks: usize, input_tokens: u32) -> u32 {
         self.tokens(blocks * BLOCK_BYTES).min(input_tokens.saturating_sub(1))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BLOCK: usize = BLOCK_BYTES;
+
+    fn targets(count: WorkerId) -> Vec<Arc<Target>> {
+        (0..count).map(|id| Arc::new(Target::new(id, 1.0))).collect()
+    }
+
+    fn outlook() -> Arc<Outlook> {
+        Arc::new(Outlook::new(Some(1_000_000)))
+    }
+
+    /// A stream of so many blocks of text that begins like no other of another kind.
+    fn text(kind: u8, blocks: usize) -> Vec<u8> {
+        vec![kind; blocks * BLOCK]
+    }
+
+    fn stream(prompt: &[u8], at_secs: f64) -> Request<'_> {
+        Request { stream: true, at_secs, ..Request::of(prompt) }
+    }
+
+    fn told(prompt_tokens: u32, cached_tokens: u32) -> Told {
+        Told {
+            prompt_tokens: Some(prompt_tokens),
+            cached_tokens: Some(cached_tokens),
+            completion_tokens: Some(0),
+        }
+    }
+
+    fn matched(outlook: &Arc<Outlook>, prompt: &[u8], targets: &[Arc<Target>]) -> Vec<u32> {
+        let views = outlook.see(&Request::of(prompt), targets);
+        let matched: Vec<u32> = views.workers.iter().map(|view| view.matched_tokens).collect();
+        for (target, matched) in targets.iter().zip(&matched) {
+            assert_eq!(outlook.matched_tokens(&Request::of(prompt), target.id), *matched);
+        }
+        matched
+    }
+
+    fn pending(outlook: &Arc<Outlook>, targets: &[Arc<Target>], at_secs: f64) -> Vec<u32> {
+        let views = outlook.see(&stream(b"", at_secs), targets);
+        views.workers.iter().map(|view| view.pending_tokens).collect()
+    }
+
+    #[test]
+    fn a_prompt_is_pending_and_cached_from_when_it_is_sent() {
+        let (outlook, targets) = (outlook(), targets(3));
+        let prompt = text(1, 40);
+        let _sent = outlook.sent(&stream(&prompt, 0.0), &targets[1]);
+        assert_eq!(pending(&outlook, &targets, 0.0), [0, 640, 0]);
+        assert_eq!(matched(&outlook, &text(1, 80), &targets), [0, 640, 0]);
+        // A token of it is always computed.
+        assert_eq!(matched(&outlook, &prompt, &targets), [0, 639, 0]);
+        let _same = outlook.sent(&stream(&prompt, 0.0), &targets[1]);
+        assert_eq!(pending(&outlook, &targets, 0.0), [0, 640, 0]);
+        assert_eq!(outlook.input_tokens(&Request::of(&text(1, 2))), 32);
+        assert_eq!(matched(&outlook, b"", &targets), [0, 0, 0]);
+    }
+
+    #[test]
+    fn nothing_is_pending_after_any_ending() {
+        let (outlook, targets) = (outlook(), targets(1));
+        let prompts: Vec<_> = (0..6).map(|kind| text(kind, 40)).collect();
+        for is_stream in [true, false] {
+            let mut sent: Vec<_> = prompts
+                .iter()
+                .map(|prompt| {
+                    let request = Request { stream: is_stream, ..stream(prompt, 1.0) };
+                    outlook.sent(&request, &targets[0])
+                })
+                .collect();
+            sent[0].begun(2.0);
+            sent[0].begun(3.0);
+            sent[0].told(&told(640, 0));
+            sent[1].begun(3.0);
+            sent[2].told(&told(640, 0));
+            sent[3].told(&Told::default());
+            sent.rotate_left(1);
+            drop(sent);
+            let state = outlook.state.read();
+            assert_eq!(state.workers[&0].backlog.pending_tokens(1.0, None), 0);
+        }
+    }
+
+    #[test]
+    fn what_came_to_nothing_is_not_believed() {
+        let (outlook, targets) = (outlook(), targets(1));
+        drop(outlook.sent(&stream(&text(1, 4), 0.0), &targets[0]));
+        assert_eq!(matched(&outlook, &text(1, 8), &targets), [0]);
+        let mut computed = outlook.sent(&stream(&text(1, 4), 0.0), &targets[0]);
+        computed.begun(1.0);
+        drop(computed);
+        drop(outlook.sent(&stream(&text(1, 6), 0.0), &targets[0]));
+        assert_eq!(matched(&outlook, &text(1, 8), &targets), [64]);
+    }
+
+    #[test]
+    fn a_worker_that_had_less_twice_has_lost_what_it_used_before() {
+        let (outlook, targets) = (outlook(), targets(1));
+        let serve = |prompt: &[u8], cached: u32| {
+            let mut sent = outlook.sent(&stream(prompt, 0.0), &targets[0]);
+            sent.begun(0.0);
+            sent.told(&told(prompt.len() as u32 / 4, cached));
+        };
+        for kind in 0..5 {
+            serve(&text(kind, 40), 0);
+        }
+        serve(&text(3, 40), 0);
+        assert_eq!(matched(&outlook, &text(1, 80), &targets), [640], "once is nothing");
+        serve(&text(2, 40), 0);
+        assert_eq!(matched(&outlook, &text(1, 80), &targets), [0]);
+        assert_eq!(matched(&outlook, &text(0, 80), &targets), [0]);
+        // What was computed since is there, and so is what was never doubted.
+        assert_eq!(matched(&outlook, &text(2, 80), &targets), [640]);
+        assert_eq!(matched(&outlook, &text(4, 80), &targets), [640]);
+    }
+
+    #[test]
+    fn a_word_that_agrees_clears_a_doubt() {
+        let (outlook, targets) = (outlook(), targets(1));
+        let serve = |kind: u8, cached: u32| {
+            let mut sent = outlook.sent(&stream(&text(kind, 40), 0.0), &targets[0]);
+            sent.told(&told(640, cached));
+        };
+        (0..5).for_each(|kind| serve(kind, 0));
+        serve(3, 0);
+        serve(2, 640);
+        serve(4, 0);
+        assert_eq!(matched(&outlook, &text(1, 80), &targets), [640]);
+    }
+
+    #[test]
+    fn nonsense_teaches_nothing() {
+        let (outlook, targets) = (outlook(), targets(1));
+        let serve = |prompt: &[u8], told: Told| {
+            let mut sent = outlook.sent(&stream(prompt, 0.0), &targets[0]);
+            sent.begun(0.0);
+            sent.told(&told);
+        };
+        (0..3).for_each(|kind| serve(&text(kind, 40), told(640, 0)));
+        for _ in 0..3 {
+            serve(&text(1, 40), told(640, 641));
+            serve(&text(1, 40), told(0, 0));
+            serve(b"", told(u32::MAX, 0));
+        }
+        assert_eq!(matched(&outlook, &text(0, 80), &targets), [640]);
+        assert_eq!(outlook.input_tokens(&Request::of(&text(0, 40))), 640);
+        // However absurd, the tokens of a byte are bounded, and so are times.
+        serve(&text(1, 1), told(u32::MAX, 0));
+        assert_eq!(outlook.input_tokens(&Request::of(&text(0, 1))), 256);
+        let views = outlook.see(&stream(&text(0, 1), f64::NAN), &targets);
+        assert!(views.workers[0].speed.is_none_or(f64::is_finite));
+    }
+
+    #[test]
+    fn tokens_per_byte_are_learned() {
+        let (outlook, targets) = (outlook(), targets(1));
+        for kind in 0..3 {
+            let mut sent = outlook.sent(&stream(&text(kind, 40), 0.0), &targets[0]);
+            sent.told(&told(1280, 0));
+        }
+        assert_eq!(outlook.input_tokens(&Request::of(&text(9, 10))), 320);
+        assert_eq!(matched(&outlook, &text(1, 80), &targets), [1280]);
+    }
+
+    #[test]
+    fn speeds_are_learned_from_the_time_to_the_first_token() {
+        let (outlook, targets) = (outlook(), targets(3));
+        let mut at = 0.0;
+        for round in 0..30_u8 {
+            // Two at a time: the second waits for the first.
+            for (target, speed) in targets.iter().zip([1000.0, 500.0]) {
+                let prompts = [text(100 + round, 125), text(200 - round, 125)];
+                let send = |prompt: &Vec<u8>| outlook.sent(&stream(prompt, at), target);
+                let mut sent: Vec<_> = prompts.iter().map(send).collect();
+                for (place, sent) in (1..).zip(&mut sent) {
+                    sent.begun(at + f64::from(place) * 2000.0 / speed);
+                    sent.told(&told(2000, 0));
+                }
+            }
+            at += 100.0;
+        }
+        let views = outlook.see(&stream(b"", at), &targets);
+        let speeds: Vec<f64> = views.workers.iter().filter_map(|view| view.speed).collect();
+        let [fast, slow, unknown] = speeds[..] else { panic!("{speeds:?}") };
+        assert!((fast / 1000.0 - 1.0).abs() < 0.15, "{speeds:?}");
+        assert!((slow / 500.0 - 1.0).abs() < 0.15, "{speeds:?}");
+        assert!(slow < unknown && unknown < fast, "{speeds:?}");
+    }
+
+    #[test]
+    fn a_cache_is_as_large_as_the_operator_or_the_worker_says() {
+        let targets = targets(2);
+        targets[0].set_kv_tokens(Some(64));
+        let told = Arc::new(Outlook::new(None));
+        let fixed = Arc::new(Outlook::new(Some(32)));
+        for outlook in [&told, &fixed] {
+            for target in &targets {
+                outlook.sent(&stream(&text(1, 10), 0.0), target).begun(0.0);
+            }
+        }
+        assert_eq!(matched(&told, &text(1, 20), &targets), [64, 160]);
+        assert_eq!(matched(&fixed, &text(1, 20), &targets), [32, 32]);
+    }
+
+    #[test]
+    fn an_answer_takes_room() {
+        let (outlook, targets) = (Arc::new(Outlook::new(Some(160))), targets(1));
+        let serve = |kind, completion_tokens| {
+            let mut sent = outlook.sent(&stream(&text(kind, 4), 0.0), &targets[0]);
+            sent.told(&Told { completion_tokens: Some(completion_tokens), ..told(64, 0) });
+        };
+        serve(1, 0);
+        serve(2, 64);
+        assert_eq!(matched(&outlook, &text(1, 8), &targets), [32]);
+        assert_eq!(matched(&outlook, &text(2, 8), &targets), [64]);
+    }
+
+    #[test]
+    fn what_is_forgotten_is_gone_and_so_is_who_has_left() {
+        let (outlook, mut targets) = (outlook(), targets(2));
+        for target in &targets {
+            outlook.sent(&stream(&text(1, 40), 0.0), target).begun(1.0);
+        }
+        let held = outlook.sent(&stream(&text(2, 40), 5.0), &targets[0]);
+        outlook.forget(0);
+        assert_eq!(matched(&outlook, &text(1, 80), &targets), [0, 640]);
+        assert_eq!(pending(&outlook, &targets, 5.0), [640, 0]);
+        drop(held);
+        assert_eq!(pending(&outlook, &targets, 5.0), [0, 0]);
+        targets.pop();
+        outlook.forget(1);
+        assert_eq!(outlook.state.read().workers.len(), 1);
+        outlook.forget(77);
     }
 }

@@ -358,8 +358,14 @@ impl Flight {
         if let Some(series) = &self.series {
             series.tokens(facts.prompt_tokens, facts.completion_tokens);
         }
-        if let Some(worker) = &self.worker {
-            worker.cache.told(facts.prompt_tokens, facts.cached_tokens);
+        if let Some(worker) = &self.worker
+            && worker.cache.told(facts.prompt_tokens, facts.cached_tokens)
+        {
+            tracing::warn!(
+                worker = %worker.url,
+                "an answer had {} cached of {} prompt tokens: such answers teach nothing",
+                facts.cached_tokens.unwrap_or(0), facts.prompt_tokens.unwrap_or(0)
+            );
         }
         if let Some(attempt) = &mut self.attempt {
             attempt.in_flight.told(&Told {

@@ -340,7 +340,7 @@ fn the_memory_of_candidates_is_counted() {
     };
     let all: Vec<u32> = (0..100).collect();
     let added = memory_bytes(Some(candidates(&all))) - memory_bytes(None);
-    assert!((100 * size_of::<Candidate>()..100 * 64).contains(&added), "{added}");
+    assert!((100 * size_of::<Candidate>()..100 * 80).contains(&added), "{added}");
 }
 
 #[test]

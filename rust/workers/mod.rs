@@ -191,6 +191,7 @@ impl Worker {
     fn restarted(&self) {
         self.gate.reset();
         self.info.store(None);
+        self.target.set_kv_tokens(None);
     }
 }
 
@@ -498,6 +499,13 @@ impl Workers {
             worker = %worker.url, model = info.model_id, gpu = info.base_gpu_id,
             kv_tokens = info.kv_tokens, "worker reports"
         );
+        if let Some(nonsense) = &info.kv_tokens_nonsense {
+            tracing::warn!(
+                worker = %worker.url,
+                "max_total_num_tokens is {nonsense}, which is no size of a KV cache: ignored"
+            );
+        }
+        worker.target.set_kv_tokens(info.kv_tokens);
         worker.info.store(Some(Arc::new(info)));
     }
 

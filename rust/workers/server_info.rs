@@ -3,6 +3,8 @@
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::routing::KV_TOKENS_MAX;
+
 /// A longer model name is taken for nonsense.
 const NAME_BYTES_MAX: usize = 1024;
 /// So are longer start-up times.
@@ -16,6 +18,8 @@ pub struct ServerInfo {
     pub base_gpu_id: Option<u64>,
     /// Size of its KV cache in tokens.
     pub kv_tokens: Option<u64>,
+    /// What it says that is, if it cannot be.
+    pub kv_tokens_nonsense: Option<String>,
     /// Drawn when the process started, unless an operator fixed it.
     random_seed: Option<i64>,
     /// How long each phase of the process's start took, as JSON: measured, so no two starts have the same.
@@ -44,12 +48,17 @@ impl ServerInfo {
         let answer: Answer = serde_json::from_slice(body).ok()?;
         let is_name = |text: &&str| text.len() <= NAME_BYTES_MAX;
         let text = |value: &Value| value.as_str().filter(is_name).map(str::to_owned);
+        let kv_tokens = answer.max_total_num_tokens.as_u64();
+        let kv_tokens = kv_tokens.filter(|tokens| (1..=KV_TOKENS_MAX).contains(tokens));
+        let is_nonsense = kv_tokens.is_none() && !answer.max_total_num_tokens.is_null();
         let startup_time =
             (!answer.startup_time.is_null()).then(|| answer.startup_time.to_string());
         Some(Self {
             model_id: text(&answer.served_model_name).or_else(|| text(&answer.model_path)),
             base_gpu_id: answer.base_gpu_id.as_u64(),
-            kv_tokens: answer.max_total_num_tokens.as_u64(),
+            kv_tokens,
+            kv_tokens_nonsense: is_nonsense
+                .then(|| answer.max_total_num_tokens.to_string().chars().take(40).collect()),
             random_seed: answer.random_seed.as_i64(),
             startup_time: startup_time.filter(|text| text.len() <= STARTUP_TIME_BYTES_MAX),
         })
@@ -84,8 +93,20 @@ mod tests {
         assert_eq!(info.model_id.as_deref(), Some("m"));
         assert_eq!((info.base_gpu_id, info.kv_tokens), (Some(2), Some(9)));
         let odd = r#"{"base_gpu_id":-1,"max_total_num_tokens":"many","served_model_name":5,"random_seed":[]}"#;
-        assert_eq!(parse(odd), ServerInfo::default());
+        let kv_tokens_nonsense = Some(r#""many""#.to_owned());
+        assert_eq!(parse(odd), ServerInfo { kv_tokens_nonsense, ..ServerInfo::default() });
         assert_eq!(ServerInfo::parse(b"nope"), None);
+    }
+
+    #[test]
+    fn a_kv_cache_has_a_size_that_can_be() {
+        for nonsense in ["0", "-5", "1.5", "1e300", "1099511627777", "[]"] {
+            let info = parse(&format!(r#"{{"max_total_num_tokens":{nonsense}}}"#));
+            assert!(info.kv_tokens.is_none() && info.kv_tokens_nonsense.is_some(), "{nonsense}");
+        }
+        let info = parse(r#"{"max_total_num_tokens":1099511627776}"#);
+        assert_eq!((info.kv_tokens, info.kv_tokens_nonsense), (Some(1 << 40), None));
+        assert_eq!(parse(r#"{"max_total_num_tokens":null}"#).kv_tokens_nonsense, None);
     }
 
     #[test]

@@ -34,7 +34,7 @@ import pytest
 from sglang_router_rs import Router, _core
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ["README.md", "docs/guide.md", "docs/laboratory.md", "docs/operations.md", "docs/traces.md"]
+PAGES = ["README.md", "docs/guide.md", "docs/laboratory.md", "docs/operations.md", "docs/routing.md", "docs/traces.md"]
 TWINS = [("README.md", "README.zh-CN.md"), ("docs/guide.md", "docs/guide.zh-CN.md")]
 LINKED = [
     *PAGES,

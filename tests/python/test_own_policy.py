@@ -149,7 +149,8 @@ def test_what_fails_fails_that_request_alone(sim: Sim, value: object, found: str
         assert generate(router.url).status == 200
     log = "".join(path.read_text() for path in tmp_path.iterdir())
     assert found in log
-    assert ("Traceback" in log) == isinstance(value, BaseException)
+    # The end of a long one.
+    assert ("Traceback" in log) == (isinstance(value, BaseException) and len(str(value)) < 5000)
 
 
 def test_a_numpy_index_will_do(sim: Sim) -> None:

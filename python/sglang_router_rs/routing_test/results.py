@@ -37,6 +37,8 @@ DECISION_COLUMNS = (
     "chosen",
     "in_flight",
     "matched_tokens",
+    "pending_tokens",
+    "speed",
     "score",
 )
 _ERRORS_SHOWN = 5
