@@ -99,7 +99,7 @@ impl Args for Options {
             policy
                 .action(ArgAction::Append)
                 .value_delimiter(',')
-                .help("The rules that pick a worker for each request, one run each")
+                .help("The rules that pick a worker for each request, one run each; FILE.py:NAME is one of your own in Python")
         };
         let seed = |seed: Arg| {
             seed.default_value("0")
