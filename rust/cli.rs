@@ -9,7 +9,9 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::options::{self, Options, Setting};
 use crate::replay;
-use crate::running::Running;
+use crate::routing;
+use crate::routing::own::{Load, LoadError};
+use crate::running::{self, Running};
 use crate::sim;
 
 /// The commands that are the Python package's own, as `--help` lists those that are here.
@@ -46,8 +48,8 @@ pub fn command() -> clap::Command {
 }
 
 /// Runs one command line, `argv[0]` being the program, until it ends; returns the exit status. Errors and help go
-/// to the terminal. `defaults` replace those of `launch`.
-pub fn run(argv: &[String], defaults: &[Setting]) -> u8 {
+/// to the terminal. `defaults` replace those of `launch`; `load` is where policies from outside come from.
+pub fn run(argv: &[String], defaults: &[Setting], load: Load<'_>) -> u8 {
     let matches = match command().try_get_matches_from(argv) {
         Ok(matches) => matches,
         Err(error) => return refuse(&error),
@@ -57,14 +59,14 @@ pub fn run(argv: &[String], defaults: &[Setting]) -> u8 {
             // A subcommand is the first argument: the program itself has no options but --help and --version.
             let flags = argv.get(2..).unwrap_or_default();
             match Options::from_command_line(launch, flags, std::env::vars_os(), defaults) {
-                Ok(options) => self::launch(options),
+                Ok(options) => self::launch(options, load),
                 Err(error) => Err(anyhow::Error::new(error)),
             }
         }
         _ => match Cli::from_arg_matches(&matches) {
             Ok(Cli::Sim(options)) => simulate(options),
-            Ok(Cli::Replay(options)) => replay::run(&options),
-            Ok(Cli::Launch(options)) => self::launch(*options),
+            Ok(Cli::Replay(options)) => replay::run(&options, load),
+            Ok(Cli::Launch(options)) => self::launch(*options, load),
             Err(error) => return refuse(&error),
         },
     };
@@ -72,7 +74,7 @@ pub fn run(argv: &[String], defaults: &[Setting]) -> u8 {
         Ok(()) => 0,
         Err(error) => {
             complain(&error.to_string());
-            1
+            if error.is::<LoadError>() { 2 } else { 1 }
         }
     }
 }
@@ -94,11 +96,13 @@ fn complain(error: &str) {
     let _ = writeln!(std::io::stderr(), "error: {error}");
 }
 
-fn launch(options: Options) -> anyhow::Result<()> {
+fn launch(options: Options, load: Load<'_>) -> anyhow::Result<()> {
+    let policy = routing::build(&options.routing, load)?;
+    running::check(&options, &*policy)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     // Before the port opens: who sees it open may send a signal.
     let mut signals = runtime.block_on(async { Signals::new() })?;
-    let running = Arc::new(Running::start(options)?);
+    let running = Arc::new(Running::start(options, policy)?);
     let until_end = running.clone();
     runtime.block_on(async {
         let ended = move || while !until_end.wait(Duration::from_secs(3600)) {};

@@ -80,6 +80,7 @@ kinds! {
     QueueTimeout "queue_timeout" 408 Router "The request waited longer than `queue_timeout_secs` to be routed.";
     Overloaded "overloaded" 503 Router "The bodies of all requests together would take more than `max_buffered_bytes`.";
     NoAvailableWorkers "no_available_workers" 503 Router "No worker may be picked, or not the one asked for: unhealthy, leaving, or its circuit breaker is open.";
+    PolicyFailed "policy_failed" 500 Router "The policy is one of your own in Python, and raised an error or chose no worker: the trace and the log have the traceback.";
     WorkerUnreachable "worker_unreachable" 502 Worker "The last worker tried refused the connection, or ended it without an answer or in the middle of one.";
     Timeout "timeout" 504 Worker "The answer had not ended within `request_timeout_secs`, or nothing more of it came for `stream_stall_timeout_secs`.";
 }
@@ -92,16 +93,23 @@ pub struct Error {
     /// Whose fault it is this time; the kind's, unless something else is known.
     pub origin: Origin,
     pub message: String,
+    /// What the trace and the log say instead, if that is not the client's affair.
+    pub detail: Option<String>,
 }
 
 impl Error {
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
-        Self { kind, origin: kind.origin(), message: message.into() }
+        Self { kind, origin: kind.origin(), message: message.into(), detail: None }
     }
 
     /// The same error by somebody else's fault.
     pub fn by(self, origin: Origin) -> Self {
         Self { origin, ..self }
+    }
+
+    /// The same error, with more to tell to those who run the router.
+    pub fn with_detail(self, detail: String) -> Self {
+        Self { detail: Some(detail), ..self }
     }
 }
 

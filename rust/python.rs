@@ -20,12 +20,15 @@ use serde::Serialize;
 use crate::cli;
 use crate::error::Kind;
 use crate::options::{self, OptionError, Options, Setting, Shape, Source};
-use crate::routing::PolicyKind;
-use crate::running::Running;
+use crate::routing::own::{Chooser, LoadError};
+use crate::routing::{self, Choice, Policy, PolicyKind};
+use crate::running::{self, Running};
 use crate::server::routes;
 use crate::telemetry::metrics;
 use crate::tracking;
 use crate::tracking::{LogError, Page, Query, Trace, Tracker};
+
+mod policy;
 
 /// A year: longer waits are mistakes.
 const LONGEST: Duration = Duration::from_secs(365 * 86_400);
@@ -43,6 +46,9 @@ impl Drop for Server {
         if self.process != std::process::id() {
             // A fork copies locks as they were and no threads: an end in the child could wait for ever.
             std::mem::forget(self.running.clone());
+        } else {
+            // What ends may wait for Python, which must not wait for it.
+            Python::try_attach(|py| py.detach(|| self.running.end()));
         }
     }
 }
@@ -50,19 +56,43 @@ impl Drop for Server {
 #[pymethods]
 impl Server {
     /// Checks options given as (name, texts); what they come to. Raises TypeError for an unknown name, ValueError
-    /// for a bad value.
+    /// for a bad value or a policy of one's own that wants more than there is.
     #[staticmethod]
-    fn check(keywords: Vec<(String, Vec<String>)>) -> PyResult<String> {
-        parse(keywords).map(|options| format!("{options:?}"))
+    #[pyo3(signature = (keywords, own=None))]
+    fn check(keywords: Vec<(String, Vec<String>)>, own: Option<Own>) -> PyResult<String> {
+        let (options, policy) = with_own(keywords, own)?;
+        if let Some(policy) = policy {
+            running::check(&options, &*policy).map_err(|error| value_error(&error))?;
+        }
+        Ok(format!("{options:?}"))
+    }
+
+    /// FILE.py:NAME, if the options name a policy in a file.
+    #[staticmethod]
+    fn policy_file(keywords: Vec<(String, Vec<String>)>) -> PyResult<Option<&'static str>> {
+        parse(keywords).map(|options| match options.routing.policy {
+            Choice::Own(own) => Some(own.text),
+            Choice::Rule(_) => None,
+        })
     }
 
     /// Binds the port and serves on threads of its own. Raises OSError when the port is taken or a log cannot be
-    /// written.
+    /// written. `own` is a policy of one's own, instead of the one that the options name.
     #[new]
-    fn start(py: Python<'_>, keywords: Vec<(String, Vec<String>)>) -> PyResult<Self> {
-        let options = parse(keywords)?;
+    #[pyo3(signature = (keywords, own=None))]
+    fn start(
+        py: Python<'_>,
+        keywords: Vec<(String, Vec<String>)>,
+        own: Option<Own>,
+    ) -> PyResult<Self> {
+        let (options, policy) = with_own(keywords, own)?;
+        let policy = match policy {
+            Some(policy) => policy,
+            None => routing::build(&options.routing, &load).map_err(|error| value_error(&error))?,
+        };
+        running::check(&options, &*policy).map_err(|error| value_error(&error))?;
         let running =
-            py.detach(|| Running::start(options)).map_err(|error| os_error(py, &error))?;
+            py.detach(|| Running::start(options, policy)).map_err(|error| os_error(py, &error))?;
         Ok(Self { running: Arc::new(running), process: std::process::id() })
     }
 
@@ -221,7 +251,7 @@ fn run(py: Python<'_>, arguments: Vec<String>, defaults: BTreeMap<String, String
         std::iter::once("sglang-router-rs".to_owned()).chain(arguments).collect();
     let defaults: Vec<Setting> =
         defaults.into_iter().map(|(name, value)| Setting { name, values: vec![value] }).collect();
-    py.detach(|| i32::from(cli::run(&argv, &defaults)))
+    py.detach(|| i32::from(cli::run(&argv, &defaults, &load)))
 }
 
 /// What the flags of `launch` and an environment come to, to compare with `Server.check`. Raises ValueError for
@@ -301,6 +331,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<Server>()?;
     module.add_class::<TraceLog>()?;
+    module.add_class::<policy::RequestView>()?;
+    module.add_class::<policy::WorkerView>()?;
     module.add_function(wrap_pyfunction!(run, module)?)?;
     module.add_function(wrap_pyfunction!(check_flags, module)?)?;
     module.add_function(wrap_pyfunction!(all_options, module)?)?;
@@ -308,6 +340,38 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(all_errors, module)?)?;
     module.add_function(wrap_pyfunction!(all_routes, module)?)?;
     module.add_function(wrap_pyfunction!(all_metrics, module)?)
+}
+
+/// A policy of one's own: `choose`, `finished` or None, and its name or `FILE.py:NAME`.
+type Own = (Py<PyAny>, Option<Py<PyAny>>, String);
+
+/// The options, and the policy of one's own if there is one, which is then what the options name.
+fn with_own(
+    keywords: Vec<(String, Vec<String>)>,
+    own: Option<Own>,
+) -> PyResult<(Options, Option<Arc<dyn Policy>>)> {
+    let mut options = parse(keywords)?;
+    let Some((choose, finished, name)) = own else { return Ok((options, None)) };
+    let choice = Choice::own(&name).map_err(|why| value_error(&LoadError(why)))?;
+    options.routing.policy = choice;
+    let chooser = policy::chooser(choice.name(), choose, finished);
+    let policy = routing::build(&options.routing, &move |_: &str| Ok(chooser.clone()));
+    Ok((options, Some(policy.map_err(|error| value_error(&error))?)))
+}
+
+/// The policy of one's own that `FILE.py:NAME` names.
+fn load(text: &str) -> Result<Arc<dyn Chooser>, LoadError> {
+    Python::attach(|py| {
+        let loaded = py.import("sglang_router_rs.own_policy")?.call_method1("load", (text,))?;
+        let (choose, finished, name): Own = loaded.extract()?;
+        let choice = Choice::own(&name).map_err(PyValueError::new_err)?;
+        Ok(policy::chooser(choice.name(), choose, finished))
+    })
+    .map_err(|error: PyErr| LoadError(Python::attach(|py| error.value(py).to_string())))
+}
+
+fn value_error(error: &LoadError) -> PyErr {
+    PyValueError::new_err(error.to_string())
 }
 
 fn parse(keywords: Vec<(String, Vec<String>)>) -> PyResult<Options> {

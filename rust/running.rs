@@ -12,7 +12,8 @@ use tokio::task::JoinSet;
 use tracing::Dispatch;
 
 use crate::options::Options;
-use crate::routing::{self, Policy};
+use crate::routing::Policy;
+use crate::routing::own::LoadError;
 use crate::server::{self, App, Order, Secret, routes};
 use crate::telemetry::logging::{self, LogWriters};
 use crate::tracking::Tracker;
@@ -38,12 +39,12 @@ struct Ended {
 }
 
 impl Running {
-    /// Binds the port and starts to serve.
+    /// Binds the port and starts to serve, with the policy that the options name.
     ///
     /// # Errors
     /// The port is taken, the address is not one of this machine, or a file or directory of logs cannot be made; the
     /// message names it.
-    pub fn start(options: Options) -> io::Result<Self> {
+    pub fn start(options: Options, policy: Arc<dyn Policy>) -> io::Result<Self> {
         let (log, log_writers) = logging::subscriber(&options.logging)?;
         let runtime = runtime(&options, &log)?;
         let in_runtime = runtime.enter();
@@ -57,7 +58,6 @@ impl Running {
         let address = listener.local_addr()?;
         let request_timeout = options.server.request_timeout();
         raise_descriptor_limit();
-        let policy = routing::build(&options.routing);
         let app = Arc::new(app(options, policy, Arc::new(upstream::Tcp))?);
         announce(&app, address);
         app.workers().start_checks();
@@ -140,7 +140,8 @@ impl Running {
         true
     }
 
-    fn end(&self) {
+    /// Cuts everything and waits for the end, as [`Running::wait`] does.
+    pub fn end(&self) {
         self.app.stop();
         if let Some((runtime, log_writers)) = self.threads.lock().take() {
             // A name look-up that hangs in a blocking thread is not waited for.
@@ -149,6 +150,7 @@ impl Running {
             if let Some(tracker) = self.app.tracker() {
                 tracker.close_log();
             }
+            self.app.policy().close();
             drop(log_writers);
         }
     }
@@ -203,6 +205,18 @@ async fn ring_when_ended(
     ended.rung.notify_all();
 }
 
+/// Checks that the policy gets what it wants.
+///
+/// # Errors
+/// It wants traces, and there are none.
+pub fn check(options: &Options, policy: &dyn Policy) -> Result<(), LoadError> {
+    if policy.wants_traces() && !options.tracking.enable_request_tracking {
+        let why = "its finished() takes the traces of enable_request_tracking, which is off";
+        return Err(LoadError(why.to_owned()));
+    }
+    Ok(())
+}
+
 pub(crate) fn app(
     options: Options,
     policy: Arc<dyn Policy>,
@@ -213,6 +227,13 @@ pub(crate) fn app(
         .enable_request_tracking
         .then(|| Tracker::new(tracking, options.routing.policy.name()))
         .transpose()?;
+    if let Some(tracker) = tracker.as_ref().filter(|_| policy.wants_traces()) {
+        let policy = policy.clone();
+        // A trace always serialises.
+        tracker.tell(Box::new(move |trace| {
+            policy.finished(serde_json::to_string(trace).unwrap_or_default());
+        }));
+    }
     let authorization = options.server.api_key.as_ref().map(Secret::authorization);
     let workers =
         Workers::new(options.workers, &options.upstream, policy.clone(), network, authorization);

@@ -15,15 +15,19 @@ A router before two workers, until Ctrl-C::
 
 from ._core import __version__
 from .client import AsyncRouterTraceClient, NotThisRouter, RouterTraceClient, TracingDisabled
+from .own_policy import Policy, RequestView, WorkerView
 from .policy_type import PolicyType
 from .router import Router
 
 __all__ = [
     "AsyncRouterTraceClient",
     "NotThisRouter",
+    "Policy",
     "PolicyType",
+    "RequestView",
     "Router",
     "RouterTraceClient",
     "TracingDisabled",
+    "WorkerView",
     "__version__",
 ]

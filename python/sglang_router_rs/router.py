@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import enum
 import inspect
 import json
@@ -10,17 +11,19 @@ import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from . import _core
+from . import _core, own_policy
 from .client import Trace, TracingDisabled, listed
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
     from ._options import RouterOptions
+    from .own_policy import Choose, Policy
 
 # How long a wait for the end lasts before Python looks for signals again.
 _LOOK_EVERY_SECS = 0.1
@@ -29,26 +32,37 @@ _LOOK_EVERY_SECS = 0.1
 class Router:
     """Routes requests to SGLang workers and remembers which worker served which request.
 
-    Takes ``worker_urls``, ``policy`` (a ``PolicyType`` or its name) and every other option by keyword; they are
-    listed in ``docs/options.md`` and by ``help(Router)``. ``None`` leaves an option at its default. Options are
-    checked here, before anything starts.
+    Takes ``worker_urls``, ``policy`` (a ``PolicyType`` or its name; or one of your own: a function
+    ``choose(request, workers) -> index``, an object that has it, or ``"FILE.py:NAME"``, see ``Policy``) and every
+    other option by keyword; they are listed in ``docs/options.md`` and by ``help(Router)``. ``None`` leaves an
+    option at its default. Options are checked here, before anything starts.
 
     Raises:
         TypeError: an unknown option (the nearest one is named), one that is not supported yet, or a list or
             map given as something else.
-        ValueError: a value out of range; names the option, the value and the range.
+        ValueError: a value out of range; names the option, the value and the range. Also a policy of your own that
+            cannot be loaded or called.
 
     Use ``start()`` to serve until a signal, or a ``with`` block to serve in the background.
     """
 
     def __init__(
-        self, worker_urls: Sequence[str] | None = None, policy: str | None = None, **options: Unpack[RouterOptions]
+        self,
+        worker_urls: Sequence[str] | None = None,
+        policy: str | Policy | Choose | None = None,
+        **options: Unpack[RouterOptions],
     ) -> None:
-        given = {"worker_urls": worker_urls, "policy": policy, **options}
+        is_option = policy is None or isinstance(policy, str)
+        given = {"worker_urls": worker_urls, "policy": policy if is_option else None, **options}
         self._settings = [(name, option_texts(name, value)) for name, value in given.items() if value is not None]
         self._pid = os.getpid()
         self._server: _core.Server | None = None
-        _core.Server.check(self._settings)
+        if is_option:
+            file = _core.Server.policy_file(self._settings)
+            self._own = None if file is None else own_policy.load(file)
+        else:
+            self._own = own_policy.own(policy)
+        _core.Server.check(self._settings, self._own)
 
     def start(self) -> None:
         """Serve until stopped; blocks, with the GIL released.
@@ -102,7 +116,7 @@ class Router:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         # A forked child that leaves the block has nothing to stop.
-        if os.getpid() == self._pid:
+        if self._is_own_process():
             self.stop()
 
     @property
@@ -142,7 +156,9 @@ class Router:
             raise RuntimeError("this router is serving already")
 
     def _begin(self) -> _core.Server:
-        self._server = _core.Server(self._settings)
+        self._server = _core.Server(self._settings, self._own)
+        if self._own is not None:
+            _with_own_policies.add(self)
         return self._server
 
     def _serving(self) -> _core.Server:
@@ -157,9 +173,24 @@ class Router:
             raise TracingDisabled
         return server
 
+    def _is_own_process(self) -> bool:
+        return os.getpid() == self._pid
+
     def _check_process(self) -> None:
-        if os.getpid() != self._pid:
+        if not self._is_own_process():
             raise RuntimeError("this router belongs to the process it was made in; after a fork, make a new Router")
+
+
+# Routers that were started and call Python.
+_with_own_policies: weakref.WeakSet[Router] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_calling() -> None:
+    # An interpreter that is gone cannot be called.
+    for router in list(_with_own_policies):
+        if router._is_own_process() and router.is_running:
+            router.stop(0)
 
 
 def _signature() -> inspect.Signature:

@@ -15,6 +15,7 @@
 //! Not here: the router's queue, its breakers and its checks of workers, and the time that the network
 //! takes.
 
+use std::borrow::Cow;
 use std::cmp::{Ordering, Reverse};
 use std::collections::BinaryHeap;
 use std::sync::Arc;
@@ -24,7 +25,9 @@ use hashbrown::HashMap;
 
 use super::text::{Words, pages};
 use super::trace::Trace;
-use crate::routing::{Draws, InFlight, Policy, Request, Target, Told, WorkerId};
+use crate::routing::{
+    Draws, InFlight, Policy, Replayed, Request, Target, Told, WorkerId, WorkerName,
+};
 use crate::sim::MAX_OUTPUT_TOKENS;
 use crate::sim::engine::{Config, Engine, Event, Id, Sequence};
 
@@ -60,6 +63,8 @@ pub struct Outcome {
     pub worker: Option<WorkerId>,
     /// Why the policy picked that one.
     pub reason: Option<&'static str>,
+    /// Prompt tokens as the policy estimated them.
+    pub input_tokens: Option<u32>,
     /// Prompt tokens that the policy believed to be in its cache.
     pub matched_tokens: Option<u32>,
     /// Workers it was sent to.
@@ -72,8 +77,10 @@ pub struct Outcome {
     pub first_at_secs: Option<f64>,
     /// When its last token was there, or it failed.
     pub ended_at_secs: Option<f64>,
+    /// Whether it failed because the policy did.
+    pub is_policys: bool,
     /// Why it failed.
-    pub error: Option<&'static str>,
+    pub error: Option<Cow<'static, str>>,
 }
 
 /// What becomes of each request of the trace. `ended` counts them as they end.
@@ -195,6 +202,11 @@ impl<'a> Run<'a> {
     ) -> Self {
         let worker = |(id, config): (WorkerId, &Config)| {
             let target = Arc::new(Target::new(id, 1.0));
+            target.set_name(Arc::new(WorkerName {
+                index: id,
+                url: format!("http://worker-{id}").into(),
+                node_id: format!("worker_{id}").into(),
+            }));
             target.set_kv_tokens(setup.is_kv_told.then_some(config.kv_tokens as u64));
             let engine = Engine::new(config.clone());
             Worker { engine, target, flights: HashMap::new(), is_lost: false }
@@ -259,25 +271,36 @@ impl<'a> Run<'a> {
     /// Sends a request to a worker that the policy picks.
     fn send(&mut self, index: usize, now: f64) {
         if self.routable.is_empty() {
-            return self.failed(index, now, "no worker was left");
+            return self.failed(index, now, "no worker was left".into());
         }
         let asked = &self.trace.requests[index];
         self.words.write(asked, &mut self.prompt);
+        let number = index.to_string();
         let request = Request {
             prompt: &self.prompt,
             stream: true,
             route: "/generate",
             model: None,
             routing_key: asked.routing_key.as_deref(),
+            request_id: Some(&number),
             at_secs: now,
         };
         let pick = self.policy.pick(&request, &self.routable, &mut self.draws.next(), None);
+        let input_tokens = self.policy.input_tokens(&request);
+        let pick = match pick {
+            Ok(pick) => pick,
+            Err(error) => {
+                self.outcomes[index].is_policys = true;
+                return self.failed(index, now, error.detail.into());
+            }
+        };
         let target = self.routable[pick.index].clone();
         let mut in_flight = target.begin();
         in_flight.heard_by(self.policy.sent(&request, &target));
         let outcome = &mut self.outcomes[index];
         outcome.worker = Some(target.id);
         outcome.reason = Some(pick.reason);
+        outcome.input_tokens = input_tokens;
         outcome.matched_tokens = pick.matched_tokens;
         outcome.attempts += 1;
 
@@ -314,19 +337,44 @@ impl<'a> Run<'a> {
         let asked = &self.trace.requests[flight.request];
         let outcome = &mut self.outcomes[flight.request];
         outcome.ended_at_secs = Some(at);
-        flight.in_flight.told(&Told {
+        let told = Told {
             prompt_tokens: Some(asked.prompt_tokens),
             cached_tokens: outcome.cached_tokens,
             completion_tokens: Some(asked.output_tokens.min(MAX_OUTPUT_TOKENS as u32)),
+        };
+        flight.in_flight.told(&told);
+        flight.in_flight.answered(at);
+        let request = flight.request;
+        // No longer in flight when its end is told.
+        drop(flight);
+        self.over(request, at, told);
+    }
+
+    /// A request is over.
+    fn over(&mut self, number: usize, ended_at_secs: f64, told: Told) {
+        let (asked, outcome) = (&self.trace.requests[number], &self.outcomes[number]);
+        let worker = outcome.worker.map(|worker| &self.workers[worker as usize].target);
+        self.policy.replayed(&Replayed {
+            number,
+            worker: worker.and_then(|target| target.name()).map(|name| &**name),
+            routing_key: asked.routing_key.as_deref(),
+            arrived_at_secs: asked.at_secs,
+            first_at_secs: outcome.first_at_secs,
+            ended_at_secs,
+            reason: outcome.reason,
+            input_tokens: outcome.input_tokens,
+            matched_tokens: outcome.matched_tokens,
+            told,
+            error: outcome.error.as_deref(),
         });
         self.ended.fetch_add(1, atomic::Ordering::Relaxed);
     }
 
-    fn failed(&mut self, index: usize, now: f64, error: &'static str) {
+    fn failed(&mut self, index: usize, now: f64, error: Cow<'static, str>) {
         let outcome = &mut self.outcomes[index];
         outcome.error = Some(error);
         outcome.ended_at_secs = Some(now);
-        self.ended.fetch_add(1, atomic::Ordering::Relaxed);
+        self.over(index, now, Told::default());
     }
 
     /// Workers go and come, all at the same moment; then what they had in hand finds its end.
@@ -348,9 +396,9 @@ impl<'a> Run<'a> {
         in_hand.sort_unstable();
         for (request, has_begun) in in_hand {
             if has_begun {
-                self.failed(request, now, "its worker was lost while it answered");
+                self.failed(request, now, "its worker was lost while it answered".into());
             } else if self.outcomes[request].attempts >= ATTEMPTS_MAX {
-                self.failed(request, now, "its workers were lost");
+                self.failed(request, now, "its workers were lost".into());
             } else {
                 self.send(request, now);
             }
@@ -361,7 +409,7 @@ impl<'a> Run<'a> {
     fn finish(mut self) -> Vec<Outcome> {
         for outcome in &mut self.outcomes {
             if outcome.ended_at_secs.is_none() {
-                outcome.error = Some("it takes longer than numbers can tell");
+                outcome.error = Some("it takes longer than numbers can tell".into());
             }
         }
         self.outcomes

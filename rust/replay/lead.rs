@@ -15,6 +15,7 @@ use super::synthetic::Kind;
 use super::tests::options;
 use super::trace::{Asked, Trace};
 use crate::routing;
+use crate::routing::own::load_nothing;
 
 /// Fails if the mean TTFT of `least_ttft` is more than so many times that of another policy: on several
 /// traces the geometric mean of the ratios, as on a single one chance has its say.
@@ -33,8 +34,8 @@ fn ratio_to(other: &str, trace: &Trace, flags: &[&str]) -> f64 {
     let options = options(&[&["t", list.as_str()], flags].concat()).expect("flags");
     let setup = options.setup().expect("they go together");
     let trace = trace.clone().faster(options.flags.rate_scale);
-    let mean_secs = |policy: &routing::PolicyKind| {
-        let rule = routing::build(&options.routing(*policy));
+    let mean_secs = |policy: &routing::Choice| {
+        let rule = routing::build(&options.routing(*policy), &load_nothing).expect("the router's");
         let outcomes = replay(&trace, &setup, &*rule, &AtomicUsize::new(0));
         let run = Run { policy: policy.name().to_owned(), outcomes };
         Summary::new(&run, &trace, &setup).ttft_mean_secs.expect("first tokens")

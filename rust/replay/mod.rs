@@ -17,6 +17,7 @@ pub mod trace;
 
 use std::io::{self, IsTerminal, Write};
 use std::num::NonZero;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
@@ -24,7 +25,8 @@ use std::time::Duration;
 
 use anyhow::{anyhow, bail};
 
-use crate::routing;
+use crate::routing::own::Load;
+use crate::routing::{self, Policy};
 use cluster::Setup;
 pub use options::Options;
 use report::{About, Report, Run, Summary};
@@ -39,17 +41,22 @@ const PROGRESS: Duration = Duration::from_millis(500);
 /// Replays what the options ask for and prints the results.
 ///
 /// # Errors
-/// A trace that cannot be used, options that do not go together, files that cannot be written.
-pub fn run(options: &Options) -> anyhow::Result<()> {
+/// A trace that cannot be used, options that do not go together, files that cannot be written, a policy that `load` cannot
+/// load.
+pub fn run(options: &Options, load: Load<'_>) -> anyhow::Result<()> {
     let flags = &options.flags;
     if flags.plot.is_some() {
         bail!("--plot: plots are made by the Python package: python -m sglang_router_rs replay");
     }
     options.check_policies().map_err(anyhow::Error::msg)?;
     let setup = options.setup().map_err(anyhow::Error::msg)?;
+    let built = |policy| routing::build(&options.routing(policy), load);
+    let policies: Result<Vec<_>, _> = options.policies.iter().copied().map(built).collect();
+    let policies = policies?;
     let (name, trace) = trace(options)?;
     let trace = trace.faster(flags.rate_scale);
-    let runs = replay_all(&trace, &setup, options);
+    let runs = replay_all(&trace, &setup, options, &policies);
+    complain(&runs);
     if let Some(path) = &flags.csv {
         report::write_csv(path, &trace, &runs)
             .map_err(|error| anyhow!("--csv: cannot write {}: {error}", path.display()))?;
@@ -79,8 +86,12 @@ fn trace(options: &Options) -> anyhow::Result<(String, Trace)> {
 }
 
 /// Each policy's run, several at a time, in the order of the policies.
-fn replay_all(trace: &Trace, setup: &Setup, options: &Options) -> Vec<Run> {
-    let policies = &options.policies;
+fn replay_all(
+    trace: &Trace,
+    setup: &Setup,
+    options: &Options,
+    policies: &[Arc<dyn Policy>],
+) -> Vec<Run> {
     let (next, ended) = (AtomicUsize::new(0), AtomicUsize::new(0));
     let (sender, receiver) = mpsc::channel();
     let threads = thread::available_parallelism().map_or(1, NonZero::get).min(policies.len());
@@ -89,11 +100,11 @@ fn replay_all(trace: &Trace, setup: &Setup, options: &Options) -> Vec<Run> {
             let sender = sender.clone();
             let (next, ended) = (&next, &ended);
             scope.spawn(move || {
-                while let Some((place, kind)) = pop(next, policies) {
-                    let policy = routing::build(&options.routing(kind));
-                    let outcomes = cluster::replay(trace, setup, &*policy, ended);
+                while let Some((place, policy)) = pop(next, policies) {
+                    let outcomes = cluster::replay(trace, setup, &**policy, ended);
+                    let policy = options.policies[place].to_string();
                     // The receiver waits for all.
-                    let _ = sender.send((place, Run { policy: kind.name().to_owned(), outcomes }));
+                    let _ = sender.send((place, Run { policy, outcomes }));
                 }
             });
         }
@@ -105,9 +116,9 @@ fn replay_all(trace: &Trace, setup: &Setup, options: &Options) -> Vec<Run> {
 }
 
 /// The next thing to do, and its place.
-fn pop<T: Copy>(next: &AtomicUsize, things: &[T]) -> Option<(usize, T)> {
+fn pop<'a, T>(next: &AtomicUsize, things: &'a [T]) -> Option<(usize, &'a T)> {
     let place = next.fetch_add(1, Relaxed);
-    things.get(place).map(|thing| (place, *thing))
+    things.get(place).map(|thing| (place, thing))
 }
 
 /// What comes, until there is no more; a terminal sees how far it is.
@@ -132,6 +143,22 @@ fn collect<T>(receiver: &mpsc::Receiver<T>, ended: &AtomicUsize, all: usize) -> 
         let _ = write!(terminal, "\r\x1b[K");
     }
     collected
+}
+
+/// Shows the first error of each policy from outside.
+fn complain(runs: &[Run]) {
+    for run in runs {
+        let failed = || run.outcomes.iter().filter(|outcome| outcome.is_policys);
+        if let Some(error) = failed().next().and_then(|outcome| outcome.error.as_deref()) {
+            let count = failed().count();
+            // A terminal that is gone sees nothing.
+            let _ = writeln!(
+                io::stderr(),
+                "warning: {} failed on {count} requests; the first time:\n{error}",
+                run.policy
+            );
+        }
+    }
 }
 
 /// Prints; who reads no further has seen enough.

@@ -8,7 +8,7 @@ use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
 use super::cluster::{Loss, Setup};
 use super::synthetic::Kind;
 use super::trace::BLOCK_TOKENS;
-use crate::routing::{self, PolicyKind};
+use crate::routing::{self, Choice};
 use crate::sim::engine::Config;
 use crate::sim::hardware::Hardware;
 
@@ -17,7 +17,7 @@ use crate::sim::hardware::Hardware;
 pub struct Options {
     pub flags: Flags,
     /// One run each.
-    pub policies: Vec<PolicyKind>,
+    pub policies: Vec<Choice>,
 }
 
 /// What the command line says, but for the list of policies.
@@ -100,7 +100,7 @@ impl Args for Options {
             policy
                 .action(ArgAction::Append)
                 .value_delimiter(',')
-                .help("The rules that pick a worker for each request, one run each")
+                .help("The rules that pick a worker for each request, one run each; FILE.py:NAME is one of your own in Python")
         };
         let seed = |seed: Arg| {
             seed.default_value("0")
@@ -148,8 +148,8 @@ impl Options {
     }
 
     /// The options of routing for one of the policies.
-    pub fn routing(&self, policy: PolicyKind) -> routing::Options {
-        routing::Options { policy, ..self.flags.routing.clone() }
+    pub fn routing(&self, policy: impl Into<Choice>) -> routing::Options {
+        routing::Options { policy: policy.into(), ..self.flags.routing.clone() }
     }
 
     /// Checks that no policy is named twice, which would make rows that cannot be told apart.

@@ -235,7 +235,7 @@ pub fn write_csv(path: &Path, trace: &Trace, runs: &[Run]) -> io::Result<()> {
                 prefill_secs: outcome.prefill_secs,
                 ttft_secs: outcome.first_at_secs.map(|at| at - asked.at_secs),
                 e2e_secs: outcome.ended_at_secs.map(|at| at - asked.at_secs),
-                error: outcome.error,
+                error: outcome.error.as_deref(),
             })?;
         }
     }

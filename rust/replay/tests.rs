@@ -13,7 +13,8 @@ use super::synthetic::Kind;
 use super::text::{Words, pages};
 use super::trace::{Asked, BLOCK_TOKENS, Trace};
 use crate::routing::candidates::Weighed;
-use crate::routing::{self, Pick, Policy, Request, Target, Told, Underway, WorkerId};
+use crate::routing::own::load_nothing;
+use crate::routing::{self, Pick, PickError, Policy, Request, Target, Told, Underway, WorkerId};
 use crate::sim::engine::Config;
 
 #[derive(Parser)]
@@ -49,11 +50,8 @@ fn run(requests: Vec<Asked>, setup: &Setup, policy: &dyn Policy) -> Vec<Outcome>
 }
 
 fn in_turn() -> Arc<dyn Policy> {
-    routing::build(
-        &options(&["t", "--policy=round_robin"])
-            .expect("flags")
-            .routing(routing::PolicyKind::RoundRobin),
-    )
+    let kind = routing::PolicyKind::RoundRobin;
+    kind.build(&options(&["t", "--policy=round_robin"]).expect("flags").routing(kind))
 }
 
 /// Always picks the first, and notes what it hears.
@@ -80,10 +78,10 @@ impl Policy for Listener {
         targets: &[Arc<Target>],
         _: &mut fastrand::Rng,
         _: Option<&mut Weighed>,
-    ) -> Pick {
+    ) -> Result<Pick, PickError> {
         let in_flight: Vec<_> = targets.iter().map(|target| target.in_flight()).collect();
         self.note(format!("{} pick of {in_flight:?}", request.at_secs));
-        Pick { index: 0, reason: "first", matched_tokens: Some(7) }
+        Ok(Pick { index: 0, reason: "first", matched_tokens: Some(7) })
     }
 
     fn sent(&self, request: &Request, target: &Arc<Target>) -> Option<Box<dyn Underway>> {
@@ -140,7 +138,7 @@ fn a_policy_hears_what_it_would_in_the_router() {
         prefill_secs: Some(6.0),
         first_at_secs: Some(7.0),
         ended_at_secs: Some(11.0),
-        error: None,
+        ..Outcome::default()
     };
     assert_eq!(outcomes[0], expected);
 }
@@ -186,7 +184,8 @@ fn without_workers_requests_fail_and_the_replay_ends() {
     setup.losses = vec![loss(0), loss(1)];
     let requests = (0..4).map(|block| asked(f64::from(block), 100, 5, &[block])).collect();
     let outcomes = run(requests, &setup, &*in_turn());
-    let errors: Vec<_> = outcomes.iter().map(|outcome| outcome.error.unwrap_or_default()).collect();
+    let errors: Vec<_> =
+        outcomes.iter().map(|outcome| outcome.error.as_deref().unwrap_or_default()).collect();
     let (answering, nobody) = ("its worker was lost while it answered", "no worker was left");
     assert_eq!(errors, [answering, nobody, nobody, nobody]);
 }
@@ -233,7 +232,7 @@ fn the_numbers_of_a_run() {
 #[test]
 fn plots_are_not_made_here() {
     let options = options(&["t", "--plot=p.png"]).expect("flags");
-    let error = super::run(&options).expect_err("refused").to_string();
+    let error = super::run(&options, &load_nothing).expect_err("refused").to_string();
     assert!(error.contains("python -m sglang_router_rs replay"), "{error}");
 }
 
@@ -249,7 +248,8 @@ fn the_same_again_is_the_same() {
             replay(
                 &trace,
                 &setup,
-                &*routing::build(&options.routing(*policy)),
+                &*routing::build(&options.routing(*policy), &load_nothing)
+                    .expect("one of the router's"),
                 &AtomicUsize::new(0),
             )
         };
@@ -280,10 +280,10 @@ impl Policy for ByKey {
         targets: &[Arc<Target>],
         _: &mut fastrand::Rng,
         _: Option<&mut Weighed>,
-    ) -> Pick {
+    ) -> Result<Pick, PickError> {
         let index =
             request.routing_key.map_or(targets.len() - 1, |key| key.parse().expect("a number"));
-        Pick { index, reason: "key", matched_tokens: None }
+        Ok(Pick { index, reason: "key", matched_tokens: None })
     }
 }
 

@@ -21,7 +21,8 @@ use parking_lot::RwLock;
 use super::candidates::Weighed;
 use super::prefix_tree::{Match, PrefixTree};
 use super::{
-    BYTES_PER_TOKEN, Options, Pick, Policy, Request, Target, Underway, WorkerId, least_in_flight,
+    BYTES_PER_TOKEN, Options, Pick, PickError, Policy, Request, Target, Underway, WorkerId,
+    least_in_flight,
 };
 
 const IMBALANCE: &str = "imbalance";
@@ -90,7 +91,7 @@ impl Policy for CacheAware {
         targets: &[Arc<Target>],
         rng: &mut fastrand::Rng,
         weighed: Option<&mut Weighed>,
-    ) -> Pick {
+    ) -> Result<Pick, PickError> {
         let tree = self.tree.read();
         let matched = tree.matched(request.prompt);
         let (index, reason) = self.choose(request.prompt, &matched, targets, rng);
@@ -104,7 +105,7 @@ impl Policy for CacheAware {
                 weighed.fewest_in_flight_wins();
             }
         }
-        Pick { index, reason, matched_tokens: Some(tokens(&matched, targets[index].id)) }
+        Ok(Pick { index, reason, matched_tokens: Some(tokens(&matched, targets[index].id)) })
     }
 
     fn matched_tokens(&self, request: &Request, worker: WorkerId) -> Option<u32> {
@@ -166,7 +167,8 @@ mod tests {
     }
 
     fn pick(policy: &CacheAware, prompt: &[u8], targets: &[Arc<Target>]) -> Pick {
-        policy.pick(&Request::of(prompt), targets, &mut fastrand::Rng::with_seed(3), None)
+        let mut rng = fastrand::Rng::with_seed(3);
+        policy.pick(&Request::of(prompt), targets, &mut rng, None).expect("never fails")
     }
 
     fn expect(index: usize, reason: &'static str, tokens: u32) -> Pick {
@@ -249,7 +251,8 @@ mod tests {
         policy.sent(&Request::of(b"aaaa"), &at(1));
         let (targets, _held) = loaded(&[0, 1, 9]);
         let (request, mut rng) = (Request::of(b"aaaabbbb"), fastrand::Rng::with_seed(0));
-        let (pick, candidates) = explained(&policy, &request, &targets, &mut rng, usize::MAX);
+        let (pick, candidates) =
+            explained(&policy, &request, &targets, &mut rng, usize::MAX).expect("never fails");
         assert_eq!(pick, expect(0, IMBALANCE, 0));
         let matched: Vec<_> = candidates.iter().map(|c| (c.index, c.matched_tokens)).collect();
         assert_eq!(matched, [(0, Some(0)), (1, Some(1)), (2, Some(2))]);
@@ -282,7 +285,8 @@ mod tests {
         let mut rng = fastrand::Rng::with_seed(5);
         let mut counts = [0; 4];
         for _ in 0..3000 {
-            counts[policy.pick(&Request::of(b"aaaa"), &targets, &mut rng, None).index] += 1;
+            let pick = policy.pick(&Request::of(b"aaaa"), &targets, &mut rng, None);
+            counts[pick.expect("never fails").index] += 1;
         }
         assert!(close_to(&counts, &[1000.0, 1000.0, 0.0, 1000.0]), "{counts:?}");
 
@@ -306,7 +310,8 @@ mod tests {
                         let len = rng.usize(..200);
                         let prompt: Vec<u8> = (0..len).map(|_| rng.u8(..2)).collect();
                         let request = Request::of(&prompt);
-                        let pick = policy.pick(&request, targets, &mut rng, None);
+                        let pick =
+                            policy.pick(&request, targets, &mut rng, None).expect("never fails");
                         let _in_flight = targets[pick.index].begin();
                         policy.sent(&request, &targets[pick.index]);
                         if round % 100 == 0 {

@@ -9,7 +9,7 @@
 
 use std::sync::Arc;
 
-use super::{Pick, Policy, Request, Target};
+use super::{Pick, PickError, Policy, Request, Target};
 
 /// A worker as the policy saw it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -119,11 +119,11 @@ pub fn explained(
     targets: &[Arc<Target>],
     rng: &mut fastrand::Rng,
     keep: usize,
-) -> (Pick, Vec<Candidate>) {
+) -> Result<(Pick, Vec<Candidate>), PickError> {
     let still: Vec<_> = targets.iter().map(|target| Arc::new(target.still())).collect();
     let mut weighed = Weighed::new(&still);
-    let pick = policy.pick(request, &still, rng, Some(&mut weighed));
-    (pick, weighed.best(pick.index, keep))
+    let pick = policy.pick(request, &still, rng, Some(&mut weighed))?;
+    Ok((pick, weighed.best(pick.index, keep)))
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::candidates::Weighed;
-use super::{Options, Pick, Policy, Request, Target, least_in_flight, rendezvous};
+use super::{Options, Pick, PickError, Policy, Request, Target, least_in_flight, rendezvous};
 
 const ROUTING_KEY: &str = "routing_key";
 const OVERFLOW: &str = "overflow";
@@ -46,18 +46,18 @@ impl Policy for ConsistentHashing {
         targets: &[Arc<Target>],
         rng: &mut fastrand::Rng,
         weighed: Option<&mut Weighed>,
-    ) -> Pick {
+    ) -> Result<Pick, PickError> {
         let Some(key) = request.routing_key else {
             if let Some(weighed) = weighed {
                 weighed.fewest_in_flight_wins();
             }
             let index = least_in_flight(targets, rng);
-            return Pick { index, reason: NO_KEY, matched_tokens: None };
+            return Ok(Pick { index, reason: NO_KEY, matched_tokens: None });
         };
         let key = xxh3_64(key.as_bytes());
         let place = rendezvous::place(key, self.load_factor, targets, weighed);
         let reason = if place.is_first { ROUTING_KEY } else { OVERFLOW };
-        Pick { index: place.index, reason, matched_tokens: None }
+        Ok(Pick { index: place.index, reason, matched_tokens: None })
     }
 }
 
@@ -71,7 +71,9 @@ mod tests {
     }
 
     fn pick(key: &str, targets: &[Arc<Target>]) -> Pick {
-        policy().pick(&keyed(key), targets, &mut fastrand::Rng::with_seed(1), None)
+        policy()
+            .pick(&keyed(key), targets, &mut fastrand::Rng::with_seed(1), None)
+            .expect("never fails")
     }
 
     #[test]
@@ -82,7 +84,7 @@ mod tests {
         for (prompt, seed) in [("a", 1), ("b", 2), ("", 3)] {
             let request = Request { prompt: prompt.as_bytes(), ..keyed("session-1") };
             let rng = &mut fastrand::Rng::with_seed(seed);
-            assert_eq!(policy().pick(&request, &targets, rng, None), home);
+            assert_eq!(policy().pick(&request, &targets, rng, None).expect("never fails"), home);
         }
     }
 

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use super::candidates::Weighed;
-use super::{Options, Pick, Policy, Request, Target};
+use super::{Options, Pick, PickError, Policy, Request, Target};
 
 const WEIGHTED: &str = "weighted";
 const ALL_WEIGHTS_ZERO: &str = "all_weights_zero";
@@ -35,18 +35,18 @@ impl Policy for FixedProbability {
         targets: &[Arc<Target>],
         rng: &mut fastrand::Rng,
         weighed: Option<&mut Weighed>,
-    ) -> Pick {
+    ) -> Result<Pick, PickError> {
         if let Some(weighed) = weighed {
             weighed.highest_wins(|candidate| Some(targets[candidate.index].weight));
         }
-        match draw(targets, rng) {
+        Ok(match draw(targets, rng) {
             Some(index) => Pick { index, reason: WEIGHTED, matched_tokens: None },
             None => Pick {
                 index: rng.usize(..targets.len()),
                 reason: ALL_WEIGHTS_ZERO,
                 matched_tokens: None,
             },
-        }
+        })
     }
 }
 
@@ -82,7 +82,10 @@ mod tests {
 
     fn reason(targets: &[Arc<Target>]) -> &'static str {
         let mut rng = fastrand::Rng::with_seed(0);
-        FixedProbability.pick(&Request::of(b""), targets, &mut rng, None).reason
+        FixedProbability
+            .pick(&Request::of(b""), targets, &mut rng, None)
+            .expect("never fails")
+            .reason
     }
 
     #[test]

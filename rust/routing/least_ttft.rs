@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use super::candidates::Weighed;
 use super::outlook::{Outlook, View, Views};
-use super::{Options, Pick, Policy, Request, Target, Underway, WorkerId};
+use super::{Options, Pick, PickError, Policy, Request, Target, Underway, WorkerId};
 
 const PREFIX_MATCH: &str = "prefix_match";
 const SHORTER_WAIT: &str = "shorter_wait";
@@ -89,7 +89,7 @@ impl Policy for LeastTtft {
         targets: &[Arc<Target>],
         rng: &mut fastrand::Rng,
         weighed: Option<&mut Weighed>,
-    ) -> Pick {
+    ) -> Result<Pick, PickError> {
         let views = self.outlook.see(request, targets);
         let scores = self.scores(&views, targets);
         let index = lowest(&scores, targets, rng);
@@ -108,7 +108,7 @@ impl Policy for LeastTtft {
             Some(most) if matched_tokens < most => SHORTER_WAIT,
             Some(_) => PREFIX_MATCH,
         };
-        Pick { index, reason, matched_tokens: Some(matched_tokens) }
+        Ok(Pick { index, reason, matched_tokens: Some(matched_tokens) })
     }
 
     fn input_tokens(&self, request: &Request) -> Option<u32> {
@@ -178,7 +178,8 @@ mod tests {
     }
 
     fn pick(policy: &LeastTtft, prompt: &[u8], targets: &[Arc<Target>]) -> Pick {
-        policy.pick(&stream(prompt, 0.0), targets, &mut fastrand::Rng::with_seed(3), None)
+        let mut draw = fastrand::Rng::with_seed(3);
+        policy.pick(&stream(prompt, 0.0), targets, &mut draw, None).expect("never fails")
     }
 
     #[test]
@@ -224,7 +225,7 @@ mod tests {
         let mut held = Vec::new();
         for _ in 0..400 {
             let request = stream(&prompt, 0.0);
-            let pick = policy.pick(&request, &targets, &mut draw, None);
+            let pick = policy.pick(&request, &targets, &mut draw, None).expect("never fails");
             held.push(send(&policy, &request, &targets[pick.index]));
         }
         let loads: Vec<_> = targets.iter().map(|target| target.in_flight()).collect();
@@ -315,7 +316,8 @@ mod tests {
                         let prompt = text(kind, blocks);
                         let request = Request { stream, at_secs, ..Request::of(&prompt) };
                         let tokens = policy.input_tokens(&request).unwrap_or(0);
-                        let (pick, told) = explained(&policy, &request, &targets, &mut draw, 4);
+                        let (pick, told) =
+                            explained(&policy, &request, &targets, &mut draw, 4).expect("never fails");
                         let speeds = told.iter().map(|one| one.speed.unwrap_or(1.0));
                         let mean = speeds.sum::<f64>() / told.len() as f64;
                         for one in &told {

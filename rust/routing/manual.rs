@@ -18,7 +18,9 @@ use parking_lot::Mutex;
 
 use super::candidates::Weighed;
 use super::sticky_keys::{Key, StickyKeys};
-use super::{Options, Pick, Policy, Request, Target, WorkerId, least_by, least_in_flight};
+use super::{
+    Options, Pick, PickError, Policy, Request, Target, WorkerId, least_by, least_in_flight,
+};
 
 const STICKY: &str = "sticky";
 const NEW_KEY: &str = "new_key";
@@ -95,22 +97,22 @@ impl Policy for Manual {
         targets: &[Arc<Target>],
         rng: &mut fastrand::Rng,
         weighed: Option<&mut Weighed>,
-    ) -> Pick {
+    ) -> Result<Pick, PickError> {
         let mut keys = self.keys.lock();
         let Some(key) = request.routing_key.map(Key::of) else {
             let index = self.assign(&keys, targets, rng, weighed);
-            return Pick { index, reason: NO_KEY, matched_tokens: None };
+            return Ok(Pick { index, reason: NO_KEY, matched_tokens: None });
         };
         let known = keys.workers_of(key, request.at_secs);
         let place =
             |worker: &WorkerId| targets.binary_search_by_key(worker, |target| target.id).ok();
         if let Some(index) = known.iter().flatten().find_map(place) {
-            return Pick { index, reason: STICKY, matched_tokens: None };
+            return Ok(Pick { index, reason: STICKY, matched_tokens: None });
         }
         let index = self.assign(&keys, targets, rng, weighed);
         keys.give(key, targets[index].id, request.at_secs);
         let reason = if known == [None, None] { NEW_KEY } else { MOVED_KEY };
-        Pick { index, reason, matched_tokens: None }
+        Ok(Pick { index, reason, matched_tokens: None })
     }
 
     fn forget(&self, worker: WorkerId) {
@@ -173,7 +175,10 @@ mod tests {
         let (targets, _held) = loaded(&[0, 1]);
         let at = |at_secs| {
             let request = Request { at_secs, ..keyed("a") };
-            policy.pick(&request, &targets, &mut fastrand::Rng::with_seed(1), None).reason
+            policy
+                .pick(&request, &targets, &mut fastrand::Rng::with_seed(1), None)
+                .expect("never fails")
+                .reason
         };
         assert_eq!(
             [0.0, 9.0, 19.0, 29.5, 30.0].map(at),

@@ -11,12 +11,13 @@
 //! before a policy is asked; what was decided is recorded after.
 
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use candidates::Weighed;
 use clap::ValueEnum;
 use clap::builder::RangedU64ValueParser;
+pub use own::{Choice, build};
 use xxhash_rust::xxh3::xxh3_64;
 
 mod backlog;
@@ -29,6 +30,7 @@ mod least_ttft;
 mod manual;
 pub mod mirror;
 pub mod outlook;
+pub mod own;
 mod power_of_two;
 mod prefix_hash;
 pub mod prefix_tree;
@@ -69,6 +71,8 @@ pub struct Target {
     pub weight: f64,
     /// What hashing tells it by.
     name_hash: u64,
+    /// Set before it may be picked.
+    name: OnceLock<Arc<WorkerName>>,
     in_flight: AtomicU32,
     /// 0 where it is not known.
     kv_tokens: AtomicU64,
@@ -78,15 +82,30 @@ impl Target {
     /// A worker with nothing in flight, which hashing tells by its id. `weight` has passed
     /// [`check_weight`].
     pub fn new(id: WorkerId, weight: f64) -> Self {
-        let name_hash = xxh3_64(&id.to_le_bytes());
-        let (in_flight, kv_tokens) = (AtomicU32::new(0), AtomicU64::new(0));
-        Self { id, weight, name_hash, in_flight, kv_tokens }
+        Self {
+            id,
+            weight,
+            name_hash: xxh3_64(&id.to_le_bytes()),
+            name: OnceLock::new(),
+            in_flight: AtomicU32::new(0),
+            kv_tokens: AtomicU64::new(0),
+        }
     }
 
     /// The same worker, which hashing tells by its name: so a session finds it again whatever the
     /// order of joining, also through another router.
     pub fn named(self, name: &str) -> Self {
         Self { name_hash: xxh3_64(name.as_bytes()), ..self }
+    }
+
+    /// What it is called, if that was said.
+    pub fn name(&self) -> Option<&Arc<WorkerName>> {
+        self.name.get()
+    }
+
+    /// Says what it is called. The first word counts.
+    pub fn set_name(&self, name: Arc<WorkerName>) {
+        self.name.get_or_init(|| name);
     }
 
     /// Requests picked for this worker that have not ended.
@@ -106,9 +125,13 @@ impl Target {
 
     /// The worker as it is now, with a count that nothing changes.
     fn still(&self) -> Self {
-        let in_flight = AtomicU32::new(self.in_flight());
-        let kv_tokens = AtomicU64::new(self.kv_tokens().unwrap_or(0));
-        Self { id: self.id, weight: self.weight, name_hash: self.name_hash, in_flight, kv_tokens }
+        let still = Self { name_hash: self.name_hash, ..Self::new(self.id, self.weight) };
+        still.in_flight.store(self.in_flight(), Ordering::Relaxed);
+        still.set_kv_tokens(self.kv_tokens());
+        if let Some(name) = self.name() {
+            still.set_name(name.clone());
+        }
+        still
     }
 
     /// Counts a request as in flight here until the guard is dropped. Taken right after the pick,
@@ -145,6 +168,13 @@ impl InFlight {
         }
     }
 
+    /// Its answer has come to its end.
+    pub fn answered(&mut self, at_secs: f64) {
+        if let Some(underway) = &mut self.underway {
+            underway.answered(at_secs);
+        }
+    }
+
     /// The answer has told how many tokens there were.
     pub fn told(&mut self, told: &Told) {
         if let Some(underway) = &mut self.underway {
@@ -170,6 +200,9 @@ pub trait Underway: Send {
 
     /// What the worker said of the tokens. At most once.
     fn told(&mut self, told: &Told);
+
+    /// The answer has come to its end, and is no error.
+    fn answered(&mut self, _at_secs: f64) {}
 }
 
 /// Tokens as a worker counted them; `None` where it did not say.
@@ -194,6 +227,8 @@ pub struct Request<'a> {
     pub model: Option<&'a str>,
     /// The header `x-smg-routing-key`: what the requests of a session have in common. Not empty.
     pub routing_key: Option<&'a str>,
+    /// The id it is traced by.
+    pub request_id: Option<&'a str>,
     /// Now, in seconds of a clock that never goes back.
     pub at_secs: f64,
 }
@@ -201,7 +236,15 @@ pub struct Request<'a> {
 impl<'a> Request<'a> {
     /// A request with this text, of which nothing else is known.
     pub fn of(prompt: &'a [u8]) -> Self {
-        Self { prompt, stream: false, route: "", model: None, routing_key: None, at_secs: 0.0 }
+        Self {
+            prompt,
+            stream: false,
+            route: "",
+            model: None,
+            routing_key: None,
+            request_id: None,
+            at_secs: 0.0,
+        }
     }
 }
 
@@ -217,17 +260,35 @@ pub struct Pick {
     pub matched_tokens: Option<u32>,
 }
 
+/// Why a policy did not pick: one from outside failed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct PickError {
+    /// In words for whoever sent the request.
+    pub message: String,
+    /// In words for whoever wrote the policy, such as a traceback.
+    pub detail: String,
+}
+
 /// A rule that picks a worker. Shared by all requests at once.
 pub trait Policy: Send + Sync {
     /// Picks one of `targets`, which are the routable workers: never empty, sorted by id. If someone
     /// wants to know why, notes in `weighed` what it compared, and picks no other one for that.
+    ///
+    /// # Errors
+    /// A policy from outside failed. The router's own never do.
     fn pick(
         &self,
         request: &Request,
         targets: &[Arc<Target>],
         rng: &mut fastrand::Rng,
         weighed: Option<&mut Weighed>,
-    ) -> Pick;
+    ) -> Result<Pick, PickError>;
+
+    /// Whether a pick may take so long that other requests should not wait for it.
+    fn may_block(&self) -> bool {
+        false
+    }
 
     /// Tokens of the prompt, as this policy estimates them; `None` from one that does not.
     fn input_tokens(&self, _request: &Request) -> Option<u32> {
@@ -247,9 +308,43 @@ pub trait Policy: Send + Sync {
 
     /// The worker left, or was gone and is back: what was believed of its cache is void.
     fn forget(&self, _worker: WorkerId) {}
+
+    /// Whether it wants the trace of each request that is over.
+    fn wants_traces(&self) -> bool {
+        false
+    }
+
+    /// A request is over, with its trace as JSON. Must not wait.
+    fn finished(&self, _trace: String) {}
+
+    /// No more comes: waits a moment until what was told is heard.
+    fn close(&self) {}
+
+    /// A request of a replay is over. It has no trace.
+    fn replayed(&self, _replayed: &Replayed) {}
 }
 
-/// Makes the enum, its words and [`build`] from one row per policy: the rule in a sentence, the
+/// What became of a request of a replay.
+#[derive(Clone, Debug)]
+pub struct Replayed<'a> {
+    /// Its place in the trace.
+    pub number: usize,
+    /// The worker it was sent to last.
+    pub worker: Option<&'a WorkerName>,
+    pub routing_key: Option<&'a str>,
+    /// Seconds of the trace's clock.
+    pub arrived_at_secs: f64,
+    pub first_at_secs: Option<f64>,
+    pub ended_at_secs: f64,
+    pub reason: Option<&'static str>,
+    pub input_tokens: Option<u32>,
+    pub matched_tokens: Option<u32>,
+    pub told: Told,
+    /// Why it failed.
+    pub error: Option<&'a str>,
+}
+
+/// Makes the enum, its words and [`PolicyKind::build`] from one row per policy: the rule in a sentence, the
 /// name, and the module, which has a type named like the variant with `new(&Options)`, the list
 /// `REASONS`, and the sentence `SCORE`.
 macro_rules! policies {
@@ -283,12 +378,12 @@ macro_rules! policies {
             pub const fn score(self) -> &'static str {
                 match self { $(Self::$kind => $module::SCORE,)+ }
             }
-        }
 
-        /// The policy that `options` ask for, as it is at the start.
-        pub fn build(options: &Options) -> Arc<dyn Policy> {
-            match options.policy {
-                $(PolicyKind::$kind => Arc::new($module::$kind::new(options)),)+
+            /// The policy as it is at the start.
+            pub fn build(self, options: &Options) -> Arc<dyn Policy> {
+                match self {
+                    $(Self::$kind => Arc::new($module::$kind::new(options)),)+
+                }
             }
         }
     };
@@ -332,9 +427,9 @@ impl fmt::Display for PolicyKind {
 #[derive(Clone, Debug, clap::Args)]
 #[group(skip)]
 pub struct Options {
-    /// The rule that picks a worker for each request.
-    #[arg(long, value_enum, ignore_case = true, default_value_t = PolicyKind::CacheAware)]
-    pub policy: PolicyKind,
+    /// The rule that picks a worker for each request: one of these, or FILE.py:NAME, a rule of your own in Python.
+    #[arg(long, ignore_case = true, value_parser = own::ChoiceParser, default_value_t = PolicyKind::CacheAware.into())]
+    pub policy: Choice,
 
     /// cache_aware: follow a matching prefix only if it is more than this share of the prompt,
     /// 0 to 1.
@@ -529,7 +624,8 @@ pub(crate) mod tests {
     ) -> (Pick, Vec<Option<f64>>) {
         let mut rng = fastrand::Rng::with_seed(7);
         let (pick, mut candidates) =
-            candidates::explained(policy, request, targets, &mut rng, usize::MAX);
+            candidates::explained(policy, request, targets, &mut rng, usize::MAX)
+                .expect("never fails");
         candidates.sort_by_key(|candidate| candidate.index);
         (pick, candidates.iter().map(|candidate| candidate.score).collect())
     }
@@ -544,7 +640,8 @@ pub(crate) mod tests {
         let mut rng = fastrand::Rng::with_seed(7);
         let mut counts = vec![0; targets.len()];
         for _ in 0..rounds {
-            counts[policy.pick(&Request::of(b""), targets, &mut rng, None).index] += 1;
+            let pick = policy.pick(&Request::of(b""), targets, &mut rng, None);
+            counts[pick.expect("never fails").index] += 1;
         }
         counts
     }
@@ -555,13 +652,13 @@ pub(crate) mod tests {
     }
 
     fn built(kind: PolicyKind) -> Arc<dyn Policy> {
-        build(&options(&["--policy", kind.name()]).expect("names parse"))
+        kind.build(&options(&["--policy", kind.name()]).expect("names parse"))
     }
 
     #[test]
     fn the_defaults_are_sglangs() {
         let options = options(&[]).expect("no flag is needed");
-        assert_eq!(options.policy, PolicyKind::CacheAware);
+        assert_eq!(options.policy, PolicyKind::CacheAware.into());
         assert_eq!(options.cache_threshold, 0.3);
         assert_eq!(options.balance_abs_threshold, 64);
         assert_eq!(options.balance_rel_threshold, 1.5);
@@ -619,7 +716,7 @@ pub(crate) mod tests {
             assert!(kind.rule().ends_with('.') && !kind.reasons().is_empty());
             assert!(kind.score().ends_with('.'));
             let upper = kind.name().to_uppercase();
-            assert_eq!(options(&["--policy", &upper]).expect("any case").policy, kind);
+            assert_eq!(options(&["--policy", &upper]).expect("any case").policy, kind.into());
         }
     }
 
@@ -685,7 +782,8 @@ pub(crate) mod tests {
         rng: &mut fastrand::Rng,
         keep: usize,
     ) -> Pick {
-        let (pick, candidates) = candidates::explained(policy, request, given, rng, keep);
+        let (pick, candidates) =
+            candidates::explained(policy, request, given, rng, keep).expect("never fails");
         assert_eq!(candidates.len(), keep.min(given.len()));
         let chosen = candidates.iter().find(|candidate| candidate.index == pick.index);
         let chosen = chosen.expect("the chosen one is always kept");
@@ -721,7 +819,7 @@ pub(crate) mod tests {
                     let rng = &mut draws.next();
                     let pick = match keep {
                         Some(keep) => explained_pick(&*policy, &request, &given, rng, keep),
-                        None => policy.pick(&request, &given, rng, None),
+                        None => policy.pick(&request, &given, rng, None).expect("never fails"),
                     };
                     assert!(kind.reasons().contains(&pick.reason));
                     let tokens = (prompt.len() / BYTES_PER_TOKEN) as u32;

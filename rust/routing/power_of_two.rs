@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use super::candidates::Weighed;
-use super::{Options, Pick, Policy, Request, Target};
+use super::{Options, Pick, PickError, Policy, Request, Target};
 
 const FEWER_IN_FLIGHT: &str = "fewer_in_flight";
 const ONLY_WORKER: &str = "only_worker";
@@ -35,9 +35,9 @@ impl Policy for PowerOfTwo {
         targets: &[Arc<Target>],
         rng: &mut fastrand::Rng,
         weighed: Option<&mut Weighed>,
-    ) -> Pick {
+    ) -> Result<Pick, PickError> {
         if targets.len() == 1 {
-            return Pick { index: 0, reason: ONLY_WORKER, matched_tokens: None };
+            return Ok(Pick { index: 0, reason: ONLY_WORKER, matched_tokens: None });
         }
         let first = rng.usize(..targets.len());
         // Drawn from all but the first: those from its place on move up by one.
@@ -52,7 +52,7 @@ impl Policy for PowerOfTwo {
         // On a tie the first wins, which is random as the first was drawn at random.
         let fewer = targets[second].in_flight() < targets[first].in_flight();
         let index = if fewer { second } else { first };
-        Pick { index, reason: FEWER_IN_FLIGHT, matched_tokens: None }
+        Ok(Pick { index, reason: FEWER_IN_FLIGHT, matched_tokens: None })
     }
 }
 
@@ -95,7 +95,8 @@ mod tests {
     fn a_single_worker_is_the_only_one() {
         let (targets, _held) = loaded(&[5]);
         let mut rng = fastrand::Rng::with_seed(0);
-        let pick = PowerOfTwo.pick(&Request::of(b""), &targets, &mut rng, None);
+        let pick =
+            PowerOfTwo.pick(&Request::of(b""), &targets, &mut rng, None).expect("never fails");
         assert_eq!((pick.index, pick.reason), (0, ONLY_WORKER));
     }
 }

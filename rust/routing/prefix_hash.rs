@@ -13,7 +13,9 @@ use std::sync::Arc;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::candidates::Weighed;
-use super::{BYTES_PER_TOKEN, Options, Pick, Policy, Request, Target, least_in_flight, rendezvous};
+use super::{
+    BYTES_PER_TOKEN, Options, Pick, PickError, Policy, Request, Target, least_in_flight, rendezvous,
+};
 
 const PREFIX_HASH: &str = "prefix_hash";
 const OVERFLOW: &str = "overflow";
@@ -49,18 +51,18 @@ impl Policy for PrefixHash {
         targets: &[Arc<Target>],
         rng: &mut fastrand::Rng,
         weighed: Option<&mut Weighed>,
-    ) -> Pick {
+    ) -> Result<Pick, PickError> {
         if request.prompt.is_empty() {
             if let Some(weighed) = weighed {
                 weighed.fewest_in_flight_wins();
             }
             let index = least_in_flight(targets, rng);
-            return Pick { index, reason: NO_PROMPT, matched_tokens: None };
+            return Ok(Pick { index, reason: NO_PROMPT, matched_tokens: None });
         }
         let head = &request.prompt[..request.prompt.len().min(self.head_bytes)];
         let place = rendezvous::place(xxh3_64(head), self.load_factor, targets, weighed);
         let reason = if place.is_first { PREFIX_HASH } else { OVERFLOW };
-        Pick { index: place.index, reason, matched_tokens: None }
+        Ok(Pick { index: place.index, reason, matched_tokens: None })
     }
 }
 

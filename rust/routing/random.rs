@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::candidates::Weighed;
-use super::{Options, Pick, Policy, Request, Target};
+use super::{Options, Pick, PickError, Policy, Request, Target};
 
 const RANDOM: &str = "random";
 
@@ -29,8 +29,8 @@ impl Policy for Random {
         targets: &[Arc<Target>],
         rng: &mut fastrand::Rng,
         _: Option<&mut Weighed>,
-    ) -> Pick {
-        Pick { index: rng.usize(..targets.len()), reason: RANDOM, matched_tokens: None }
+    ) -> Result<Pick, PickError> {
+        Ok(Pick { index: rng.usize(..targets.len()), reason: RANDOM, matched_tokens: None })
     }
 }
 

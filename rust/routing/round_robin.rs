@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::candidates::Weighed;
-use super::{Options, Pick, Policy, Request, Target};
+use super::{Options, Pick, PickError, Policy, Request, Target};
 
 const ROUND_ROBIN: &str = "round_robin";
 
@@ -36,7 +36,7 @@ impl Policy for RoundRobin {
         targets: &[Arc<Target>],
         _: &mut fastrand::Rng,
         _: Option<&mut Weighed>,
-    ) -> Pick {
+    ) -> Result<Pick, PickError> {
         let mut next = self.next.load(Ordering::Relaxed);
         loop {
             let at = targets.partition_point(|target| target.id < next);
@@ -47,7 +47,7 @@ impl Policy for RoundRobin {
             match self.next.compare_exchange_weak(next, after, Ordering::Relaxed, Ordering::Relaxed)
             {
                 Ok(_) => {
-                    return Pick { index, reason: ROUND_ROBIN, matched_tokens: None };
+                    return Ok(Pick { index, reason: ROUND_ROBIN, matched_tokens: None });
                 }
                 Err(moved) => next = moved,
             }
@@ -70,7 +70,8 @@ mod tests {
 
     fn turn(policy: &RoundRobin, ids: &[u32]) -> u32 {
         let mut rng = fastrand::Rng::with_seed(0);
-        ids[policy.pick(&Request::of(b""), &targets(ids), &mut rng, None).index]
+        let pick = policy.pick(&Request::of(b""), &targets(ids), &mut rng, None);
+        ids[pick.expect("never fails").index]
     }
 
     #[test]
@@ -113,7 +114,9 @@ mod tests {
                 scope.spawn(|| {
                     let mut rng = fastrand::Rng::with_seed(0);
                     for _ in 0..5000 {
-                        let pick = policy.pick(&Request::of(b""), &targets, &mut rng, None);
+                        let pick = policy
+                            .pick(&Request::of(b""), &targets, &mut rng, None)
+                            .expect("never fails");
                         counts[pick.index].fetch_add(1, Ordering::Relaxed);
                     }
                 });

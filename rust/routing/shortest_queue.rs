@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::candidates::Weighed;
-use super::{Options, Pick, Policy, Request, Target, least_in_flight};
+use super::{Options, Pick, PickError, Policy, Request, Target, least_in_flight};
 
 const SHORTEST_QUEUE: &str = "shortest_queue";
 
@@ -29,12 +29,12 @@ impl Policy for ShortestQueue {
         targets: &[Arc<Target>],
         rng: &mut fastrand::Rng,
         weighed: Option<&mut Weighed>,
-    ) -> Pick {
+    ) -> Result<Pick, PickError> {
         let index = least_in_flight(targets, rng);
         if let Some(weighed) = weighed {
             weighed.fewest_in_flight_wins();
         }
-        Pick { index, reason: SHORTEST_QUEUE, matched_tokens: None }
+        Ok(Pick { index, reason: SHORTEST_QUEUE, matched_tokens: None })
     }
 }
 

@@ -414,7 +414,7 @@ impl Flight {
 
     /// The answer ended before it was whole.
     pub(super) fn broke(&mut self, error: &Error) {
-        let Error { kind, origin, message } = error;
+        let Error { kind, origin, message, .. } = error;
         if *kind == Kind::Aborted {
             self.count_abort("abort_request");
         }
@@ -432,7 +432,8 @@ impl Flight {
             self.count_abort(if is_answered { "abort_request" } else { "client" });
         }
         let status = is_answered.then(|| kind.http_status());
-        self.fail(status, kind.status(), error.origin, &error.message, Some(kind));
+        let told = error.detail.as_ref().unwrap_or(&error.message);
+        self.fail(status, kind.status(), error.origin, told, Some(kind));
     }
 
     fn fail(
@@ -476,7 +477,10 @@ impl Flight {
             series.ended(error.as_ref().map(|error| error.error_type(counted_as)), took);
         }
         let status = status.map(|status| status.as_u16());
-        if let Some(Attempt { mut pass, .. }) = attempt {
+        if let Some(Attempt { mut pass, mut in_flight, .. }) = attempt {
+            if error.is_none() {
+                in_flight.answered(self.app.secs(now));
+            }
             pass.ended(outcome(error.as_ref().map(|failure| failure.origin)), now);
         }
         match error {
@@ -498,11 +502,23 @@ impl Flight {
                 }
                 log_failure(self.id.as_deref(), self.worker.as_deref(), origin, message);
                 if let Some(trace) = self.trace.take() {
+                    // The end of a traceback says what happened.
+                    let is_traceback = kind == Some(Kind::PolicyFailed);
+                    let message = if is_traceback { end_of(message) } else { message };
                     trace.fail(now, status, message);
                 }
             }
         }
     }
+}
+
+/// The last 512 bytes at most, as a trace keeps no more.
+fn end_of(text: &str) -> &str {
+    let mut start = text.len().saturating_sub(512);
+    while !text.is_char_boundary(start) {
+        start += 1;
+    }
+    &text[start..]
 }
 
 /// An answer that is an error, in words; `excerpt` is the head of its body, on one line.

@@ -34,6 +34,7 @@ use std::time::Instant;
 
 use hyper::HeaderMap;
 use hyper::header::HeaderValue;
+use tokio::sync::Semaphore;
 
 use crate::error::{Error, Kind};
 use crate::routing::{self, Draws, Policy};
@@ -63,6 +64,9 @@ fn aborted() -> Error {
     Error::new(Kind::Aborted, "ended by POST /abort_request")
 }
 
+/// Picks of a policy that may block which are under way at once. Each keeps a thread.
+const SLOW_PICKS_MAX: usize = 64;
+
 /// Bytes that the bodies of requests to the router's own routes may take together.
 const OWN_BYTES_MAX: u64 = 64 << 20;
 
@@ -73,6 +77,7 @@ pub(crate) struct App {
     policy: Arc<dyn Policy>,
     policy_name: &'static str,
     draws: Draws,
+    slow_picks: Semaphore,
     /// None when request tracking is off.
     tracker: Option<Arc<Tracker>>,
     metrics: Arc<Metrics>,
@@ -110,6 +115,7 @@ impl App {
             policy,
             policy_name: routing.policy.name(),
             draws: Draws::new(routing.seed),
+            slow_picks: Semaphore::new(SLOW_PICKS_MAX),
             tracker,
             is_draining: AtomicBool::new(false),
             is_stopped: AtomicBool::new(false),
@@ -139,6 +145,10 @@ impl App {
     fn traced_blocks(&self, prompt: &[u8]) -> Option<PromptBlocks> {
         let tracker = self.tracker.as_ref()?;
         tracker.options().trace_prompt_blocks.then(|| PromptBlocks::of(prompt)).flatten()
+    }
+
+    pub(crate) fn policy(&self) -> &dyn Policy {
+        &*self.policy
     }
 
     pub(crate) fn policy_name(&self) -> &'static str {

@@ -12,7 +12,7 @@ use hyper::header::HeaderValue;
 use super::{App, headers, now};
 use crate::error::{Error, Kind, shown};
 use crate::routing::candidates::explained;
-use crate::routing::{self, InFlight, Pick, Target};
+use crate::routing::{self, InFlight, Pick, PickError, Target};
 use crate::tracking::Candidate;
 use crate::workers::breaker::Fitness;
 use crate::workers::{Pass, Snapshot, Worker};
@@ -58,7 +58,7 @@ impl Wish<'_> {
 /// The next worker to try, with the request counted as in flight there; None when there is none.
 ///
 /// # Errors
-/// The request names a worker that does not exist, or that may not be picked.
+/// The request names a worker that does not exist, or that may not be picked; a policy from outside failed.
 pub(super) fn pick(app: &App, wish: &mut Wish<'_>) -> Result<Option<Picked>, Error> {
     let began = Instant::now();
     let snapshot = app.workers.snapshot();
@@ -70,7 +70,7 @@ pub(super) fn pick(app: &App, wish: &mut Wish<'_>) -> Result<Option<Picked>, Err
                 let matched_tokens = app.policy.matched_tokens(&wish.request, worker);
                 (index, Pick { index, reason: PINNED, matched_tokens }, None)
             }
-            None => match choose(app, &snapshot, wish) {
+            None => match choose(app, &snapshot, wish).map_err(failed)? {
                 Some(chosen) => chosen,
                 None => return Ok(None),
             },
@@ -100,14 +100,24 @@ pub(super) fn pick(app: &App, wish: &mut Wish<'_>) -> Result<Option<Picked>, Err
 /// The place of a worker among all routable ones, why it was picked, and, if that is traced, among which.
 type Choice = (usize, Pick, Option<Arc<Vec<Candidate>>>);
 
+fn failed(error: PickError) -> Error {
+    let PickError { message, detail } = error;
+    Error::new(Kind::PolicyFailed, message).with_detail(detail)
+}
+
 /// What the policy picks among the best there are.
-fn choose(app: &App, snapshot: &Snapshot, wish: &mut Wish<'_>) -> Option<Choice> {
+fn choose(
+    app: &App,
+    snapshot: &Snapshot,
+    wish: &mut Wish<'_>,
+) -> Result<Option<Choice>, PickError> {
     let failed_on = &wish.failed_on;
     if failed_on.is_empty() && !app.workers.is_any_limited(snapshot) {
         if snapshot.targets.is_empty() {
-            return None;
+            return Ok(None);
         }
-        return Some(ask(app, wish, &snapshot.targets, |index| (index, &snapshot.routable[index])));
+        return ask(app, wish, &snapshot.targets, |index| (index, &snapshot.routable[index]))
+            .map(Some);
     }
     let now = now();
     let mut best = (u8::MAX, Vec::new());
@@ -123,9 +133,9 @@ fn choose(app: &App, snapshot: &Snapshot, wish: &mut Wish<'_>) -> Option<Choice>
     let (_, left) = best;
     let targets: Vec<_> = left.iter().map(|index| snapshot.targets[*index].clone()).collect();
     if targets.is_empty() {
-        return None;
+        return Ok(None);
     }
-    Some(ask(app, wish, &targets, |index| (left[index], &snapshot.routable[left[index]])))
+    ask(app, wish, &targets, |index| (left[index], &snapshot.routable[left[index]])).map(Some)
 }
 
 /// What the policy picks among these; `at` tells a target's place among all routable workers, and which it is.
@@ -134,14 +144,14 @@ fn ask<'a>(
     wish: &mut Wish<'_>,
     targets: &[Arc<Target>],
     at: impl Fn(usize) -> (usize, &'a Arc<Worker>),
-) -> Choice {
+) -> Result<Choice, PickError> {
     let Wish { request, draw, .. } = wish;
     let traced = app.tracker.as_ref().and_then(|tracker| tracker.options().candidates_max());
     let Some(keep) = traced else {
-        let pick = app.policy.pick(request, targets, draw, None);
-        return (at(pick.index).0, pick, None);
+        let pick = app.policy.pick(request, targets, draw, None)?;
+        return Ok((at(pick.index).0, pick, None));
     };
-    let (pick, candidates) = explained(&*app.policy, request, targets, draw, keep);
+    let (pick, candidates) = explained(&*app.policy, request, targets, draw, keep)?;
     let named = |candidate: &routing::candidates::Candidate| {
         // Each that may be picked has a name.
         let worker = at(candidate.index).1.name()?.clone();
@@ -157,7 +167,7 @@ fn ask<'a>(
     };
     let mut kept = Vec::with_capacity(candidates.len());
     kept.extend(candidates.iter().filter_map(named));
-    (at(pick.index).0, pick, Some(Arc::new(kept)))
+    Ok((at(pick.index).0, pick, Some(Arc::new(kept))))
 }
 
 /// What speaks against a worker, the less the better; None if it may not be picked at all.

@@ -19,7 +19,7 @@ use hyper::{HeaderMap, Method};
 
 use super::exchange::Exchange;
 use super::flight::{Flight, answered_with};
-use super::pick::{self, Wish};
+use super::pick::{self, Picked, Wish};
 use super::relay::{Relay, one_line};
 use super::request_id::X_REQUEST_ID;
 use super::{App, aborted, body, headers, now, retry};
@@ -111,6 +111,7 @@ async fn serve(
             route: outgoing.path.path(),
             model: scan.model.as_deref(),
             routing_key: routing_key.as_ref().and_then(text),
+            request_id: outgoing.headers.get(X_REQUEST_ID).and_then(|id| id.to_str().ok()),
             at_secs: app.secs(now()),
         },
         pin: pin.as_ref(),
@@ -170,11 +171,11 @@ async fn attempt(
     let mut pauses = 0;
     let mut last = Err(None);
     for attempts_left in (0..retry.attempts_max()).rev() {
-        let picked = match unhurried(outgoing.body.len(), || pick::pick(app, &mut wish)) {
+        let picked = match pick(app, &mut wish, outgoing.body.len()).await {
             Ok(Some(picked)) => picked,
             Ok(None) => break,
             // A worker that was named had its chance.
-            Err(_) if !wish.failed_on.is_empty() => break,
+            Err(error) if !wish.failed_on.is_empty() && error.kind != Kind::PolicyFailed => break,
             Err(error) => return Err(error),
         };
         if let Ok(answer) = std::mem::replace(&mut last, Err(None)) {
@@ -202,6 +203,16 @@ async fn attempt(
         }
     }
     last.map_err(|error| error.unwrap_or_else(|| app.no_available_workers()))
+}
+
+/// The next worker to try. A policy that may take long holds up no other request, unless many of them do.
+async fn pick(app: &App, wish: &mut Wish<'_>, body_bytes: usize) -> Result<Option<Picked>, Error> {
+    if !app.policy.may_block() {
+        return unhurried(body_bytes, || pick::pick(app, wish));
+    }
+    // Never closed.
+    let _turn = app.slow_picks.acquire().await;
+    tokio::task::block_in_place(|| pick::pick(app, wish))
 }
 
 /// Sends to one worker. The head of an answer goes to the client along with the first of its body: until then another

@@ -25,7 +25,8 @@ use tokio::time::Instant;
 
 use crate::options::{self, Options};
 use crate::routing::candidates::Weighed;
-use crate::routing::{self, Pick, Policy, Target, Underway, WorkerId};
+use crate::routing::own::load_nothing;
+use crate::routing::{self, Pick, PickError, Policy, Target, Underway, WorkerId};
 use crate::running;
 use crate::server::{App, routes, serve_connection};
 use crate::workers::{Joining, Snapshot, State, Workers, breaker};
@@ -108,7 +109,8 @@ impl Simulation {
         let request_timeout = options.server.request_timeout();
         let timeout_secs = options.workers.breaker.cb_timeout_duration_secs;
         let watched = Arc::new(Watched {
-            policy: routing::build(&options.routing),
+            policy: routing::build(&options.routing, &load_nothing)
+                .expect("one of the router's own"),
             workers: OnceLock::new(),
             faults: Mutex::default(),
             breaker_timeout: Duration::from_secs(timeout_secs),
@@ -310,7 +312,7 @@ impl Policy for Watched {
         targets: &[Arc<Target>],
         draw: &mut fastrand::Rng,
         weighed: Option<&mut Weighed>,
-    ) -> Pick {
+    ) -> Result<Pick, PickError> {
         self.policy.pick(request, targets, draw, weighed)
     }
 

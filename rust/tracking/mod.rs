@@ -26,9 +26,10 @@ mod store;
 mod text;
 mod trace;
 
+use std::fmt;
 use std::io;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
@@ -146,6 +147,16 @@ pub struct Tracker {
     started_at: Instant,
     store: Store,
     log: Option<Log>,
+    told: OnceLock<Told>,
+}
+
+/// Who is told of requests that are over.
+struct Told(Box<dyn Fn(&Trace) + Send + Sync>);
+
+impl fmt::Debug for Told {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Told")
+    }
 }
 
 impl Tracker {
@@ -160,12 +171,23 @@ impl Tracker {
         let max_log_bytes = u64::from(options.trace_log_max_mb) << 20;
         let open_log = |path: &PathBuf| Log::open(path, max_log_bytes, options.trace_log_keep);
         let log = options.trace_log.as_ref().map(open_log).transpose()?;
-        Ok(Arc::new(Tracker { options, started_at: Instant::now(), store, log }))
+        Ok(Arc::new(Tracker {
+            options,
+            started_at: Instant::now(),
+            store,
+            log,
+            told: OnceLock::new(),
+        }))
     }
 
     /// The options in force.
     pub fn options(&self) -> &Options {
         &self.options
+    }
+
+    /// From now on this hears the trace of each request that is over, while the request waits; only the first counts.
+    pub fn tell(&self, told: Box<dyn Fn(&Trace) + Send + Sync>) {
+        self.told.get_or_init(|| Told(told));
     }
 
     /// Begins a record, `queued`. The caller bounds the length of ids (256) and the number of

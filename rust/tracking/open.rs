@@ -13,7 +13,7 @@ use super::record::{Candidate, OptionalU64, Record, Status};
 use super::shard::{Place, Shard};
 use super::store::Key;
 use super::text::{CompactId, Names, Text, capped, parse_hex};
-use super::{Tracker, WorkerName};
+use super::{Told, Tracker, WorkerName};
 
 const MAX_ERROR_BYTES: usize = 512;
 const MAX_MODEL_BYTES: usize = 128;
@@ -243,9 +243,16 @@ impl OpenTrace {
             record.error_message = error.map(error_text);
         });
         shard.end(place, from, to, self.worker.is_some(), now_us);
-        if let Some(log) = &self.tracker.log {
-            let record = shard.record(place).cloned();
-            drop(shard);
+        let (log, told) = (&self.tracker.log, self.tracker.told.get());
+        if log.is_none() && told.is_none() {
+            return;
+        }
+        let record = shard.record(place).cloned();
+        drop(shard);
+        if let (Some(Told(told)), Some(record)) = (told, &record) {
+            told(&record.view());
+        }
+        if let Some(log) = log {
             log.hand_over(record);
         }
     }

@@ -656,7 +656,9 @@ impl Roster {
                 node_id: node_id.into(),
             };
             // A worker is named once; the lock that the roster is under keeps it so.
-            let _ = worker.name.set(Arc::new(name));
+            let name = Arc::new(name);
+            worker.target.set_name(name.clone());
+            let _ = worker.name.set(name);
         }
         !nameless.is_empty()
     }

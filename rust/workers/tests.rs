@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use super::*;
 use crate::routing::candidates::Weighed;
-use crate::routing::{Pick, Request};
+use crate::routing::{Pick, PickError, Request};
 use crate::upstream::Stream;
 
 /// Options as the command line gives them.
@@ -129,8 +129,8 @@ impl Policy for Forgetful {
         _: &[Arc<Target>],
         _: &mut fastrand::Rng,
         _: Option<&mut Weighed>,
-    ) -> Pick {
-        Pick { index: 0, reason: "first", matched_tokens: None }
+    ) -> Result<Pick, PickError> {
+        Ok(Pick { index: 0, reason: "first", matched_tokens: None })
     }
 
     fn forget(&self, worker: u32) {

@@ -20,7 +20,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("options", &["routing", "server", "telemetry", "tracking", "upstream", "workers"]),
     ("running", &["options", "routing", "server", "telemetry", "tracking", "upstream", "workers"]),
     ("simulation", &["options", "routing", "running", "server", "upstream", "workers"]),
-    ("cli", &["options", "replay", "running", "sim"]),
+    ("cli", &["options", "replay", "routing", "running", "sim"]),
     (
         "python",
         &["cli", "error", "options", "routing", "running", "server", "telemetry", "tracking"],

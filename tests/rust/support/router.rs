@@ -6,6 +6,7 @@ use std::time::Duration;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde_json::Value;
 use sglang_router_rs::options::{self, Options};
+use sglang_router_rs::routing::{self, own::load_nothing};
 use sglang_router_rs::running::Running;
 
 use super::{Message, ScriptedWorker, Wire, request, until};
@@ -32,7 +33,9 @@ impl Router {
         let options =
             Options::from_command_line(&matches, &argv, std::iter::empty(), &[]).expect("options");
         // Starting blocks for a moment, which a test's own runtime does not allow.
-        let running = std::thread::spawn(|| Running::start(options)).join().expect("no panic");
+        let policy = routing::build(&options.routing, &load_nothing).expect("the router's own");
+        let start = || Running::start(options, policy);
+        let running = std::thread::spawn(start).join().expect("no panic");
         let running = running.expect("a free port");
         Router { address: running.address(), running: Some(running) }
     }

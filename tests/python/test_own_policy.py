@@ -1,0 +1,415 @@
+"""Policies of one's own: functions, objects and files; what they see and hear; what happens when they fail."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import signal
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import DEADLINE_SECS, ROOT, Program, Sim, ask, generate, in_threads, module, until
+from sglang_router_rs import RequestView, Router, WorkerView, own_policy
+
+QUIET: dict[str, Any] = {"port": 0, "log_level": "off"}
+TRACED = {**QUIET, "enable_request_tracking": True}
+POLICIES = ROOT / "examples/policies"
+EXAMPLES = [
+    f"{POLICIES}/{name}"
+    for name in (
+        "least_in_flight.py:choose",
+        "marginal_utility.py:MarginalUtility",
+        "tuned_by_feedback.py:TunedByFeedback",
+    )
+]
+
+
+def last(_request: RequestView, workers: Sequence[WorkerView]) -> int:
+    return len(workers) - 1
+
+
+def test_a_function_chooses(sim: Sim) -> None:
+    with Router(sim.urls, last, **TRACED) as router:
+        assert router.wait_ready()
+        for number in range(4):
+            assert generate(router.url, f"r{number}").status == 200
+        traces = router.traces()
+        assert {trace["worker_url"] for trace in traces} == {sim.urls[1]}
+        assert {(trace["routing_policy"], trace["reason"]) for trace in traces} == {("last", "own_choice")}
+        assert all(trace["decision_us"] > 0 for trace in traces)
+        metrics = ask(f"{router.url}/metrics").body.decode()
+        assert re.search(r'policy="last",reason="own_choice"', metrics)
+
+
+def test_it_sees_what_the_routers_own_rules_see(sim: Sim) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    def look(request: RequestView, workers: Sequence[WorkerView]) -> int:
+        seen.append((request, workers))
+        return 0
+
+    with Router(sim.urls, look, worker_weights={sim.urls[0]: 2.5}, **TRACED) as router:
+        assert router.wait_ready()
+        text = "a prompt of some length " * 100
+        headers = {"x-request-id": "first", "x-smg-routing-key": "key"}
+        body = {"text": text, "model": "m", "sampling_params": {"max_new_tokens": 1}}
+        assert ask(f"{router.url}/generate", body, headers).status == 200
+        assert ask(f"{router.url}/generate", body, {**headers, "x-request-id": "second"}).status == 200
+        assert router.trace("first")["input_tokens"] == seen[0][0].tokens
+    (request, (worker, other)), (second, (again, _)) = seen
+    assert (request.request_id, request.route, request.model) == ("first", "/generate", "m")
+    assert (request.stream, request.routing_key) == (False, "key")
+    assert (request.prompt_bytes, request.tokens) == (2400, 600)
+    assert second.at_secs > request.at_secs >= 0
+    assert [worker.url, other.url] == sim.urls
+    assert (worker.weight, other.weight) == (2.5, 1)
+    assert worker.node_id != other.node_id
+    assert (worker.in_flight, worker.pending_tokens, worker.matched_tokens) == (0, 0, 0)
+    assert (worker.last_ttft_ms, worker.last_e2e_ms, worker.speed) == (None, None, None)
+    assert again.matched_tokens > 500
+    assert again.last_e2e_ms > 0
+    assert "node_id=" in repr(worker)
+    assert "first" in repr(request)
+
+
+class Learning:
+    def __init__(self) -> None:
+        self.records: list[Mapping[str, Any]] = []
+
+    def choose(self, _request: RequestView, _workers: Sequence[WorkerView]) -> int:
+        return 0
+
+    def finished(self, record: Mapping[str, Any]) -> None:
+        self.records.append(record)
+        raise ValueError("and goes on")
+
+
+def test_finished_hears_of_each_request_once(sim: Sim) -> None:
+    policy = Learning()
+    with Router(sim.urls, policy, **TRACED) as router:
+        assert router.wait_ready()
+        in_threads(4, [lambda at=number: generate(router.url, f"r{at}") for number in range(40)])
+        ask(f"{router.url}/generate", {"text": "x"}, {"x-sglang-target-worker": "nobody", "x-request-id": "failed"})
+        traces = {trace["request_id"]: trace for trace in router.traces()}
+    assert len(policy.records) == 41
+    assert {record["request_id"]: record for record in policy.records} == traces
+    assert traces["failed"]["status"] == "failed"
+
+
+def test_finished_needs_the_traces_it_takes() -> None:
+    with pytest.raises(ValueError, match=r"finished.*enable_request_tracking, which is off"):
+        Router([], Learning(), **QUIET)
+
+
+def answers(value: object) -> Any:
+    def choose(_request: RequestView, _workers: Sequence[WorkerView]) -> Any:
+        if isinstance(value, BaseException):
+            raise value
+        return value
+
+    return choose
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (None, "choose() returned None, which is not the place of a worker: an int from 0 to 1"),
+        (0.0, "returned 0.0"),
+        (True, "returned True"),
+        (-1, "returned -1"),
+        (2, "returned 2"),
+        (10**30, "returned 1000"),
+        ("x" * 9999, "returned"),
+        (KeyError("lost"), "KeyError: 'lost'"),
+        (RuntimeError("a long story " * 999 + "the end"), "the end"),
+        (SystemExit(3), "SystemExit: 3"),
+    ],
+)
+def test_what_fails_fails_that_request_alone(sim: Sim, value: object, found: str, tmp_path: Path) -> None:
+    good = [False]
+
+    def choose(request: RequestView, workers: Sequence[WorkerView]) -> Any:
+        return 0 if good[0] else answers(value)(request, workers)
+
+    options = {**TRACED, "log_level": "info", "log_dir": tmp_path}
+    with Router(sim.urls, choose, **options) as router:
+        assert router.wait_ready()
+        answer = generate(router.url, "bad")
+        assert (answer.status, answer.headers["x-router-error-code"]) == (500, "policy_failed")
+        assert "Traceback" not in answer.body.decode()
+        trace = router.trace("bad")
+        assert trace["status"] == "failed"
+        assert found in trace["error_message"]
+        assert len(trace["error_message"].encode()) <= 512
+        good[0] = True
+        assert generate(router.url).status == 200
+    log = "".join(path.read_text() for path in tmp_path.iterdir())
+    assert found in log
+    # The end of a long one.
+    assert ("Traceback" in log) == (isinstance(value, BaseException) and len(str(value)) < 5000)
+
+
+def test_a_numpy_index_will_do(sim: Sim) -> None:
+    numpy = pytest.importorskip("numpy")
+    with Router(sim.urls, answers(numpy.argmin([2, 1])), **TRACED) as router:
+        assert router.wait_ready()
+        assert generate(router.url, "a").status == 200
+        assert router.trace("a")["worker_url"] == sim.urls[1]
+
+
+def test_one_that_blocks_holds_up_nothing_else(sim: Sim) -> None:
+    is_asked, may_go = threading.Event(), threading.Event()
+
+    def choose(_request: RequestView, _workers: Sequence[WorkerView]) -> int:
+        is_asked.set()
+        assert may_go.wait(DEADLINE_SECS)
+        return 0
+
+    with Router(sim.urls, choose, worker_threads=1, **TRACED) as router:
+        assert router.wait_ready()
+        asking = [threading.Thread(target=generate, args=(router.url, f"r{number}")) for number in range(80)]
+        for thread in asking:
+            thread.start()
+        assert is_asked.wait(DEADLINE_SECS)
+        assert ask(f"{router.url}/health").status == 200
+        assert ask(f"{router.url}/v1/traces").status == 200
+        may_go.set()
+        for thread in asking:
+            thread.join()
+        until(lambda: len(router.traces(status="completed")) == 80)
+
+
+def ask_in_vain(url: str) -> None:
+    with contextlib.suppress(OSError):
+        generate(url)
+
+
+def test_a_router_stops_while_its_policy_is_asked(sim: Sim) -> None:
+    is_asked, may_go = threading.Event(), threading.Event()
+
+    def choose(_request: RequestView, _workers: Sequence[WorkerView]) -> int:
+        is_asked.set()
+        may_go.wait(DEADLINE_SECS)
+        return 0
+
+    with Router(sim.urls, choose, **QUIET) as router:
+        assert router.wait_ready()
+        asking = threading.Thread(target=ask_in_vain, args=(router.url,))
+        asking.start()
+        assert is_asked.wait(DEADLINE_SECS)
+        threading.Timer(0.05, may_go.set).start()
+        router.stop(0)
+        assert not router.is_running
+    asking.join()
+
+
+def test_routers_may_share_a_policy_or_have_their_own(sim: Sim) -> None:
+    mine, other = Router(sim.urls, last, **TRACED), Router(sim.urls, answers(0), **TRACED)
+    with mine, Router(sim.urls, last, **TRACED) as shared, other:
+        for router, expected in ((mine, 1), (shared, 1), (other, 0)):
+            assert router.wait_ready()
+            assert generate(router.url, "a").status == 200
+            assert router.trace("a")["worker_url"] == sim.urls[expected]
+
+
+def test_a_program_that_does_not_stop_its_router_ends(sim: Sim) -> None:
+    script = f"""
+import threading, urllib.request
+from sglang_router_rs import Router
+class Policy:
+    def choose(self, request, workers): return 0
+    def finished(self, record): print("heard", flush=True)
+router = Router({sim.urls!r}, Policy(), port=0, enable_request_tracking=True, log_level="off").__enter__()
+router.wait_ready()
+def load():
+    while True:
+        urllib.request.urlopen(urllib.request.Request(router.url + "/generate", b'{{"text": "a"}}')).read()
+for _ in range(4):
+    threading.Thread(target=load, daemon=True).start()
+import time; time.sleep(0.3)
+"""
+    for _ in range(3):
+        with Program("-c", script) as program:
+            assert program.end() == 0, program.output
+            assert "heard" in program.output
+
+
+MINE = """
+def choose(request, workers):
+    return len(workers) - 1
+
+class Chosen:
+    def choose(self, request, workers):
+        return 0
+
+def odd(request):
+    return 0
+
+class Fails:
+    def __init__(self):
+        1 / 0
+
+    def choose(self, request, workers):
+        return 0
+
+not_callable = 3
+chosen = Chosen()
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.py"
+    path.write_text(MINE)
+    return path
+
+
+@pytest.mark.parametrize(("name", "place"), [("choose", 1), ("Chosen", 0), ("chosen", 0)])
+def test_a_file_has_policies(sim: Sim, mine: Path, name: str, place: int) -> None:
+    with Router(sim.urls, f"{mine}:{name}", **TRACED) as router:
+        assert router.wait_ready()
+        assert generate(router.url, "a").status == 200
+        trace = router.trace("a")
+        assert (trace["worker_url"], trace["routing_policy"]) == (sim.urls[place], name)
+
+
+def test_a_configuration_names_a_file(sim: Sim, mine: Path, tmp_path: Path) -> None:
+    config = tmp_path / "router.json"
+    config.write_text(json.dumps({"policy": f"{mine}:choose"}))
+    with Router(sim.urls, config=config, **TRACED) as router:
+        assert router.wait_ready()
+        assert generate(router.url, "a").status == 200
+        assert router.trace("a")["routing_policy"] == "choose"
+
+
+def test_the_command_line_takes_a_file(sim: Sim, mine: Path) -> None:
+    flags = ["--port=0", "--policy", f"{mine}:choose", "--enable-request-tracking", "--worker-urls", *sim.urls[:1]]
+    with module("launch", *flags, "--worker-urls", sim.urls[1]) as program:
+        url = program.router_url()
+        assert "policy choose" in program.output
+        until(lambda: ask(f"{url}/readiness").status == 200)
+        assert generate(url, "a").status == 200
+        assert ask(f"{url}/v1/traces/a").json()["worker_url"] == sim.urls[1]
+        program.send(signal.SIGTERM)
+        assert program.end() == 0, program.output
+
+
+def test_a_function_beats_the_file_of_a_configuration(sim: Sim, mine: Path, tmp_path: Path) -> None:
+    config = tmp_path / "router.json"
+    config.write_text(json.dumps({"policy": f"{mine}:Chosen"}))
+    with Router(sim.urls, last, config=config, **TRACED) as router:
+        assert router.wait_ready()
+        assert generate(router.url, "a").status == 200
+        trace = router.trace("a")
+        assert (trace["worker_url"], trace["routing_policy"]) == (sim.urls[1], "last")
+
+
+BAD = [
+    ("nowhere.py:choose", "there is no file"),
+    ("mine.py:chose", "has no chose; it has Chosen, Fails, choose, odd"),
+    ("mine.py:odd", "too many positional arguments"),
+    ("mine.py:not_callable", "3 is neither"),
+    ("mine.py:no-name", "must be FILE.py:NAME"),
+    ("mine.py:Fails", "ZeroDivisionError"),
+    ("broken.py:choose", "cannot be imported"),
+    ("broken.py:choose", "ZeroDivisionError"),
+    ("exits.py:choose", "SystemExit"),
+    ("syntax.py:choose", "SyntaxError"),
+]
+
+
+@pytest.fixture
+def bad_files(mine: Path) -> Path:
+    folder = mine.parent
+    (folder / "broken.py").write_text("1 / 0")
+    (folder / "exits.py").write_text("raise SystemExit(0)")
+    (folder / "syntax.py").write_text("def choose(")
+    return folder
+
+
+@pytest.mark.parametrize(("text", "found"), BAD)
+def test_a_file_that_is_no_policy_is_refused(bad_files: Path, text: str, found: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(found)) as refused:
+        Router([], f"{bad_files / text}", **QUIET)
+    assert text in str(refused.value)
+
+
+@pytest.mark.parametrize("command", [["launch", "--port=0"], ["replay", "--synthetic=chat", "--num-requests=9"]])
+@pytest.mark.parametrize(("text", "found"), [BAD[0], BAD[2], BAD[4], BAD[7]])
+def test_the_command_line_refuses_it_too(bad_files: Path, command: list[str], text: str, found: str) -> None:
+    with module(*command, "--policy", f"{bad_files / text}") as program:
+        assert program.end() == 2, program.output
+        assert found in program.output
+
+
+@pytest.mark.parametrize("policy", [5, object(), lambda request: 0, type("A", (), {"choose": 1})()])
+def test_an_object_that_is_no_policy_is_refused(policy: Any) -> None:
+    with pytest.raises(ValueError, match="policy"):
+        Router([], policy, **QUIET)
+
+
+def test_names_are_fit_for_metrics() -> None:
+    assert own_policy.own(lambda request, workers: 0)[2] == "lambda"
+    assert own_policy.own(Learning())[2] == "Learning"
+    assert own_policy.own(last, "ä" * 99)[2] == "ä" * 32
+
+
+def test_a_name_of_the_routers_own_is_told_apart(sim: Sim) -> None:
+    def random(_request: RequestView, _workers: Sequence[WorkerView]) -> int:
+        return 0
+
+    with Router(sim.urls, random, **TRACED) as router:
+        assert router.wait_ready()
+        assert generate(router.url, "a").status == 200
+        assert router.trace("a")["routing_policy"] == "own_random"
+
+
+LOAD = ["--synthetic=chat", "--num-requests=300", "--workers=4"]
+
+
+def replayed(*flags: str) -> str:
+    with module("replay", *LOAD, *flags) as program:
+        assert program.end() == 0, program.output
+        return program.output
+
+
+def test_examples_replay_and_the_same_again_is_the_same() -> None:
+    policies = ",".join(["shortest_queue", *EXAMPLES])
+    table = replayed(f"--policy={policies}")
+    assert [line.split()[0] for line in table.splitlines()[-4:]] == policies.split(",")
+    assert all(line.split()[-1] == "0" for line in table.splitlines()[-4:])
+    assert replayed(f"--policy={policies}") == table
+
+
+def test_a_policy_that_fails_in_a_replay_is_shown_once(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("def choose(request, workers):\n    return 1 // (int(request.request_id) % 2)\n")
+    output = replayed(f"--policy={path}:choose")
+    assert output.count("ZeroDivisionError") == 1
+    assert "failed on 150 requests" in output
+
+
+@pytest.mark.parametrize("policy", EXAMPLES)
+def test_an_example_serves(sim: Sim, policy: str) -> None:
+    with Router(sim.urls, policy, **TRACED) as router:
+        assert router.wait_ready()
+        in_threads(4, [lambda: generate(router.url) for _ in range(60)])
+        until(lambda: len(router.traces(status="completed")) == 60)
+
+
+def test_the_weights_learn() -> None:
+    _, _, _ = policy = own_policy.load(EXAMPLES[2])
+    chooser = policy[0].__self__  # type: ignore[attr-defined]
+    before = list(chooser.weights)
+
+    class Seen:
+        request_id, tokens, matched_tokens, pending_tokens, in_flight = "a", 1000, 0, 0, 0
+
+    chooser.choose(Seen, [Seen])
+    chooser.finished({"request_id": "a", "ttft_ms": 500.0})
+    assert all(new >= old for new, old in zip(chooser.weights, before, strict=True))
+    assert chooser.weights != before
