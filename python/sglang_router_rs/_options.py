@@ -30,6 +30,8 @@ class RouterOptions(TypedDict, total=False):
     balance_rel_threshold: float | None
     eviction_interval_secs: int | None
     max_tree_size: int | None
+    cache_weight: float | None
+    worker_kv_tokens: int | None
     seed: int | None
     host: str | None
     port: int | None

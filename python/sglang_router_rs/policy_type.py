@@ -27,5 +27,9 @@ class PolicyType(str, enum.Enum):
     """The worker that was sent the longest prefix of the prompt, unless the load is uneven or the prefix is short:
     then the fewest requests in flight."""
 
+    LeastTtft = "least_ttft"
+    """The least expected time to the first token: prefill that waits and that this prompt needs, over the worker's
+    speed, plus cache_weight times what is not in its cache, over the mean speed."""
+
     def __str__(self) -> str:
         return self.value
