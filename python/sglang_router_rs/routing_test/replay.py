@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
 
 
 def runs(csv: Path, workers: int = 0) -> list[Run]:
-    """The runs in the CSV of a replay, one per policy, in its order; before so many workers, or those in it."""
+    """The runs in the CSV of a replay, one per policy; before so many workers, or those that are in it."""
     rows = pd.read_csv(csv, dtype={"reason": "string", "error": "string", "worker": "Int64", "policy": "string"})
     count = max(workers, int(rows["worker"].max()) + 1 if rows["worker"].notna().any() else 0)
     return [_run(str(policy), part, count) for policy, part in rows.groupby("policy", sort=False)]
