@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::{CommandFactory, FromArgMatches, Parser};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::options::{self, Options, Setting};
+use crate::options::{Options, Setting};
 use crate::replay;
 use crate::routing;
 use crate::routing::own::{Load, LoadError};
@@ -79,15 +79,10 @@ pub fn run(argv: &[String], defaults: &[Setting], load: Load<'_>) -> u8 {
     }
 }
 
-/// clap's own words, or why an option is not there yet.
+/// clap's own words.
 fn refuse(error: &clap::Error) -> u8 {
-    if let Some(name) = options::not_yet(error) {
-        let version = env!("CARGO_PKG_VERSION");
-        complain(&format!("sglang_router_rs {version} does not support {name} yet"));
-    } else {
-        // Nothing can be done about a terminal that is gone.
-        let _ = error.print();
-    }
+    // Nothing can be done about a terminal that is gone.
+    let _ = error.print();
     u8::try_from(error.exit_code()).unwrap_or(2)
 }
 

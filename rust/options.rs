@@ -44,10 +44,6 @@ pub struct Options {
     pub config: Option<PathBuf>,
 }
 
-/// Options that the router will have and has not yet: named in their own error, so that nobody takes
-/// silence for support.
-const NOT_YET: &[&str] = &[];
-
 /// One option as someone set it: its name and its values as text. A boolean or number has one value,
 /// a list or map (`KEY=VALUE`) any number.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,12 +65,6 @@ pub enum Source {
 pub enum OptionError {
     #[error("{}: there is no such option{}", place(.origin, .name), hint(.nearest.as_deref()))]
     Unknown { origin: Source, name: String, nearest: Option<String> },
-    #[error(
-        "{}: sglang_router_rs {} does not support this option yet",
-        place(.origin, .name),
-        env!("CARGO_PKG_VERSION")
-    )]
-    NotYet { origin: Source, name: String },
     #[error("{}: {message}", place(.origin, .name))]
     Invalid { origin: Source, name: String, message: String },
     #[error("{0}")]
@@ -155,23 +145,11 @@ impl Options {
     }
 }
 
-/// The option that a command line was refused for, if it is one the router will have.
-pub fn not_yet(error: &clap::Error) -> Option<&'static str> {
-    let Some(ContextValue::String(flag)) = error.get(ContextKind::InvalidArg) else {
-        return None;
-    };
-    let name = flag.trim_start_matches('-').replace('-', "_");
-    NOT_YET.iter().copied().find(|known| *known == name)
-}
-
 /// Parses settings of one source.
 fn parse(settings: &[Setting], origin: &Source) -> Result<Options, OptionError> {
     let command = command();
     for Setting { name, .. } in settings {
         let is_known = command.get_arguments().any(|arg| arg.get_id() == name.as_str());
-        if NOT_YET.contains(&name.as_str()) {
-            return Err(OptionError::NotYet { origin: origin.clone(), name: name.clone() });
-        }
         if !is_known {
             let nearest = nearest(&command, name);
             return Err(OptionError::Unknown {
@@ -453,12 +431,6 @@ mod tests {
     #[test]
     fn clap_finds_no_fault_with_the_options() {
         command().debug_assert();
-    }
-
-    #[test]
-    fn an_option_is_either_there_or_named_as_not_yet_there() {
-        let names: Vec<String> = described().into_iter().map(|option| option.name).collect();
-        assert!(NOT_YET.iter().all(|name| !names.iter().any(|there| there == name)));
     }
 
     #[test]

@@ -378,8 +378,7 @@ fn parse(keywords: Vec<(String, Vec<String>)>) -> PyResult<Options> {
     let settings: Vec<Setting> =
         keywords.into_iter().map(|(name, values)| Setting { name, values }).collect();
     Options::from_keywords(&settings).map_err(|error| match &error {
-        OptionError::Unknown { origin: Source::Keyword, .. }
-        | OptionError::NotYet { origin: Source::Keyword, .. } => {
+        OptionError::Unknown { origin: Source::Keyword, .. } => {
             PyTypeError::new_err(error.to_string())
         }
         _ => PyValueError::new_err(error.to_string()),

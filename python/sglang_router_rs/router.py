@@ -38,8 +38,7 @@ class Router:
     option at its default. Options are checked here, before anything starts.
 
     Raises:
-        TypeError: an unknown option (the nearest one is named), one that is not supported yet, or a list or
-            map given as something else.
+        TypeError: an unknown option (the nearest one is named), or a list or map given as something else.
         ValueError: a value out of range; names the option, the value and the range. Also a policy of your own that
             cannot be loaded or called.
 

@@ -89,6 +89,16 @@ def test_repeats_and_tracking_are_runs_of_their_own_and_workers_may_run_already(
     assert "racking" in output
 
 
+def test_a_policy_of_ones_own_is_compared_like_any_other(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def last(request, workers):\n    return len(workers) - 1\n")
+    own = f"{tmp_path / 'mine.py'}:last"
+    flags = ["--sim=2", "--policies", f"round_robin,{own}", "--num-requests=10", "--", "--speed=50"]
+    rows, _, _ = compared(tmp_path / "made", *flags)
+    assert set(rows[rows.policy == own].node_id) == {"gpu_1"}
+    assert set(rows[rows.policy == "round_robin"].node_id) == {"gpu_0", "gpu_1"}
+    assert (tmp_path / "made" / "runs" / "last.csv").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_what_is_done_is_kept_when_it_is_interrupted(number: signal.Signals, tmp_path: Path) -> None:
     # By whichever signal, and whether or not requests of the second run have begun to leave.
@@ -122,6 +132,7 @@ def test_a_worker_that_does_not_start_is_shown_with_its_words(tmp_path: Path) ->
         ({"sim": 0}, "sim=0"),
         ({"sim": 1, "policies": ["round_robbin"]}, "round_robbin.*round_robin"),
         ({"sim": 1, "policies": []}, "policies"),
+        ({"sim": 1, "policies": ["none.py:choose"]}, "there is no file none.py"),
         ({"sim": 1, "tracking": ["on", "on"]}, "tracking"),
         ({"gpus": [0]}, "model_path"),
         ({"sim": 1, "model_path": "m"}, "model_path"),

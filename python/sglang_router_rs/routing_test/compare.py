@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -20,13 +21,12 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from .. import _core
 from ..client import NotThisRouter, TracingDisabled
 from . import comparison, report, results, side_by_side
 from .about import about
 from .cluster import HOST, Cluster, Process, RunError, Worker, free_ports
 from .command import check_writable, complain, parser
-from .config import LoadConfig, check_router_options, tracking_settings
+from .config import LoadConfig, check_policy, check_router_options, tracking_settings
 from .interruption import interruptible
 from .load import Load, plan
 from .metrics import Run
@@ -55,7 +55,8 @@ class CompareConfig(LoadConfig):
     """A load, the policies that are compared on it, and the workers."""
 
     policies: list[str] = option(
-        ["random", "round_robin", "shortest_queue", "cache_aware"], "policies, in the order of the report"
+        ["random", "round_robin", "shortest_queue", "cache_aware"],
+        "policies, or FILE.py:NAME, in the order of the report",
     )
     workers: list[str] | None = option(None, "workers that run already", metavar="URL")
     sim: int | None = option(None, "start that many simulated workers", at_least(1), metavar="NUMBER")
@@ -70,14 +71,12 @@ class CompareConfig(LoadConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = [policy["name"] for policy in _core.policies()]
         for policy in self.policies:
-            if policy not in names:
-                raise OptionError("policies", policy, f"must be of {', '.join(names)}")
-        for name, allowed in (("policies", names), ("tracking", ["on", "off"])):
-            values = getattr(self, name)
-            if not values or len(set(values)) != len(values) or not set(values) <= set(allowed):
-                raise OptionError(name, values, f"must be different ones of {', '.join(allowed)}")
+            check_policy("policies", policy)
+        if not self.policies or len(set(self.policies)) != len(self.policies):
+            raise OptionError("policies", self.policies, "must be different ones")
+        if not self.tracking or len(set(self.tracking)) != len(self.tracking) or not {*self.tracking} <= {"on", "off"}:
+            raise OptionError("tracking", self.tracking, "must be on, off or both")
         ways = [name for name in ("workers", "sim", "gpus") if getattr(self, name)]
         if len(ways) != 1:
             raise OptionError("workers", self.workers, "say which workers: one of --workers, --sim and --gpus")
@@ -190,7 +189,8 @@ class Comparison:
 
     def _name(self, turn: Turn) -> str:
         """As short as it can be told from the others."""
-        parts = [turn.policy]
+        # One's own policy is a path.
+        parts = [re.sub(r"[^\w.]", "_", turn.policy.rpartition(":")[2])]
         if len(self.config.tracking) > 1:
             parts.append("on" if turn.tracking else "off")
         if self.config.repeats > 1:

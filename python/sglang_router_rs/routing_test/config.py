@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .. import _core
+from .. import _core, own_policy
 from ..router import option_texts
 from .exchange import ROUTES
 from .options import OptionError, above, at_least, between, check, one_of, option
@@ -95,15 +95,20 @@ def check_router_options(options: Mapping[str, object]) -> None:
             raise OptionError("router_options", f"{name}={value}", str(error)) from None
 
 
-def check_policy(policy: str) -> None:
-    """See that the router knows the policy.
+def check_policy(name: str, policy: str) -> None:
+    """See that the router knows the policy, or that one's own can be loaded.
 
     Raises:
-        OptionError: names those there are.
+        OptionError: of the option of that name; names those there are, or what is wrong with the file.
     """
-    names = [known["name"] for known in _core.policies()]
-    if policy not in names:
-        raise OptionError("policy", policy, f"must be one of {', '.join(names)}")
+    if ".py:" in policy:
+        try:
+            own_policy.load(policy)
+        except ValueError as error:
+            raise OptionError(name, policy, str(error)) from None
+    elif policy not in [known["name"] for known in _core.policies()]:
+        names = ", ".join(known["name"] for known in _core.policies())
+        raise OptionError(name, policy, f"must be one of {names}, or FILE.py:NAME")
 
 
 def tracking_settings(load: Load, config: LoadConfig) -> dict[str, object]:
@@ -127,7 +132,7 @@ class RoutingConfig(LoadConfig):
 
     base_port: int = option(30001, "port of the router", between(0, 65535))
     start_router: bool = option(True, "start the router; without it, one runs at base_port")
-    policy: str | None = option(None, "policy of the router that is started [default: cache_aware]")
+    policy: str | None = option(None, "policy of the router that is started, or FILE.py:NAME [default: cache_aware]")
     worker_base_port: int = option(
         30005, "port of the first worker that is started; the others follow it", between(1, 65535)
     )
@@ -154,7 +159,7 @@ class RoutingConfig(LoadConfig):
             raise OptionError("worker_base_port", self.worker_base_port, f"the last worker would be at {last_port}")
         check_router_options(self.router_options or {})
         if self.policy is not None:
-            check_policy(self.policy)
+            check_policy("policy", self.policy)
         of_workers = ["num_workers", "gpu_ids", "model_path", "worker_args"]
         if not self.start_router:
             self._refuse(["policy", "router_options", "worker_urls", *of_workers], "the router runs already")
