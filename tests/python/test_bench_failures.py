@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import shutil
@@ -378,33 +379,34 @@ def test_nonsense_of_one_answer_fails_its_row_only(tmp_path: Path, meta: dict[st
     assert done.summary["requests"]["failed"] == 1
 
 
-@pytest.fixture
-def full_disk() -> Iterator[Callable[[int], None]]:
-    """No file of this process grows beyond so many bytes."""
+@contextlib.contextmanager
+def full_disk(most: int) -> Iterator[None]:
+    """Within the block no file of this process grows beyond so many bytes; pytest's own may before and after."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    signal.signal(signal.SIGXFSZ, handler)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_costs_no_earlier_file(tmp_path: Path, full_disk: Callable[[int], None]) -> None:
+def test_a_full_disk_costs_no_earlier_file(tmp_path: Path) -> None:
     path = tmp_path / "kept.json"
     results.save_json({"earlier": 1}, path)
     before = path.read_bytes()
-    full_disk(4096)
-    with pytest.raises(OSError, match=f"cannot write {path}: File too large"):
+    with full_disk(4096), pytest.raises(OSError, match=f"cannot write {path}: File too large"):
         results.save_json({"later": "x" * 100_000}, path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["kept.json"]
 
 
-def test_a_full_disk_is_told_in_one_line(tmp_path: Path, tracing: Router, full_disk: Callable[[int], None]) -> None:
+def test_a_full_disk_is_told_in_one_line(tmp_path: Path, tracing: Router) -> None:
     output = tmp_path / "r.csv"
     output.write_text("earlier\n")
-    full_disk(1024)
-    done = bench(output, f"--router-url={tracing.url}", *LOAD)
-    full_disk(resource.RLIM_INFINITY)
+    with full_disk(1024):
+        done = bench(output, f"--router-url={tracing.url}", *LOAD)
     assert done.status == 1
     # A loaded machine may have been warned of before.
     told = done.err.splitlines()[-1]
