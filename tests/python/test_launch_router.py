@@ -80,7 +80,7 @@ def test_sessions_are_passed_on_and_act() -> None:
     flags = ["--policy=manual", "--max-idle-secs=60", "--assignment-mode=min_group"]
     assert passed_on(*flags) == flags
     understood = _core.check_flags(flags, {})
-    for shown in ("policy: Manual", "max_idle_secs: 60", "assignment_mode: MinGroup"):
+    for shown in ("policy: Rule(Manual)", "max_idle_secs: 60", "assignment_mode: MinGroup"):
         assert shown in understood
 
 
