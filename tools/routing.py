@@ -23,7 +23,7 @@ import pandas as pd
 from sglang_router_rs.routing_test import LoadConfig, RunError
 from sglang_router_rs.routing_test.cluster import HOST, Cluster, Process, Worker, free_ports
 from sglang_router_rs.routing_test.load import Load, plan
-from sglang_router_rs.routing_test.results import Results, save_csv
+from sglang_router_rs.routing_test.results import Results, hit_rate, save_csv, succeeded
 from sglang_router_rs.routing_test.run import measure
 from sglang_router_rs.routing_test.service import Service, prepare
 from trial import Failure, Help, positive
@@ -107,14 +107,13 @@ async def contend(who: Contender, load: Load, settings: argparse.Namespace, dire
 def line(made: Results, speed: float) -> dict[str, Any]:
     """What a contender's requests got, in seconds of the trace."""
     table = made.table
-    good = table[table["success"].fillna(False).astype(bool)]
+    good, hits = succeeded(table), hit_rate(table)
     ttft = good["ttft"].dropna().to_numpy(float) * speed
     late = table["queue_time"].dropna().to_numpy(float)
-    known = good.dropna(subset=["prompt_tokens", "cached_tokens"])
     return {
         "requests": len(table),
         "failed": len(table) - len(good),
-        "hit rate %": 100 * known["cached_tokens"].sum() / known["prompt_tokens"].sum() if len(known) else np.nan,
+        "hit rate %": np.nan if hits is None else 100 * hits,
         "TTFT mean s": ttft.mean() if len(ttft) else np.nan,
         "p50": np.percentile(ttft, 50) if len(ttft) else np.nan,
         "p90": np.percentile(ttft, 90) if len(ttft) else np.nan,

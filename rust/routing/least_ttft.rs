@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use super::candidates::Weighed;
 use super::outlook::{Outlook, View, Views};
-use super::{Options, Pick, PickError, Policy, Request, Target, Underway, WorkerId};
+use super::{Options, Pick, PickError, Policy, Request, Target, Underway, WorkerId, least_by};
 
 const PREFIX_MATCH: &str = "prefix_match";
 const SHORTER_WAIT: &str = "shorter_wait";
@@ -130,20 +130,9 @@ impl Policy for LeastTtft {
 
 /// Index of the lowest score, ties by requests in flight, then at random.
 fn lowest(scores: &[Option<f64>], targets: &[Arc<Target>], rng: &mut fastrand::Rng) -> usize {
-    let (mut index, mut best, mut tied) = (0, (f64::INFINITY, u32::MAX), 0);
-    for (i, (score, target)) in scores.iter().zip(targets).enumerate() {
-        let Some(score) = *score else { continue };
-        let this = (score, target.in_flight());
-        if this < best {
-            (index, best, tied) = (i, this, 1);
-        } else if this == best {
-            tied += 1;
-            if rng.usize(..tied) == 0 {
-                index = i;
-            }
-        }
-    }
-    index
+    let load =
+        |(score, target): (&Option<f64>, &Arc<Target>)| Some(((*score)?, target.in_flight()));
+    least_by(scores.iter().zip(targets).map(load), rng)
 }
 
 #[cfg(test)]

@@ -84,7 +84,7 @@ impl Manual {
                 if let Some(weighed) = weighed {
                     weighed.lowest_wins(|candidate| Some(f64::from(held(candidate.index))));
                 }
-                least_by(targets.len(), held, rng)
+                least_by((0..targets.len()).map(|index| Some(held(index))), rng)
             }
         }
     }

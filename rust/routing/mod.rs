@@ -557,18 +557,23 @@ fn scatter(seed: u64, n: u64) -> u64 {
 
 /// Index of the target with the fewest requests in flight, ties at random.
 fn least_in_flight(targets: &[Arc<Target>], rng: &mut fastrand::Rng) -> usize {
-    least_by(targets.len(), |index| targets[index].in_flight(), rng)
+    least_by(targets.iter().map(|target| Some(target.in_flight())), rng)
 }
 
-/// The index below `len` with the lowest load, ties at random (reservoir sampling, so one pass sees
-/// each load once).
-fn least_by(len: usize, load_at: impl Fn(usize) -> u32, rng: &mut fastrand::Rng) -> usize {
-    let (mut index, mut fewest, mut tied) = (0, u32::MAX, 0);
-    for i in 0..len {
-        let load = load_at(i);
-        if load < fewest {
-            (index, fewest, tied) = (i, load, 1);
-        } else if load == fewest {
+/// The place of the lowest load, ties at random (reservoir sampling, so one pass sees each load once). Those
+/// without one are passed over; the first place if nobody has one.
+fn least_by<L: PartialOrd>(
+    loads: impl Iterator<Item = Option<L>>,
+    rng: &mut fastrand::Rng,
+) -> usize {
+    let (mut index, mut lowest, mut tied) = (0, None, 0);
+    for (i, load) in loads.enumerate() {
+        if load.is_none() {
+            continue;
+        }
+        if lowest.is_none() || load < lowest {
+            (index, lowest, tied) = (i, load, 1);
+        } else if load == lowest {
             tied += 1;
             if rng.usize(..tied) == 0 {
                 index = i;

@@ -54,8 +54,6 @@ class Sent:
     """What came of a load. Requests that were not sent any more are not in it."""
 
     exchanges: list[Exchange]
-    # The wall clock at second 0, in seconds since 1970.
-    started_at: float
     # How late the event loop woke up each time, in seconds.
     lags: list[float]
     interrupted: bool
@@ -82,7 +80,7 @@ class Generator:
         lags: list[float] = []
         async with self._session() as session:
             with _rare_collections():
-                self._zero, started_at = time.perf_counter(), time.time()
+                self._zero = time.perf_counter()
                 watching = asyncio.create_task(_watch_lag(lags))
                 sending = asyncio.create_task(self._send_all(session, exchanges))
                 stopping = asyncio.create_task(self._stop.wait())
@@ -92,7 +90,7 @@ class Generator:
                 finally:
                     await _ended(sending, stopping, watching)
         begun = [exchange for exchange in exchanges if exchange.error is not None]
-        return Sent(begun, started_at, lags, interrupted=self._stop.is_set())
+        return Sent(begun, lags, interrupted=self._stop.is_set())
 
     async def _send_all(self, session: aiohttp.ClientSession, exchanges: Sequence[Exchange]) -> None:
         limit = self._target.max_concurrency
