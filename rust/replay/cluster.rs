@@ -278,6 +278,7 @@ impl<'a> Run<'a> {
         let number = index.to_string();
         let request = Request {
             prompt: &self.prompt,
+            is_ids: false,
             stream: true,
             route: "/generate",
             model: None,

@@ -32,6 +32,7 @@ pub(super) struct Prompt<'a> {
 pub(super) struct Routed<'a> {
     pub(super) bytes: Cow<'a, [u8]>,
     pub(super) tokens: u32,
+    pub(super) is_ids: bool,
 }
 
 impl<'a> Prompt<'a> {
@@ -50,13 +51,13 @@ impl<'a> Prompt<'a> {
     pub(super) fn routed(self) -> Option<Routed<'a>> {
         if let Some(bytes) = self.text {
             let tokens = u32::try_from(bytes.len().div_ceil(4)).unwrap_or(u32::MAX);
-            return Some(Routed { bytes, tokens });
+            return Some(Routed { bytes, tokens, is_ids: false });
         }
         if self.ids.is_empty() || self.ids_unusable {
             return None;
         }
         let tokens = u32::try_from(self.ids.len() / 4).unwrap_or(u32::MAX);
-        Some(Routed { bytes: Cow::Owned(self.ids), tokens })
+        Some(Routed { bytes: Cow::Owned(self.ids), tokens, is_ids: true })
     }
 
     fn push_borrowed(&mut self, piece: &'a str) {

@@ -51,6 +51,8 @@ pub struct Scan<'a> {
     /// [`PIECE_SEPARATOR`](super::PIECE_SEPARATOR) between them, or four little-endian bytes per
     /// token id; empty when none was found.
     pub prompt: Cow<'a, [u8]>,
+    /// Whether it is token ids.
+    pub is_ids: bool,
     /// The prompt's length in tokens: the number of ids, or a quarter of the text's bytes rounded
     /// up; `None` when no prompt was found.
     pub input_tokens: Option<u32>,
@@ -69,8 +71,8 @@ pub fn scan(body: &[u8]) -> Scan<'_> {
 
 fn scan_object(body: &str) -> Option<Scan<'_>> {
     let [model, stream, rid, prompt_fields @ ..] = json::fields(body, NAMES)?;
-    let (prompt, input_tokens) = match route_by(&prompt_fields) {
-        Some(routed) => (routed.bytes, Some(routed.tokens)),
+    let (prompt, input_tokens, is_ids) = match route_by(&prompt_fields) {
+        Some(routed) => (routed.bytes, Some(routed.tokens), routed.is_ids),
         None => Default::default(),
     };
     Some(Scan {
@@ -78,6 +80,7 @@ fn scan_object(body: &str) -> Option<Scan<'_>> {
         stream: stream.map_or(Some(false), |it| serde_json::from_str(it.get()).ok()),
         rid: rid.and_then(first_string),
         prompt,
+        is_ids,
         input_tokens,
     })
 }
@@ -121,13 +124,13 @@ mod tests {
     fn assert_text(body: &str, pieces: &[&str]) {
         let scan = scan(body.as_bytes());
         let expected = joined(pieces);
-        assert_eq!(scan.prompt, expected, "{body}");
+        assert_eq!((&*scan.prompt, scan.is_ids), (&*expected, false), "{body}");
         assert_eq!(scan.input_tokens, Some(expected.len().div_ceil(4) as u32), "{body}");
     }
 
     fn assert_ids(body: &str, ids: &[u32]) {
         let scan = scan(body.as_bytes());
-        assert_eq!(scan.prompt, id_bytes(ids), "{body}");
+        assert_eq!((&*scan.prompt, scan.is_ids), (&*id_bytes(ids), true), "{body}");
         assert_eq!(scan.input_tokens, Some(ids.len() as u32), "{body}");
     }
 
@@ -296,11 +299,13 @@ mod tests {
             other => string(other),
         });
         let model = object.get("model").and_then(string);
-        let (prompt, input_tokens) = naive_prompt(&object).unzip();
-        Scan { model, stream, rid, prompt: prompt.unwrap_or_default().into(), input_tokens }
+        let prompt = naive_prompt(&object);
+        let input_tokens = prompt.as_ref().map(|(_, tokens, _)| *tokens);
+        let (prompt, _, is_ids) = prompt.unwrap_or_default();
+        Scan { model, stream, rid, prompt: prompt.into(), is_ids, input_tokens }
     }
 
-    fn naive_prompt(object: &Map<String, Value>) -> Option<(Vec<u8>, u32)> {
+    fn naive_prompt(object: &Map<String, Value>) -> Option<(Vec<u8>, u32, bool)> {
         let (single, groups) = NAMES[3..].split_at(3);
         let groups = [&groups[..2], &groups[2..4], &groups[4..]];
         single.chunks(1).chain(groups).find_map(|names| {
@@ -311,10 +316,10 @@ mod tests {
             if !texts.is_empty() {
                 let bytes = joined(&texts);
                 let tokens = bytes.len().div_ceil(4) as u32;
-                return Some((bytes, tokens));
+                return Some((bytes, tokens, false));
             }
             let ids: Vec<u32> = ids.into_iter().collect::<Option<_>>()?;
-            (!ids.is_empty()).then(|| (id_bytes(&ids), ids.len() as u32))
+            (!ids.is_empty()).then(|| (id_bytes(&ids), ids.len() as u32, true))
         })
     }
 

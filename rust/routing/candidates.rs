@@ -9,6 +9,7 @@
 
 use std::sync::Arc;
 
+use super::outlook::View;
 use super::{Pick, PickError, Policy, Request, Target};
 
 /// A worker as the policy saw it.
@@ -21,12 +22,15 @@ pub struct Candidate {
     /// Tokens of the prompt the policy believes to be in its cache; `None` from a policy without a
     /// prefix tree.
     pub matched_tokens: Option<u32>,
-    /// Tokens of prompts sent before that the policy believes to be still computed first; `None` from a
-    /// policy that does not count them.
+    /// Tokens of prompts sent before that the policy believes to be still computed first, with what they are overdue;
+    /// `None` from a policy that does not count them.
     pub pending_tokens: Option<u32>,
     /// Tokens of prompts that the policy believes to be computed in a second there; `None` if it does not
     /// know.
     pub speed: Option<f64>,
+    /// Requests in flight there for the part of the prompt that is cached anywhere; `None` from a policy that does not
+    /// count them.
+    pub same_prefix: Option<u32>,
     /// What the rule compared, a finite number: see [`super::PolicyKind::score`]. `None` if the rule
     /// did not look at this worker, or compares nothing.
     pub score: Option<f64>,
@@ -48,6 +52,7 @@ impl Weighed {
             matched_tokens: None,
             pending_tokens: None,
             speed: None,
+            same_prefix: None,
             score: None,
         };
         let candidates = targets.iter().enumerate().map(candidate).collect();
@@ -61,11 +66,15 @@ impl Weighed {
         }
     }
 
-    /// Notes what prefill the policy believes to be pending at the target at an index, and how fast that goes.
-    pub fn prefill(&mut self, known: impl Fn(usize) -> (u32, Option<f64>)) {
+    /// Notes what the policy believes of the target at an index.
+    pub fn outlook(&mut self, known: impl Fn(usize) -> View) {
         for candidate in &mut self.candidates {
-            let (pending_tokens, speed) = known(candidate.index);
-            (candidate.pending_tokens, candidate.speed) = (Some(pending_tokens), speed);
+            let View { pending_tokens, matched_tokens, speed, same_prefix } =
+                known(candidate.index);
+            candidate.matched_tokens = Some(matched_tokens);
+            candidate.pending_tokens = Some(pending_tokens);
+            candidate.speed = speed;
+            candidate.same_prefix = Some(same_prefix);
         }
     }
 

@@ -5,11 +5,12 @@
 //! requests to come, also where nobody waits now. The lowest sum wins, ties by requests in flight, then at random.
 //! Everything it goes by is believed: see [`Outlook`].
 //!
-//! Prefill is not all that a worker does, and it does not run everything at once. So a cached prefix draws requests to a
-//! worker only up to a limit of requests in flight, its share of them, by speed, and a slack of [`SLACK`] and the share's
-//! square root. Above it a worker is passed over, unless another one below it holds as much of the prompt: then the
-//! score decides between them up to twice the slack, so that requests need not wait for the second copy while it is
-//! being computed. Hence one prompt that is asked for again and again spreads over the workers.
+//! That sum does not see requests that are nearly all cached: they bring hardly any prefill, so it would send them all to one
+//! worker, where they would wait for a place instead. So if a quarter of the prompt is cached somewhere, the requests
+//! in flight for that same part of it are kept apart: a worker that has it and has more of them than its share, by speed, and
+//! [`SLACK`] is passed over. While it still computes that part itself, no slack is left: to wait for it
+//! takes as long as to compute it elsewhere, and all copies are made at once. Hence one prompt that is asked for again and
+//! again spreads over the workers.
 
 use std::sync::Arc;
 
@@ -19,20 +20,33 @@ use super::{Options, Pick, PickError, Policy, Request, Target, Underway, WorkerI
 
 const PREFIX_MATCH: &str = "prefix_match";
 const SHORTER_WAIT: &str = "shorter_wait";
+const CROWDED: &str = "crowded";
 const NO_MATCH: &str = "no_match";
 
-/// Every reason this policy gives: nobody has more of the prompt, somebody has and would take longer all the same,
-/// nobody has any of it.
-pub const REASONS: &[&str] = &[PREFIX_MATCH, SHORTER_WAIT, NO_MATCH];
+/// Every reason this policy gives: nobody has more of the prompt; somebody has and would take longer all the same; somebody
+/// has and was passed over, as too many are there for the same; nobody has any of it.
+pub const REASONS: &[&str] = &[PREFIX_MATCH, SHORTER_WAIT, CROWDED, NO_MATCH];
 
 /// See [`super::PolicyKind::score`].
 pub const SCORE: &str = "(`pending_tokens` + uncached) / `speed` + `cache_weight` × uncached / the mean of all speeds, in \
     seconds, where uncached = `input_tokens` − `matched_tokens`; while no speed is known, as if each were 1. None for a \
-    worker that is passed over because its cache has drawn far more than its share of the requests in flight. The \
-    lowest wins, ties by requests in flight.";
+    worker that is passed over: one with a match, if the best match is more than a quarter of `input_tokens` and \
+    `same_prefix` × the mean speed / `speed` is over the mean of this over all workers by more than 8, or, if \
+    `pending_tokens` is over a tenth of its `matched_tokens`, by more than 0.5. The lowest wins, ties by requests in \
+    flight.";
 
-/// Requests in flight beyond a worker's share that are no crowd.
-const SLACK: f64 = 4.0;
+/// A best match of no more than this share of the prompt does not draw requests to one place.
+const DRAWING: f64 = 0.25;
+
+/// Requests for the same prefix beyond a worker's share of them that are no crowd.
+const SLACK: f64 = 8.0;
+
+/// The same while what the prefix saves is not saved yet: so that the shares of a few, which are less than one, leave
+/// room for one.
+const SLACK_WHILE_COMPUTING: f64 = 0.5;
+
+/// A worker with more pending than this share of a match is still computing.
+const COMPUTING: f64 = 0.1;
 
 /// See the module.
 pub struct LeastTtft {
@@ -49,31 +63,28 @@ impl LeastTtft {
     }
 
     /// The score of each worker; `None` for those that are passed over.
-    fn scores(&self, views: &Views, targets: &[Arc<Target>]) -> Vec<Option<f64>> {
-        let count = targets.len() as f64;
-        let mean_speed = views.workers.iter().map(speed).sum::<f64>() / count;
+    fn scores(&self, views: &Views) -> Vec<Option<f64>> {
+        let mean = |of: &dyn Fn(&View) -> f64| {
+            views.workers.iter().map(of).sum::<f64>() / views.workers.len() as f64
+        };
+        let mean_speed = mean(&speed);
         let score = |view: &View| {
             let uncached = f64::from(views.input_tokens - view.matched_tokens);
             let wait = (f64::from(view.pending_tokens) + uncached) / speed(view);
             wait + self.cache_weight * uncached / mean_speed
         };
-        // As many requests in flight as a worker of the mean speed would have.
-        let load = |(view, target): (&View, &Arc<Target>)| {
-            f64::from(target.in_flight()) * mean_speed / speed(view)
+        let best_match = views.workers.iter().map(|view| view.matched_tokens).max().unwrap_or(0);
+        let is_drawing = f64::from(best_match) > DRAWING * f64::from(views.input_tokens);
+        // As many as there would be at a worker of the mean speed.
+        let crowd = |view: &View| f64::from(view.same_prefix) * mean_speed / speed(view);
+        let share = mean(&crowd);
+        let is_passed_over = |view: &View| {
+            let matched = f64::from(view.matched_tokens);
+            let is_computing = f64::from(view.pending_tokens) > COMPUTING * matched;
+            let slack = if is_computing { SLACK_WHILE_COMPUTING } else { SLACK };
+            is_drawing && matched > 0.0 && crowd(view) > share + slack
         };
-        let in_flight: u64 = targets.iter().map(|target| u64::from(target.in_flight())).sum();
-        let share = in_flight as f64 / count;
-        let slack = SLACK + share.sqrt();
-        let workers = || views.workers.iter().zip(targets);
-        let free = workers().filter(|worker| load(*worker) <= share + slack);
-        let held_by_free = free.map(|(view, _)| view.matched_tokens).max().unwrap_or(0);
-        let is_passed_over = |view: &View, load: f64| {
-            let is_best = view.matched_tokens > held_by_free;
-            view.matched_tokens > 0 && load > share + if is_best { slack } else { 2.0 * slack }
-        };
-        workers()
-            .map(|worker| (!is_passed_over(worker.0, load(worker))).then(|| score(worker.0)))
-            .collect()
+        views.workers.iter().map(|view| (!is_passed_over(view)).then(|| score(view))).collect()
     }
 }
 
@@ -91,28 +102,25 @@ impl Policy for LeastTtft {
         weighed: Option<&mut Weighed>,
     ) -> Result<Pick, PickError> {
         let views = self.outlook.see(request, targets);
-        let scores = self.scores(&views, targets);
+        let scores = self.scores(&views);
         let index = lowest(&scores, targets, rng);
         if let Some(weighed) = weighed {
-            weighed.matched(|index| views.workers[index].matched_tokens);
-            weighed.prefill(|index| {
-                let View { pending_tokens, speed, .. } = views.workers[index];
-                (pending_tokens, speed)
-            });
+            weighed.outlook(|index| views.workers[index]);
             weighed.lowest_wins(|candidate| scores[candidate.index]);
         }
         let matched_tokens = views.workers[index].matched_tokens;
-        let most = views.workers.iter().map(|view| view.matched_tokens).max();
-        let reason = match most {
-            None | Some(0) => NO_MATCH,
-            Some(most) if matched_tokens < most => SHORTER_WAIT,
-            Some(_) => PREFIX_MATCH,
+        let best = views.workers.iter().zip(&scores).max_by_key(|(view, _)| view.matched_tokens);
+        let reason = match best {
+            None | Some((View { matched_tokens: 0, .. }, _)) => NO_MATCH,
+            Some((view, _)) if view.matched_tokens == matched_tokens => PREFIX_MATCH,
+            Some((_, None)) => CROWDED,
+            Some((_, Some(_))) => SHORTER_WAIT,
         };
         Ok(Pick { index, reason, matched_tokens: Some(matched_tokens) })
     }
 
     fn input_tokens(&self, request: &Request) -> Option<u32> {
-        (!request.prompt.is_empty()).then(|| self.outlook.input_tokens(request))
+        self.outlook.input_tokens(request)
     }
 
     fn matched_tokens(&self, request: &Request, worker: WorkerId) -> Option<u32> {
@@ -212,27 +220,39 @@ mod tests {
         let prompt = text(1, 128);
         let mut draw = fastrand::Rng::with_seed(3);
         let mut held = Vec::new();
-        for _ in 0..400 {
+        for sent in 1..=400 {
             let request = stream(&prompt, 0.0);
             let pick = policy.pick(&request, &targets, &mut draw, None).expect("never fails");
             held.push(send(&policy, &request, &targets[pick.index]));
+            let most = targets.iter().map(|target| target.in_flight()).max();
+            // The share, and one for the slack.
+            assert!(most <= Some(sent / 8 + 2), "{most:?} of {sent}");
         }
-        let loads: Vec<_> = targets.iter().map(|target| target.in_flight()).collect();
-        // Its share is 50, and the slack 4 + √50.
-        assert!(loads.iter().all(|load| *load <= 62), "{loads:?}");
     }
 
     #[test]
-    fn a_crowded_worker_waits_until_another_holds_as_much() {
-        let (policy, (targets, _held)) = (policy(&[]), loaded(&[14, 0, 0, 0]));
+    fn a_prompt_that_is_cached_is_asked_for_there_until_it_is_a_crowd() {
+        let (policy, (targets, _none)) = (policy(&[]), loaded(&[0; 4]));
         served(&policy, &text(1, 128), &targets[0]);
-        let (first, scored) = scores(&policy, &text(1, 128), &targets);
-        assert!(first.index != 0 && scored[0].is_none(), "{scored:?}");
-        // The second copy is being computed; meanwhile the first one serves.
-        let _copied = send(&policy, &stream(&text(1, 128), 0.0), &targets[first.index]);
+        let mut held = Vec::new();
+        let reasons = loop {
+            let pick = pick(&policy, &text(1, 128), &targets);
+            if pick.index != 0 {
+                break pick.reason;
+            }
+            let mut one = send(&policy, &stream(&text(1, 128), 0.0), &targets[0]);
+            one.begun(0.0);
+            held.push(one);
+        };
+        // 11 are more than 8 over the share of four workers.
+        assert_eq!((reasons, held.len()), (CROWDED, 11));
+        let (_, scored) = scores(&policy, &text(1, 128), &targets);
+        assert!(scored[0].is_none() && scored[1..].iter().all(Option::is_some), "{scored:?}");
+        // Those that came for something else are no crowd, and neither is who needs most of it computed.
+        let other = [text(1, 128), text(2, 500)].concat();
+        assert_eq!(pick(&policy, &other, &targets).index, 0);
+        held.pop();
         assert_eq!(pick(&policy, &text(1, 128), &targets).index, 0);
-        let _more: Vec<_> = (0..14).map(|_| targets[0].begin()).collect();
-        assert_eq!(pick(&policy, &text(1, 128), &targets).index, first.index);
     }
 
     #[test]

@@ -173,29 +173,33 @@ impl Mirror {
         })
     }
 
+    /// The name of the last block of the prompt that anybody holds.
+    pub fn last_held(&self, names: &[u64]) -> Option<u64> {
+        let held = names.partition_point(|name| !self.holders(*name).is_empty());
+        names[..held].last().copied()
+    }
+
     /// Blocks of the prompt that a worker holds.
     pub fn matched_blocks(&self, names: &[u64], worker: WorkerId) -> usize {
         names.partition_point(|name| find(self.holders(*name), worker).is_ok())
-    }
-
-    /// Bytes that a worker holds.
-    pub fn bytes(&self, worker: WorkerId) -> u64 {
-        self.caches.get(&worker).map_or(0, |cache| cache.bytes)
     }
 
     /// Notes that a worker uses a prompt: from now on it holds its blocks, and of all it holds no more than
     /// fits into `room_bytes`, the least recently used going first. Of a prompt that is larger only the
     /// head is held.
     pub fn use_prompt(&mut self, worker: WorkerId, names: &[u64], room_bytes: u64) -> Use {
-        let fitting = usize::try_from(room_bytes).unwrap_or(usize::MAX) / BLOCK_BYTES;
-        let names = &names[..names.len().min(fitting)];
-        let runs = self.runs(worker, names);
+        let runs = self.runs(worker, fitting(names, room_bytes));
+        Use { number: self.use_again(worker, names, room_bytes), runs }
+    }
+
+    /// As [`Mirror::use_prompt`], without looking at what was there.
+    pub fn use_again(&mut self, worker: WorkerId, names: &[u64], room_bytes: u64) -> UseNumber {
         let number = self.caches.entry(worker).or_default().begin_use();
-        for name in names.iter().rev() {
+        for name in fitting(names, room_bytes).iter().rev() {
             self.touch(worker, *name);
         }
         self.shrink(worker, room_bytes);
-        Use { number, runs }
+        number
     }
 
     /// Notes that bytes without a name entered a worker's cache as part of its latest use.
@@ -239,10 +243,25 @@ impl Mirror {
         self.drop_while(worker, |cache| cache.bytes > room_bytes);
     }
 
-    /// Forgets all that a worker holds.
-    pub fn forget(&mut self, worker: WorkerId) {
-        self.drop_while(worker, |cache| cache.oldest != NONE);
-        self.caches.remove(&worker);
+    /// The latest use of a worker's cache, if it has one.
+    pub fn latest_use(&self, worker: WorkerId) -> Option<UseNumber> {
+        self.caches.get(&worker).map(|cache| cache.next_use.saturating_sub(1))
+    }
+
+    /// Does a part of [`Mirror::cut`], at most so many blocks of it. Returns whether there is more to do.
+    pub fn cut_some(&mut self, worker: WorkerId, last_use: UseNumber, at_most: usize) -> bool {
+        for _ in 0..at_most {
+            let Some(cache) = self.caches.get(&worker) else { return false };
+            if cache.oldest == NONE {
+                self.caches.remove(&worker);
+                return false;
+            }
+            if cache.entries[cache.oldest as usize].last_use > last_use {
+                return false;
+            }
+            self.drop_entry(worker, cache.oldest);
+        }
+        true
     }
 
     fn holders(&self, name: u64) -> &[Holder] {
@@ -410,6 +429,12 @@ impl Cache {
     }
 }
 
+/// The names that fit into so many bytes.
+fn fitting(names: &[u64], room_bytes: u64) -> &[u64] {
+    let blocks = usize::try_from(room_bytes).unwrap_or(usize::MAX) / BLOCK_BYTES;
+    &names[..names.len().min(blocks)]
+}
+
 fn find(holders: &[Holder], worker: WorkerId) -> Result<usize, usize> {
     holders.binary_search_by_key(&worker, |holder| holder.worker)
 }
@@ -420,6 +445,11 @@ fn place_of(index: usize) -> u32 {
 
 #[cfg(test)]
 impl Mirror {
+    /// Bytes that a worker holds.
+    fn bytes(&self, worker: WorkerId) -> u64 {
+        self.caches.get(&worker).map_or(0, |cache| cache.bytes)
+    }
+
     /// Panics unless the module's invariants hold.
     fn check_invariants(&self) {
         assert_eq!(self.by_name.len() + self.free.len(), self.blocks.len());
@@ -660,7 +690,9 @@ mod tests {
                         naive.shrink(worker, room);
                     }
                     Step::Forget(worker) => {
-                        mirror.forget(worker);
+                        if let Some(latest) = mirror.latest_use(worker) {
+                            while mirror.cut_some(worker, latest, 3) {}
+                        }
                         naive.caches.remove(&worker);
                     }
                     Step::Cut(worker) => {

@@ -25,11 +25,12 @@ mod cache_aware;
 pub mod candidates;
 mod consistent_hashing;
 mod fixed_probability;
+mod herds;
 mod kv_size;
 mod least_ttft;
 mod manual;
-pub mod mirror;
-pub mod outlook;
+mod mirror;
+mod outlook;
 pub mod own;
 mod power_of_two;
 mod prefix_hash;
@@ -219,6 +220,8 @@ pub struct Request<'a> {
     /// UTF-8 text, or four little-endian bytes per token id, so that [`BYTES_PER_TOKEN`] holds for
     /// both. May be empty; is never decoded.
     pub prompt: &'a [u8],
+    /// Whether the prompt is token ids: then its tokens are known.
+    pub is_ids: bool,
     /// Whether a stream was asked for.
     pub stream: bool,
     /// The path, such as `/generate`.
@@ -229,7 +232,7 @@ pub struct Request<'a> {
     pub routing_key: Option<&'a str>,
     /// The id it is traced by.
     pub request_id: Option<&'a str>,
-    /// Now, in seconds of a clock that never goes back.
+    /// When it is routed, in seconds of a clock that never goes back.
     pub at_secs: f64,
 }
 
@@ -238,6 +241,7 @@ impl<'a> Request<'a> {
     pub fn of(prompt: &'a [u8]) -> Self {
         Self {
             prompt,
+            is_ids: false,
             stream: false,
             route: "",
             model: None,

@@ -25,6 +25,7 @@ use hashbrown::HashMap;
 use parking_lot::RwLock;
 
 use super::backlog::{Backlog, Computed, Ticket};
+use super::herds::{DrawnBy, Herds};
 use super::kv_size::{KvSize, MOST_TOKENS};
 use super::mirror::{self, BLOCK_BYTES, Mirror, Use, UseNumber};
 use super::speed::{Speed, Speeds};
@@ -36,8 +37,11 @@ const RATIO_HALF_LIFE: f64 = 256.0;
 /// The tokens per byte change only by more than this share, so that estimates made at about the same time agree.
 const RATIO_STEP: f64 = 0.01;
 
-/// Tokens per byte stay between these: a token of 64 bytes, and four tokens for a byte.
-const RATIO_RANGE: [f64; 2] = [1.0 / 64.0, 4.0];
+/// Tokens per byte stay between these: a token of 64 bytes, and one for each byte.
+const RATIO_RANGE: [f64; 2] = [1.0 / 64.0, 1.0];
+
+/// Text is at most so many times as dense as all text in the mean, or as thin.
+const MOST_DENSE: f64 = 2.0;
 
 /// Pending tokens are told in steps of so many: that is how well they are known, and workers that are as good as idle
 /// shall be equally idle.
@@ -47,15 +51,20 @@ const PENDING_STEP: u64 = 64;
 /// equally dense everywhere, and workers cache whole pages.
 const AGREEMENT: f64 = 0.05;
 
+/// Blocks of a cache that is void are dropped so many at a time.
+const CUT_AT_ONCE: usize = 4096;
+
 /// What is known of a worker when a prompt is to be sent.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct View {
-    /// Tokens that it has still to compute of prompts sent to it.
+    /// Tokens that it has still to compute of prompts sent to it, and how long it is overdue with them, as tokens.
     pub pending_tokens: u32,
     /// Tokens of this prompt believed to be in its cache; at least one of a prompt never is.
     pub matched_tokens: u32,
     /// Tokens it computes a second; `None` if nobody's speed is known.
     pub speed: Option<f64>,
+    /// Requests in flight there for the part of this prompt that is cached anywhere.
+    pub same_prefix: u32,
 }
 
 /// What is known of all workers when a prompt is to be sent.
@@ -81,6 +90,7 @@ struct State {
     workers: HashMap<WorkerId, Worker>,
     speeds: Speeds,
     ratio: Ratio,
+    herds: Herds,
     next_ticket: Ticket,
     /// The latest moment that was told of.
     now_secs: f64,
@@ -92,6 +102,8 @@ struct Worker {
     backlog: Backlog,
     speed: Speed,
     kv_size: KvSize,
+    /// Counts the caches it has had: it lost what was in the ones before.
+    cache_number: u64,
     /// What was last used then was gone once, though it was believed to be there.
     doubted: Option<UseNumber>,
 }
@@ -106,43 +118,54 @@ impl Outlook {
     pub fn see(&self, request: &Request, targets: &[Arc<Target>]) -> Views {
         let names = mirror::names(request.prompt);
         let state = self.state.read();
-        let input_tokens = state.ratio.tokens(request.prompt.len());
+        let ratio = state.ratio.of(request);
+        let input_tokens = ratio.tokens(request.prompt.len());
         let view = |target: &Arc<Target>| match state.workers.get(&target.id) {
             Some(worker) => {
                 let speed = state.speeds.of(&worker.speed);
                 let pending_tokens = worker.backlog.pending_tokens(request.at_secs, speed);
                 let steps = (pending_tokens + PENDING_STEP / 2) / PENDING_STEP;
                 let pending_tokens = u32::try_from(steps * PENDING_STEP).unwrap_or(u32::MAX);
-                View { pending_tokens, matched_tokens: 0, speed }
+                View { pending_tokens, matched_tokens: 0, speed, same_prefix: 0 }
             }
             None => {
                 let speed = state.speeds.of(&Speed::default());
-                View { pending_tokens: 0, matched_tokens: 0, speed }
+                View { pending_tokens: 0, matched_tokens: 0, speed, same_prefix: 0 }
             }
         };
         let mut workers: Vec<View> = targets.iter().map(view).collect();
+        let place = |worker| targets.binary_search_by_key(&worker, |target| target.id).ok();
+        let mut held = 0;
         for (blocks, holders) in state.mirror.levels(&names) {
-            let matched_tokens = state.ratio.matched(blocks, input_tokens);
-            for holder in holders {
-                if let Ok(at) = targets.binary_search_by_key(&holder.worker, |target| target.id) {
-                    workers[at].matched_tokens = matched_tokens;
+            held = blocks;
+            let matched_tokens = ratio.matched(blocks, input_tokens);
+            for at in holders.iter().filter_map(|holder| place(holder.worker)) {
+                workers[at].matched_tokens = matched_tokens;
+            }
+        }
+        if let Some(last_held) = names[..held].last() {
+            for (worker, requests) in state.herds.of(*last_held) {
+                if let Some(at) = place(*worker) {
+                    workers[at].same_prefix = *requests;
                 }
             }
         }
         Views { input_tokens, workers }
     }
 
-    /// Tokens of a prompt, as estimated from its bytes.
-    pub fn input_tokens(&self, request: &Request) -> u32 {
-        self.state.read().ratio.tokens(request.prompt.len())
+    /// Tokens of a prompt, as estimated from its bytes if it is text; `None` of a request without one.
+    pub fn input_tokens(&self, request: &Request) -> Option<u32> {
+        let ratio = self.state.read().ratio.of(request);
+        (!request.prompt.is_empty()).then(|| ratio.tokens(request.prompt.len()))
     }
 
     /// Tokens of a prompt believed to be in a worker's cache.
     pub fn matched_tokens(&self, request: &Request, worker: WorkerId) -> u32 {
         let names = mirror::names(request.prompt);
         let state = self.state.read();
-        let input_tokens = state.ratio.tokens(request.prompt.len());
-        state.ratio.matched(state.mirror.matched_blocks(&names, worker), input_tokens)
+        let ratio = state.ratio.of(request);
+        let input_tokens = ratio.tokens(request.prompt.len());
+        ratio.matched(state.mirror.matched_blocks(&names, worker), input_tokens)
     }
 
     /// A request is being sent to a worker.
@@ -150,13 +173,16 @@ impl Outlook {
         let names = mirror::names(request.prompt);
         let mut state = self.state.write();
         let room_bytes = state.room_bytes(self.kv_tokens, target);
-        let State { mirror, workers, speeds, ratio, next_ticket, now_secs } = &mut *state;
+        let State { mirror, workers, speeds, ratio, herds, next_ticket, now_secs } = &mut *state;
         *now_secs = now_secs.max(request.at_secs);
         *next_ticket += 1;
         let ticket = *next_ticket;
         let worker = workers.entry(target.id).or_default();
         worker.target = Arc::downgrade(target);
+        let drawn_by = [mirror.last_held(&names), names.last().copied()];
+        herds.join(drawn_by, target.id);
         let used = mirror.use_prompt(target.id, &names, room_bytes);
+        let ratio = ratio.of(request);
         let input_tokens = ratio.tokens(request.prompt.len());
         let uncached_tokens = input_tokens - ratio.matched(used.matched_blocks(), input_tokens);
         if let Some(speed) = speeds.of(&worker.speed) {
@@ -168,30 +194,26 @@ impl Outlook {
             target: Arc::clone(target),
             ticket,
             prompt_bytes: request.prompt.len(),
+            is_ids: request.is_ids,
             names,
             used,
+            drawn_by,
+            cache_number: worker.cache_number,
             uncached_tokens,
+            computed: None,
+            is_answered: false,
             has_begun: false,
-            is_measured: false,
             told: Told::default(),
         })
     }
 
     /// What was believed of a worker's cache is void.
     pub fn forget(&self, worker: WorkerId) {
-        let State { mirror, workers, speeds, .. } = &mut *self.state.write();
-        mirror.forget(worker);
-        if let Some(worker) = workers.get_mut(&worker) {
-            worker.kv_size = KvSize::default();
-            worker.doubted = None;
-        }
-        workers.retain(|_, worker| {
-            let is_there = worker.target.strong_count() > 0;
-            if !is_there {
-                speeds.remove(&worker.speed);
-            }
-            is_there
-        });
+        let latest_use = self.state.write().forget(worker);
+        // All at once it would take tens of milliseconds, and every pick would wait.
+        while let Some(latest_use) = latest_use
+            && self.state.write().mirror.cut_some(worker, latest_use, CUT_AT_ONCE)
+        {}
     }
 }
 
@@ -204,46 +226,67 @@ impl State {
         (tokens.min(MOST_TOKENS) / self.ratio.tokens_per_byte) as u64
     }
 
-    /// The first content of a stream came. Returns whether its speed was learned from.
-    fn begun(&mut self, sent: &Sent, at_secs: f64) -> bool {
-        self.now_secs = self.now_secs.max(at_secs);
-        let Some(worker) = self.workers.get_mut(&sent.target.id) else { return false };
-        let computed = worker.backlog.begun(sent.ticket, at_secs);
-        if let Some(Computed { tokens, secs }) = computed {
-            self.speeds.learn(&mut worker.speed, tokens, secs);
+    /// A worker's cache is another one. Returns the latest use of the one before, of which all is to be cut.
+    fn forget(&mut self, worker: WorkerId) -> Option<UseNumber> {
+        if let Some(worker) = self.workers.get_mut(&worker) {
+            worker.cache_number += 1;
+            worker.kv_size = KvSize::default();
+            worker.doubted = None;
         }
-        computed.is_some()
+        let Self { workers, speeds, .. } = self;
+        workers.retain(|_, worker| {
+            let is_there = worker.target.strong_count() > 0;
+            if !is_there {
+                speeds.remove(&worker.speed);
+            }
+            is_there
+        });
+        self.mirror.latest_use(worker)
+    }
+
+    /// The first content of a stream came. Tells what was computed until then.
+    fn begun(&mut self, sent: &Sent, at_secs: f64) -> Option<Computed> {
+        self.now_secs = self.now_secs.max(at_secs);
+        self.workers.get_mut(&sent.target.id)?.backlog.begun(sent.ticket, at_secs)
     }
 
     fn ended(&mut self, sent: &Sent, kv_tokens: Option<u64>) {
         let id = sent.target.id;
-        let Told { prompt_tokens, cached_tokens, completion_tokens } = sent.told;
-        let is_computed = sent.has_begun || prompt_tokens.is_some();
-        let now_secs = self.now_secs;
+        let told = Counts::told(&sent.told);
+        self.herds.leave(sent.drawn_by, id);
         let Some(worker) = self.workers.get_mut(&id) else { return };
-        worker.backlog.left(sent.ticket, is_computed, now_secs);
+        let is_computed = sent.has_begun || sent.is_answered || told.is_some();
+        worker.backlog.left(sent.ticket, is_computed, self.now_secs);
+        if let Some(Computed { tokens, secs }) = sent.computed {
+            let others = tokens.saturating_sub(u64::from(sent.uncached_tokens));
+            let own = told.and_then(Counts::uncached_tokens).unwrap_or(sent.uncached_tokens);
+            self.speeds.learn(&mut worker.speed, others + u64::from(own), secs);
+        }
+        if worker.cache_number != sent.cache_number {
+            return;
+        }
         if !is_computed {
             self.mirror.retract(id, &sent.names, &sent.used);
             return;
         }
-        if let Some(prompt_tokens) = prompt_tokens.filter(|tokens| *tokens > 0) {
-            self.ratio.learn(sent.prompt_bytes, prompt_tokens);
-            if let Some(cached_tokens) = cached_tokens.filter(|cached| *cached <= prompt_tokens) {
-                if sent.is_measured {
-                    let more =
-                        f64::from(prompt_tokens - cached_tokens) - f64::from(sent.uncached_tokens);
-                    self.speeds.correct(&mut worker.speed, more);
-                }
-                let share = f64::from(cached_tokens) / f64::from(prompt_tokens);
-                self.compare(sent, share * sent.prompt_bytes as f64);
+        if let Some(told) = told {
+            let ratio = if sent.is_ids { Ratio::default() } else { self.ratio };
+            if let Some(cached_bytes) = ratio.cached_bytes(sent.prompt_bytes, told) {
+                self.compare(sent, cached_bytes);
+            }
+            if !sent.is_ids {
+                self.ratio.learn(sent.prompt_bytes, told.prompt_tokens);
             }
         }
         let room_bytes = self.room_bytes(kv_tokens, &sent.target);
-        let answer_bytes = f64::from(completion_tokens.unwrap_or(0)) / self.ratio.tokens_per_byte;
+        let answer_tokens = f64::from(sent.told.completion_tokens.unwrap_or(0));
         let rest_bytes = sent.prompt_bytes - sent.names.len() * BLOCK_BYTES;
-        let nameless = (answer_bytes as u32).saturating_add(rest_bytes as u32);
-        self.mirror.use_nameless(id, nameless, room_bytes);
-        self.mirror.use_prompt(id, &sent.names, room_bytes);
+        let nameless_bytes = answer_tokens / self.ratio.tokens_per_byte + rest_bytes as f64;
+        // An answer that would not fit has not driven out its own prompt.
+        let most = room_bytes.saturating_sub((sent.names.len() * BLOCK_BYTES) as u64);
+        let nameless_bytes = (nameless_bytes as u64).min(most);
+        self.mirror.use_nameless(id, u32::try_from(nameless_bytes).unwrap_or(u32::MAX), room_bytes);
+        self.mirror.use_again(id, &sent.names, room_bytes);
     }
 
     /// Compares what a worker had of a prompt, in bytes, with what was believed when it was sent.
@@ -278,13 +321,19 @@ struct Sent {
     target: Arc<Target>,
     ticket: Ticket,
     prompt_bytes: usize,
+    is_ids: bool,
     names: Box<[u64]>,
     used: Use,
+    /// The blocks it is counted by in the herds.
+    drawn_by: DrawnBy,
+    /// The worker's when it was sent.
+    cache_number: u64,
     /// As estimated.
     uncached_tokens: u32,
     has_begun: bool,
-    /// A speed was learned from it.
-    is_measured: bool,
+    is_answered: bool,
+    /// What was computed until its first content came.
+    computed: Option<Computed>,
     told: Told,
 }
 
@@ -293,8 +342,12 @@ impl Underway for Sent {
         if !self.has_begun {
             self.has_begun = true;
             let outlook = Arc::clone(&self.outlook);
-            self.is_measured = outlook.state.write().begun(self, at_secs);
+            self.computed = outlook.state.write().begun(self, at_secs);
         }
+    }
+
+    fn answered(&mut self, _at_secs: f64) {
+        self.is_answered = true;
     }
 
     fn told(&mut self, told: &Told) {
@@ -306,6 +359,27 @@ impl Drop for Sent {
     fn drop(&mut self) {
         let outlook = Arc::clone(&self.outlook);
         outlook.state.write().ended(self, outlook.kv_tokens);
+    }
+}
+
+/// A worker's word on a prompt, as far as it can be true.
+#[derive(Clone, Copy, Debug)]
+struct Counts {
+    /// Over 0.
+    prompt_tokens: u32,
+    /// At most as many.
+    cached_tokens: Option<u32>,
+}
+
+impl Counts {
+    fn told(told: &Told) -> Option<Self> {
+        let prompt_tokens = told.prompt_tokens.filter(|tokens| *tokens > 0)?;
+        let cached_tokens = told.cached_tokens.filter(|cached| *cached <= prompt_tokens);
+        Some(Self { prompt_tokens, cached_tokens })
+    }
+
+    fn uncached_tokens(self) -> Option<u32> {
+        Some(self.prompt_tokens - self.cached_tokens?)
     }
 }
 
@@ -325,18 +399,40 @@ impl Default for Ratio {
 }
 
 impl Ratio {
+    /// That of a request's prompt; of token ids it is known.
+    fn of(self, request: &Request) -> Self {
+        if request.is_ids { Self::default() } else { self }
+    }
+
     fn learn(&mut self, bytes: usize, tokens: u32) {
-        if bytes == 0 {
+        // A token of text has at least a byte.
+        if u64::from(tokens) > bytes as u64 {
             return;
         }
+        let mut tokens = f64::from(tokens);
+        if self.bytes > 0.0 {
+            // A picture among texts moves it little, another language wins all the same.
+            let expected = self.tokens / self.bytes * bytes as f64;
+            tokens = tokens.clamp(expected / MOST_DENSE, expected * MOST_DENSE);
+        }
         let kept = 0.5_f64.powf(1.0 / RATIO_HALF_LIFE);
-        self.tokens = self.tokens * kept + f64::from(tokens);
+        self.tokens = self.tokens * kept + tokens;
         self.bytes = self.bytes * kept + bytes as f64;
         let [least, most] = RATIO_RANGE;
         let learned = (self.tokens / self.bytes).clamp(least, most);
         if (learned / self.tokens_per_byte - 1.0).abs() > RATIO_STEP {
             self.tokens_per_byte = learned;
         }
+    }
+
+    /// Bytes of a prompt of so many that a worker had cached; `None` if it does not say, or if its tokens are
+    /// those of more than the text, such as a picture's, or of less: then nobody knows which of them were cached.
+    fn cached_bytes(self, bytes: usize, told: Counts) -> Option<f64> {
+        let tokens_per_byte = f64::from(told.prompt_tokens) / bytes as f64;
+        let density = tokens_per_byte / self.tokens_per_byte;
+        let is_text = (1.0 / MOST_DENSE..=MOST_DENSE).contains(&density);
+        let cached_tokens = told.cached_tokens.filter(|_| is_text)?;
+        Some(f64::from(cached_tokens) / tokens_per_byte)
     }
 
     /// Tokens of a prompt of so many bytes.
@@ -407,7 +503,7 @@ mod tests {
         assert_eq!(matched(&outlook, &prompt, &targets), [0, 639, 0]);
         let _same = outlook.sent(&stream(&prompt, 0.0), &targets[1]);
         assert_eq!(pending(&outlook, &targets, 0.0), [0, 640, 0]);
-        assert_eq!(outlook.input_tokens(&Request::of(&text(1, 2))), 32);
+        assert_eq!(outlook.input_tokens(&Request::of(&text(1, 2))), Some(32));
         assert_eq!(matched(&outlook, b"", &targets), [0, 0, 0]);
     }
 
@@ -446,6 +542,86 @@ mod tests {
         drop(computed);
         drop(outlook.sent(&stream(&text(1, 6), 0.0), &targets[0]));
         assert_eq!(matched(&outlook, &text(1, 8), &targets), [64]);
+    }
+
+    #[test]
+    fn an_answer_without_counts_was_computed_too() {
+        let (outlook, targets) = (outlook(), targets(1));
+        let mut answered = outlook.sent(&Request::of(&text(1, 4)), &targets[0]);
+        answered.answered(1.0);
+        drop(answered);
+        assert_eq!(matched(&outlook, &text(1, 8), &targets), [64]);
+    }
+
+    #[test]
+    fn what_is_not_in_the_text_says_nothing_of_the_text() {
+        let (outlook, targets) = (outlook(), targets(1));
+        let serve = |prompt: &[u8], told| {
+            let mut sent = outlook.sent(&stream(prompt, 0.0), &targets[0]);
+            sent.begun(0.0);
+            sent.told(&told);
+        };
+        (0..5).for_each(|kind| serve(&text(kind, 40), told(640, 0)));
+        for kind in 2..5 {
+            // A picture of 1,250 tokens beside it: all of the text was cached.
+            serve(&text(kind, 40), told(640 + 1250, 640));
+        }
+        assert!(matched(&outlook, &text(0, 80), &targets)[0] >= 640);
+    }
+
+    #[test]
+    fn token_ids_are_counted_and_not_estimated() {
+        let (outlook, targets) = (outlook(), targets(1));
+        for kind in 0..3 {
+            outlook.sent(&stream(&text(kind, 40), 0.0), &targets[0]).told(&told(1280, 0));
+        }
+        let ids = Request { is_ids: true, ..Request::of(&[7; 400]) };
+        assert_eq!(outlook.input_tokens(&ids), Some(100));
+        assert_eq!(outlook.see(&ids, &targets).input_tokens, 100);
+        // They say nothing of text.
+        for _ in 0..1000 {
+            outlook.sent(&ids, &targets[0]).told(&told(100, 0));
+        }
+        assert_eq!(outlook.input_tokens(&Request::of(&text(9, 10))), Some(320));
+    }
+
+    #[test]
+    fn what_was_sent_before_a_cache_was_lost_is_not_in_the_new_one() {
+        let (outlook, targets) = (outlook(), targets(1));
+        let mut sent = outlook.sent(&stream(&text(1, 40), 0.0), &targets[0]);
+        sent.begun(0.0);
+        outlook.forget(0);
+        outlook.sent(&stream(&text(2, 40), 0.0), &targets[0]).begun(0.0);
+        sent.told(&told(640, 0));
+        drop(sent);
+        assert_eq!(matched(&outlook, &text(1, 80), &targets), [0]);
+        assert_eq!(matched(&outlook, &text(2, 80), &targets), [640]);
+    }
+
+    #[test]
+    fn an_answer_beyond_all_room_leaves_its_prompt() {
+        let (outlook, targets) = (outlook(), targets(1));
+        let mut sent = outlook.sent(&stream(&text(1, 40), 0.0), &targets[0]);
+        sent.told(&Told { completion_tokens: Some(u32::MAX), ..told(640, 0) });
+        drop(sent);
+        assert_eq!(matched(&outlook, &text(1, 80), &targets), [640]);
+    }
+
+    #[test]
+    fn a_worker_without_a_cache_is_not_the_faster_for_it() {
+        let (outlook, targets) = (outlook(), targets(2));
+        for round in 0..60 {
+            let at = f64::from(round);
+            for target in &targets {
+                let mut sent = outlook.sent(&stream(&text(1, 40), at), target);
+                let cached = if target.id == 0 { 0 } else { 639 };
+                sent.begun(at + f64::from(640 - cached) / 10_000.0);
+                sent.told(&told(640, cached));
+            }
+        }
+        let views = outlook.see(&stream(b"", 100.0), &targets);
+        let speeds: Vec<_> = views.workers.iter().filter_map(|view| view.speed).collect();
+        assert!(speeds.iter().all(|speed| (8_000.0..12_500.0).contains(speed)), "{speeds:?}");
     }
 
     #[test]
@@ -498,10 +674,10 @@ mod tests {
             serve(b"", told(u32::MAX, 0));
         }
         assert_eq!(matched(&outlook, &text(0, 80), &targets), [640]);
-        assert_eq!(outlook.input_tokens(&Request::of(&text(0, 40))), 640);
-        // However absurd, the tokens of a byte are bounded, and so are times.
+        assert_eq!(outlook.input_tokens(&Request::of(&text(0, 40))), Some(640));
+        // More tokens than bytes are not those of text; and times are bounded.
         serve(&text(1, 1), told(u32::MAX, 0));
-        assert_eq!(outlook.input_tokens(&Request::of(&text(0, 1))), 256);
+        assert_eq!(outlook.input_tokens(&Request::of(&text(0, 1))), Some(16));
         let views = outlook.see(&stream(&text(0, 1), f64::NAN), &targets);
         assert!(views.workers[0].speed.is_none_or(f64::is_finite));
     }
@@ -513,7 +689,7 @@ mod tests {
             let mut sent = outlook.sent(&stream(&text(kind, 40), 0.0), &targets[0]);
             sent.told(&told(1280, 0));
         }
-        assert_eq!(outlook.input_tokens(&Request::of(&text(9, 10))), 320);
+        assert_eq!(outlook.input_tokens(&Request::of(&text(9, 10))), Some(320));
         assert_eq!(matched(&outlook, &text(1, 80), &targets), [1280]);
     }
 

@@ -243,11 +243,7 @@ impl Policy for Own {
         };
         let index = self.chooser.choose(request, views.input_tokens, &seen)?;
         if let Some(weighed) = weighed {
-            weighed.matched(|index| views.workers[index].matched_tokens);
-            weighed.prefill(|index| {
-                let View { pending_tokens, speed, .. } = views.workers[index];
-                (pending_tokens, speed)
-            });
+            weighed.outlook(|index| views.workers[index]);
         }
         let matched_tokens = Some(views.workers[index].matched_tokens);
         Ok(Pick { index, reason: OWN_CHOICE, matched_tokens })
@@ -258,7 +254,7 @@ impl Policy for Own {
     }
 
     fn input_tokens(&self, request: &Request) -> Option<u32> {
-        Some(self.outlook.input_tokens(request))
+        self.outlook.input_tokens(request)
     }
 
     fn matched_tokens(&self, request: &Request, worker: WorkerId) -> Option<u32> {

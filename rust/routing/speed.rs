@@ -1,9 +1,12 @@
 //! How fast each worker computes prompts, learned from how long they took.
 //!
-//! The one idea: speed is tokens over the seconds spent on them, summed over many prompts, so that long prompts count
-//! for what they are and the overhead of a short one does not. What a worker has shown is forgotten while the
-//! others go on showing theirs, and what is missing is filled up with the mean of all; so a worker that nobody
-//! is sent to any more, because it was slow once, gets another chance.
+//! The one idea: a prompt can take longer than its tokens need, because it waited for a place, for other work or on its
+//! way, but hardly ever less. So a worker is as fast as its faster prompts: [`FASTER_PART`] of the tokens
+//! of its last prompts went at this speed or a higher one. Prompts count by their tokens, so that the overhead of a
+//! short one says little.
+//!
+//! What a worker has shown is forgotten while the others go on showing theirs, and what is missing is filled up with
+//! the mean of all; so a worker that nobody is sent to any more, because it was slow once, gets another chance.
 //!
 //! Nothing here has a unit of time but the seconds that are measured: how much is remembered is counted in prompts, so
 //! a cluster that runs twenty times as fast learns the same.
@@ -11,52 +14,32 @@
 //! Speeds are told in [`STEPS`] to a doubling, those that hardly differ as the same one. Otherwise noise would send every request to
 //! the one worker that was a percent faster.
 
+use std::collections::VecDeque;
+
+/// The last prompts of a worker that its speed is taken from.
+const REMEMBERED: usize = 32;
+
+/// The part of their tokens that was computed at the worker's speed or faster.
+const FASTER_PART: f64 = 0.25;
+
 /// Prompts per worker after which what was learned counts half.
 const HALF_LIFE: f64 = 16.0;
 
 /// A worker's speed is that of what it has shown and of so many prompts at the mean speed.
 const ASSUMED: f64 = 2.0;
 
-/// A prompt of less than this share of the mean says nothing: its time is not that of its tokens.
-const MEANINGFUL: f64 = 0.1;
-
-/// A prompt counts as at most so many times as slow as expected: it may have waited for something else than prefill.
-const SLOWEST: f64 = 8.0;
-
 /// Speeds between one and twice as much.
 const STEPS: f64 = 4.0;
 
-/// Exponentially forgotten sums over prompts.
-#[derive(Clone, Copy, Debug, Default)]
-struct Sums {
+/// What all workers together have shown, exponentially forgotten.
+#[derive(Clone, Debug, Default)]
+pub struct Speeds {
+    /// Prompts, their tokens, and the seconds that these take at their workers' speeds.
     prompts: f64,
     tokens: f64,
     secs: f64,
-}
-
-impl Sums {
-    fn add(&mut self, tokens: f64, secs: f64) {
-        self.prompts += 1.0;
-        self.tokens += tokens;
-        self.secs += secs;
-    }
-
-    fn scaled(self, by: f64) -> Self {
-        Self { prompts: self.prompts * by, tokens: self.tokens * by, secs: self.secs * by }
-    }
-
-    /// Tokens a second, if anything has taken time.
-    fn speed(self) -> Option<f64> {
-        (self.tokens > 0.0 && self.secs > 0.0).then(|| self.tokens / self.secs)
-    }
-}
-
-/// What all workers together have shown.
-#[derive(Clone, Debug, Default)]
-pub struct Speeds {
-    sums: Sums,
     /// Prompts so far, of all workers.
-    prompts: u64,
+    count: u64,
     /// Workers that have shown anything.
     workers: u32,
 }
@@ -64,44 +47,39 @@ pub struct Speeds {
 /// What one worker has shown.
 #[derive(Clone, Debug, Default)]
 pub struct Speed {
-    sums: Sums,
-    /// [`Speeds::prompts`] when it last showed anything; 0 before.
+    /// The last [`REMEMBERED`] prompts.
+    shown: VecDeque<Shown>,
+    /// Tokens of these.
+    tokens: f64,
+    /// By the faster part of them; over 0 once anything is shown.
+    secs_per_token: f64,
+    /// [`Speeds::count`] when it last showed anything; 0 before.
     shown_at: u64,
 }
 
+#[derive(Clone, Copy, Debug)]
+struct Shown {
+    tokens: f64,
+    secs_per_token: f64,
+}
+
 impl Speeds {
-    /// Notes what one of the workers took for a prompt.
+    /// Notes what one of the workers took for a prompt. What took no tokens or no time says nothing.
     pub fn learn(&mut self, speed: &mut Speed, tokens: u64, secs: f64) {
-        let tokens = tokens as f64;
-        if tokens < MEANINGFUL * self.tokens_per_prompt() {
-            return;
-        }
-        let expected = self.of(speed).map(|speed| SLOWEST * tokens / speed);
-        let secs = expected.map_or(secs, |slowest| secs.min(slowest));
-        if tokens <= 0.0 || secs.is_nan() {
+        if tokens == 0 || !secs.is_finite() || secs <= 0.0 {
             return;
         }
         if speed.shown_at == 0 {
             self.workers = self.workers.saturating_add(1);
         }
-        self.prompts += 1;
-        speed.sums = speed.sums.scaled(self.kept(speed));
-        self.sums = self.sums.scaled(self.kept_of(1));
-        speed.shown_at = self.prompts;
-        speed.sums.add(tokens, secs);
-        self.sums.add(tokens, secs);
-    }
-
-    /// Tokens of the prompts that were learned from, in the mean; 0 if there was none.
-    fn tokens_per_prompt(&self) -> f64 {
-        if self.sums.prompts > 0.0 { self.sums.tokens / self.sums.prompts } else { 0.0 }
-    }
-
-    /// Notes that the tokens learned from were `more` than was said.
-    pub fn correct(&mut self, speed: &mut Speed, more: f64) {
-        for sums in [&mut self.sums, &mut speed.sums] {
-            sums.tokens = (sums.tokens + more).max(1.0);
-        }
+        let tokens = tokens as f64;
+        speed.show(Shown { tokens, secs_per_token: secs / tokens });
+        self.count += 1;
+        speed.shown_at = self.count;
+        let kept = self.kept_of(1);
+        self.prompts = self.prompts * kept + 1.0;
+        self.tokens = self.tokens * kept + tokens;
+        self.secs = self.secs * kept + tokens * speed.secs_per_token;
     }
 
     /// A worker that has shown something is gone.
@@ -111,21 +89,39 @@ impl Speeds {
 
     /// Tokens a second of a worker, the mean of all if it has not shown any; `None` if nobody has.
     pub fn of(&self, speed: &Speed) -> Option<f64> {
-        let mean = self.sums.speed()?;
-        let tokens = ASSUMED * self.tokens_per_prompt();
-        let mut sums = speed.sums.scaled(self.kept(speed));
-        sums.add(tokens, tokens / mean);
-        let steps = (STEPS * (sums.speed()? / mean).log2()).round();
-        Some(mean * (steps / STEPS).exp2())
-    }
-
-    /// How much of what a worker has shown still counts.
-    fn kept(&self, speed: &Speed) -> f64 {
-        self.kept_of(self.prompts - speed.shown_at)
+        if self.count == 0 {
+            return None;
+        }
+        let mean = self.secs / self.tokens;
+        let assumed = ASSUMED * self.tokens / self.prompts;
+        let shown = speed.tokens * self.kept_of(self.count - speed.shown_at);
+        let secs_per_token = (shown * speed.secs_per_token + assumed * mean) / (shown + assumed);
+        let steps = (STEPS * (mean / secs_per_token).log2()).round();
+        Some((steps / STEPS).exp2() / mean)
     }
 
     fn kept_of(&self, prompts: u64) -> f64 {
         (-(prompts as f64) / (HALF_LIFE * f64::from(self.workers.max(1)))).exp2()
+    }
+}
+
+impl Speed {
+    fn show(&mut self, shown: Shown) {
+        if self.shown.len() == REMEMBERED {
+            self.shown.pop_front();
+        }
+        self.shown.push_back(shown);
+        self.tokens = self.shown.iter().map(|shown| shown.tokens).sum();
+        let mut fastest: Vec<_> = self.shown.iter().collect();
+        fastest.sort_by(|one, other| one.secs_per_token.total_cmp(&other.secs_per_token));
+        let mut tokens = 0.0;
+        for shown in fastest {
+            tokens += shown.tokens;
+            self.secs_per_token = shown.secs_per_token;
+            if tokens >= FASTER_PART * self.tokens {
+                return;
+            }
+        }
     }
 }
 
@@ -171,19 +167,25 @@ mod tests {
     }
 
     #[test]
-    fn short_prompts_and_long_waits_hardly_count() {
+    fn waits_and_short_prompts_do_not_make_a_worker_slow() {
         let (mut speeds, mut speed) = (Speeds::default(), Speed::default());
-        shown(&mut speeds, &mut speed, 8000.0, 20);
-        for _ in 0..100 {
+        for round in 0..40 {
+            // Two of three wait, and so does a short one now and then.
+            let waited = if round % 3 == 0 { 0.0 } else { f64::from(round) };
+            speeds.learn(&mut speed, 1000, 0.125 + waited);
             speeds.learn(&mut speed, 1, 0.05);
-            speeds.learn(&mut speed, 0, 0.05);
         }
         assert!(is_near(speeds.of(&speed), 8000.0), "{:?}", speeds.of(&speed));
-        speeds.learn(&mut speed, 1000, 1e6);
-        assert!(speeds.of(&speed) > Some(4000.0), "{:?}", speeds.of(&speed));
-        speeds.learn(&mut speed, 1000, f64::NAN);
-        speeds.learn(&mut speed, 1000, 0.0);
-        assert!(speeds.of(&speed).is_some_and(f64::is_finite));
+    }
+
+    #[test]
+    fn what_says_nothing_teaches_nothing() {
+        let (mut speeds, mut speed) = (Speeds::default(), Speed::default());
+        for (tokens, secs) in [(0, 1.0), (10, 0.0), (10, -1.0), (10, f64::NAN), (10, f64::INFINITY)]
+        {
+            speeds.learn(&mut speed, tokens, secs);
+        }
+        assert_eq!(speeds.of(&speed), None);
     }
 
     #[test]
@@ -198,20 +200,23 @@ mod tests {
     #[test]
     fn a_change_of_speed_is_learned() {
         let (mut speeds, mut speed) = (Speeds::default(), Speed::default());
-        shown(&mut speeds, &mut speed, 8000.0, 100);
-        shown(&mut speeds, &mut speed, 2000.0, 100);
-        assert!(is_near(speeds.of(&speed), 2000.0), "{:?}", speeds.of(&speed));
+        for tokens_per_sec in [8000.0, 2000.0, 4000.0] {
+            shown(&mut speeds, &mut speed, tokens_per_sec, 100);
+            assert!(is_near(speeds.of(&speed), tokens_per_sec), "{:?}", speeds.of(&speed));
+        }
     }
 
     #[test]
-    fn what_was_estimated_wrong_is_corrected() {
-        let (mut speeds, mut speed) = (Speeds::default(), Speed::default());
-        for _ in 0..20 {
-            speeds.learn(&mut speed, 1000, 1.0);
-            speeds.correct(&mut speed, 3000.0);
+    fn prompts_that_get_shorter_are_learned_from() {
+        let mut speeds = Speeds::default();
+        let (mut fast, mut slow) = (Speed::default(), Speed::default());
+        shown(&mut speeds, &mut fast, 8000.0, 40);
+        shown(&mut speeds, &mut slow, 8000.0, 40);
+        for _ in 0..60 {
+            speeds.learn(&mut fast, 50, 0.005);
+            speeds.learn(&mut slow, 50, 0.05);
         }
-        assert!(is_near(speeds.of(&speed), 4000.0), "{:?}", speeds.of(&speed));
-        speeds.correct(&mut speed, -1e12);
-        assert!(speeds.of(&speed).is_some_and(|speed| speed > 0.0));
+        let ratio = speeds.of(&fast).expect("known") / speeds.of(&slow).expect("known");
+        assert!(ratio > 5.0, "{ratio}");
     }
 }

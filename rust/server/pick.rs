@@ -61,6 +61,7 @@ impl Wish<'_> {
 /// The request names a worker that does not exist, or that may not be picked; a policy from outside failed.
 pub(super) fn pick(app: &App, wish: &mut Wish<'_>) -> Result<Option<Picked>, Error> {
     let began = Instant::now();
+    wish.request.at_secs = app.secs(began);
     let snapshot = app.workers.snapshot();
     loop {
         let (index, pick, candidates) = match wish.pin {
@@ -160,10 +161,19 @@ fn ask<'a>(
             matched_tokens,
             pending_tokens,
             speed,
+            same_prefix,
             score,
             ..
         } = *candidate;
-        Some(Candidate { worker, in_flight, matched_tokens, pending_tokens, speed, score })
+        Some(Candidate {
+            worker,
+            in_flight,
+            matched_tokens,
+            pending_tokens,
+            speed,
+            same_prefix,
+            score,
+        })
     };
     let mut kept = Vec::with_capacity(candidates.len());
     kept.extend(candidates.iter().filter_map(named));

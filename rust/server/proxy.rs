@@ -107,6 +107,7 @@ async fn serve(
     let wish = Wish {
         request: routing::Request {
             prompt: &scan.prompt,
+            is_ids: scan.is_ids,
             stream: scan.stream == Some(true),
             route: outgoing.path.path(),
             model: scan.model.as_deref(),

@@ -140,6 +140,8 @@ pub struct Candidate {
     pub pending_tokens: Option<u32>,
     /// Tokens of prompts computed in a second, if the policy knows.
     pub speed: Option<f64>,
+    /// Requests in flight there for the part of the prompt that is cached anywhere, if the policy counts them.
+    pub same_prefix: Option<u32>,
     /// What the rule compared, a finite number; `None` if it compared nothing of this worker.
     pub score: Option<f64>,
 }
@@ -322,6 +324,7 @@ impl Record {
             matched_tokens: candidate.matched_tokens,
             pending_tokens: candidate.pending_tokens,
             speed: candidate.speed,
+            same_prefix: candidate.same_prefix,
             score: candidate.score,
         };
         let candidates = trace.candidates.as_ref();
@@ -365,6 +368,7 @@ impl Record {
             matched_tokens: candidate.matched_tokens,
             pending_tokens: candidate.pending_tokens,
             speed: candidate.speed,
+            same_prefix: candidate.same_prefix,
             score: candidate.score,
             chosen: Some(candidate.worker.index) == chosen,
         };

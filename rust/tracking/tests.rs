@@ -305,6 +305,7 @@ fn candidates(workers: &[u32]) -> Arc<Vec<Candidate>> {
         matched_tokens: Some(3),
         pending_tokens: None,
         speed: Some(8000.5),
+        same_prefix: None,
         score: Some(0.1),
     };
     Arc::new(workers.iter().map(candidate).collect())
@@ -323,9 +324,9 @@ fn candidates_are_those_of_the_last_pick_and_tell_which_was_chosen() {
         serde_json::to_value(told()).expect("plain data"),
         serde_json::json!([
             {"worker_url": "http://127.0.0.1:30002", "node_id": "gpu_1", "in_flight": 11, "matched_tokens": 3,
-             "pending_tokens": null, "speed": 8000.5, "score": 0.1, "chosen": false},
+             "pending_tokens": null, "speed": 8000.5, "same_prefix": null, "score": 0.1, "chosen": false},
             {"worker_url": "http://127.0.0.1:30003", "node_id": "gpu_2", "in_flight": 12, "matched_tokens": 3,
-             "pending_tokens": null, "speed": 8000.5, "score": 0.1, "chosen": true},
+             "pending_tokens": null, "speed": 8000.5, "same_prefix": null, "score": 0.1, "chosen": true},
         ])
     );
     open.routed(&worker(1), "pinned", None, ms(0), None);

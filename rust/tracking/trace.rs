@@ -92,6 +92,9 @@ pub struct CandidateView {
     /// Tokens of prompts that the policy believed to be computed in a second.
     #[serde(default)]
     pub speed: Option<f64>,
+    /// Requests that were in flight there for the part of the prompt that is cached anywhere.
+    #[serde(default)]
+    pub same_prefix: Option<u32>,
     /// What the rule compared.
     pub score: Option<f64>,
     /// Whether it was picked.
@@ -261,6 +264,7 @@ mod tests {
             matched_tokens: Some(512),
             pending_tokens: Some(64),
             speed: Some(8000.5),
+            same_prefix: Some(1),
             score: Some(0.5),
         };
         record.candidates = Some(Arc::new(vec![candidate]));

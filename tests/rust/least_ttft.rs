@@ -48,9 +48,9 @@ async fn prefill_is_pending_until_the_first_token() {
     let first = router.trace_now("first").await;
     assert_eq!((&first["reason"], &first["input_tokens"]), (&json!("no_match"), &json!(640)));
     let told = candidate(&router, &workers[busy], "first").await;
-    let told =
-        ["matched_tokens", "pending_tokens", "speed", "score"].map(|name| told[name].clone());
-    assert_eq!(told, [json!(0), json!(0), Value::Null, json!(5.0 * 640.0)]);
+    let told = ["matched_tokens", "pending_tokens", "speed", "same_prefix", "score"]
+        .map(|name| told[name].clone());
+    assert_eq!(told, [json!(0), json!(0), Value::Null, json!(0), json!(5.0 * 640.0)]);
 
     let (_other, _exchange, idle) = ask(&router, &mut workers, "second", &body("b", true)).await;
     assert_eq!(idle, 1 - busy);
@@ -60,6 +60,8 @@ async fn prefill_is_pending_until_the_first_token() {
     exchange.send([STREAM_HEAD.as_ref(), &event(640, 0)[..]].concat()).await;
     client.head().await.expect("a head");
     client.chunk().await.expect("the first token");
+    exchange.send(b"0\r\n\r\n").await;
+    router.trace_when("first", "completed").await;
     let _third = ask(&router, &mut workers, "third", &body("c", true)).await;
     let told = candidate(&router, &workers[busy], "third").await;
     assert_eq!(told["pending_tokens"], 0);

@@ -40,6 +40,7 @@ DECISION_COLUMNS = (
     "matched_tokens",
     "pending_tokens",
     "speed",
+    "same_prefix",
     "score",
 )
 _ERRORS_SHOWN = 5

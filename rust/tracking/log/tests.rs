@@ -101,6 +101,7 @@ fn candidates(told: &[Seen]) -> Arc<Vec<Candidate>> {
         matched_tokens,
         pending_tokens: matched_tokens,
         speed: score,
+        same_prefix: matched_tokens,
         score,
     };
     Arc::new((0..).zip(told.iter().copied()).map(candidate).collect())
