@@ -31,6 +31,8 @@ class Exchange:
 
     request_id: str
     request: Request
+    # If it was written before its time, and has not left.
+    body: bytes | None = None
     sent_at: float | None = None
     finished_at: float | None = None
     http_status: int | None = None

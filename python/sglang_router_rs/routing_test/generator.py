@@ -73,8 +73,6 @@ class Generator:
         self._target = target
         self._route = ROUTES[target.route]
         self._on_end, self._on_start = on_end, on_start
-        # By request id, of the first requests: PREPARED_BYTES at most.
-        self._bodies: dict[str, bytes] = {}
         self._stop = asyncio.Event()
         self._zero = 0.0
 
@@ -104,15 +102,15 @@ class Generator:
         return Sent(begun, lags, interrupted=self._stop.is_set())
 
     async def _prepare(self, exchanges: Sequence[Exchange]) -> None:
-        """Write bodies before time counts, as many as there is room for; the others are written as they leave."""
+        """Write the bodies of the first requests, as many as there is room for; the others follow as they leave."""
         size = 0
         for number, exchange in enumerate(exchanges):
             if size >= PREPARED_BYTES or self._stop.is_set():
                 return
             if number % STARTED_AT_ONCE == 0:
                 await asyncio.sleep(0)
-            body = self._bodies[exchange.request_id] = self._body(exchange.request)
-            size += len(body)
+            exchange.body = self._body(exchange.request)
+            size += len(exchange.body)
 
     def _body(self, request: Request) -> bytes:
         target = self._target
@@ -153,7 +151,7 @@ class Generator:
     async def _ask(self, session: aiohttp.ClientSession, exchange: Exchange) -> str:
         """Send it and read its answer; what went wrong, or nothing."""
         target = self._target
-        body = self._bodies.pop(exchange.request_id, None) or self._body(exchange.request)
+        body, exchange.body = exchange.body or self._body(exchange.request), None
         headers = {**target.headers, "content-type": "application/json", "x-request-id": exchange.request_id}
         try:
             async with session.post(
