@@ -115,7 +115,7 @@ def loss(text: str) -> Loss:
     raise argparse.ArgumentTypeError(f"{text} is not WORKER@SECONDS, workers counted from 0")
 
 
-def parsed() -> argparse.Namespace:
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked."""
     first, _, rest = (__doc__ or "").partition("\n\n")
     made = argparse.ArgumentParser(description=first, epilog=rest, formatter_class=Help)
@@ -142,7 +142,7 @@ def parsed() -> argparse.Namespace:
         + [contender("ours:least_ttft")],
         help="routers and policies, in this order",
     )
-    settings = made.parse_args()
+    settings = made.parse_args(arguments)
     if settings.speeds is not None and len(settings.speeds) != settings.workers:
         made.error(f"--speeds has {len(settings.speeds)} speeds for {settings.workers} workers")
     if settings.lose is not None and settings.lose.worker >= settings.workers:
@@ -398,9 +398,9 @@ def compare(rows: dict[str, dict[str, float]], width: int) -> None:
         print(*printed(parts, width), sep="\n")
 
 
-def main() -> int:
-    """Run the command line; returns its exit status."""
-    settings = parsed()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line, this process's own by default; returns its exit status."""
+    settings = parsed(arguments)
     try:
         asyncio.run(run(settings))
     except OptionError as error:

@@ -22,7 +22,8 @@ pub struct Hardware {
     #[arg(long, default_value_t = 400_000)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..=1_000_000_000))]
     pub kv_tokens: u32,
-    /// Tokens in a page of the KV cache, a power of two up to 512: larger is faster and finds fewer hits.
+    /// Tokens in a page of the KV cache (SGLang's --page-size), a power of two up to 512: larger is faster and finds
+    /// fewer hits.
     #[arg(long, default_value_t = 1, value_parser = page)]
     pub page_tokens: u32,
     /// Requests that run at the same time; others wait.

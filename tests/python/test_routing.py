@@ -25,10 +25,13 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def contended(trace: Path, *flags: str, status: int = 0) -> str:
-    load = (f"--trace={trace}", "--num-requests=30", "--workers=2", "--speed=50")
-    with Program("tools/routing.py", *load, *flags) as program:
-        assert program.end() == status, program.output
+def load(trace: Path) -> list[str]:
+    return [f"--trace={trace}", "--num-requests=30", "--workers=2", "--speed=50"]
+
+
+def contended(trace: Path, *flags: str) -> str:
+    with Program("tools/routing.py", *load(trace), *flags) as program:
+        assert program.end() == 0, program.output
         return program.output
 
 
@@ -52,15 +55,16 @@ def test_each_contender_has_a_line_in_the_table_and_a_curve(trace: Path, tmp_pat
 
 
 def test_a_worker_is_killed_while_the_load_runs(trace: Path, tmp_path: Path) -> None:
-    flags = (f"--directory={tmp_path}", "--lose=1@5", "--contenders=ours:least_ttft")
+    flags = (f"--directory={tmp_path}", "--lose=1@3", "--contenders=ours:least_ttft")
     printed = contended(trace, *flags)
-    assert "worker 1 was killed at 5 s" in printed
+    assert "worker 1 was killed at 3 s" in printed
     (row,) = pd.read_csv(tmp_path / "table.csv").to_dict("records")
     assert row["of these failed"] <= row["in its hands"]
     assert row["others failed"] == 0
     assert row["failed"] == row["of these failed"]
     rows = pd.read_csv(tmp_path / "ours-least_ttft.csv")
-    late = rows[(rows["to_server_time"] > 5.5 / 50) & rows["success"]]
+    # Well after it, so that a moment in which the machine did something else does not matter.
+    late = rows[(rows["to_server_time"] > 9 / 50) & rows["success"]]
     assert set(late["node_id"]) == {"gpu_0"}
 
 
@@ -77,8 +81,19 @@ def test_a_worker_is_killed_while_the_load_runs(trace: Path, tmp_path: Path) -> 
         (["--num-requests=31"], "has only 30 lines"),
     ],
 )
-def test_what_cannot_be_is_named(trace: Path, tmp_path: Path, flags: list[str], problem: str) -> None:
-    assert problem in contended(trace, f"--directory={tmp_path}", *flags, status=2)
+def test_what_cannot_be_is_named(
+    trace: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    problem: str,
+) -> None:
+    try:
+        status = routing.main([*load(trace), f"--directory={tmp_path}", *flags])
+    except SystemExit as end:
+        status = int(end.code or 0)
+    assert status == 2
+    assert problem in capsys.readouterr().err
 
 
 def rows(*of: tuple[str, float, float, bool]) -> list[dict[str, Any]]:
