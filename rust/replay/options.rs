@@ -10,7 +10,10 @@ use super::synthetic::Kind;
 use super::trace::BLOCK_TOKENS;
 use crate::routing::{self, Choice};
 use crate::sim::engine::Config;
-use crate::sim::hardware::Hardware;
+use crate::sim::hardware::{Hardware, MAX_PAGE_TOKENS};
+
+// The pages of a prompt are made of its blocks.
+const _: () = assert!(BLOCK_TOKENS.is_multiple_of(MAX_PAGE_TOKENS as usize));
 
 /// Replay a trace through policies and simulated workers, in virtual time
 #[derive(Clone, Debug)]
@@ -61,10 +64,6 @@ pub struct Flags {
     #[command(flatten)]
     pub hardware: Hardware,
 
-    /// Tokens in a page of the KV cache, a power of two up to 512: larger is faster and finds fewer hits
-    #[arg(long, default_value_t = 16, value_parser = page)]
-    pub page_tokens: u32,
-
     #[command(flatten)]
     pub routing: routing::Options,
 
@@ -94,7 +93,8 @@ impl FromArgMatches for Options {
 }
 
 impl Args for Options {
-    /// Of routing's options the policy becomes a list, and the seed has a default.
+    /// Of routing's options the policy becomes a list, and the seed has a default; of the workers' options the size of
+    /// a page has another one.
     fn augment_args(command: Command) -> Command {
         let list = |policy: Arg| {
             policy
@@ -110,6 +110,7 @@ impl Args for Options {
             .about("Replay a trace through policies and simulated workers, in virtual time")
             .mut_arg("policy", list)
             .mut_arg("seed", seed)
+            .mut_arg("page_tokens", |page| page.default_value("16"))
             .mut_arg("eviction_interval_secs", |without_effect| without_effect.hide(true))
     }
 
@@ -124,7 +125,7 @@ impl Options {
     /// # Errors
     /// Options that do not go together, in a sentence that names them.
     pub fn setup(&self) -> Result<Setup, String> {
-        let Flags { workers, speeds, lose, hardware, page_tokens, routing, .. } = &self.flags;
+        let Flags { workers, speeds, lose, hardware, routing, .. } = &self.flags;
         let workers = *workers as usize;
         if !workers.is_multiple_of(speeds.len()) {
             let speeds = speeds.len();
@@ -132,7 +133,7 @@ impl Options {
                 "--speeds: {workers} workers cannot take {speeds} speeds in turn evenly"
             ));
         }
-        let whole = hardware.engine(*page_tokens as usize);
+        let whole = hardware.engine();
         let engine = |speed: &f64| Config {
             prefill_rate: whole.prefill_rate * speed,
             step_base_secs: whole.step_base_secs / speed,
@@ -219,10 +220,4 @@ impl FromStr for Lost {
 fn factor(text: &str) -> Result<f64, String> {
     let factor = text.parse().ok().filter(|factor| (0.001..=1000.0).contains(factor));
     factor.ok_or_else(|| "must be a number from 0.001 to 1000".to_owned())
-}
-
-fn page(text: &str) -> Result<u32, String> {
-    let page: Option<u32> = text.parse().ok();
-    page.filter(|page| page.is_power_of_two() && *page as usize <= BLOCK_TOKENS)
-        .ok_or_else(|| format!("must be a power of two from 1 to {BLOCK_TOKENS}"))
 }

@@ -4,8 +4,8 @@
 //! its answer, whole or as the frames of a stream. What stands here is the way between, once for
 //! all.
 //!
-//! Invariant: a stream tells each token in a frame of its own, in order, however late the client
-//! reads.
+//! Invariant: which tokens a frame of a stream tells depends on the answer's length and
+//! `stream_interval` alone, however late the client reads.
 
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -64,13 +64,15 @@ pub struct Reply {
 pub enum Moment {
     /// A part begins.
     Opening(usize),
-    /// A part's next token.
-    Token {
+    /// A part's next tokens.
+    Tokens {
         /// The part.
         part: usize,
-        /// The token, counted from 1.
-        number: usize,
-        /// Whether the part is known to end with it.
+        /// Tokens told before.
+        from: usize,
+        /// Tokens told with these.
+        to: usize,
+        /// Whether the part is known to end with them.
         last: bool,
     },
     /// A part has ended.
@@ -173,7 +175,8 @@ struct Frames {
 
 impl Frames {
     fn new(mut job: Job, reply: Reply, write: WriteFrame) -> Self {
-        let cursor = Cursor::new(job.parts().len());
+        let stream_interval = job.worker().options.stream_interval as usize;
+        let cursor = Cursor::new(job.parts().len(), stream_interval);
         Self { job, reply, write, cursor }
     }
 
@@ -206,6 +209,8 @@ impl Frames {
 #[derive(Debug)]
 struct Cursor {
     parts: Vec<Told>,
+    /// Tokens from one frame to the next.
+    interval: usize,
     /// The part told last; the search for news begins there.
     at: usize,
     summed_up: bool,
@@ -222,15 +227,15 @@ struct Told {
 }
 
 impl Cursor {
-    fn new(parts: usize) -> Self {
-        Self { parts: vec![Told::default(); parts], at: 0, summed_up: false, done: false }
+    fn new(parts: usize, interval: usize) -> Self {
+        Self { parts: vec![Told::default(); parts], interval, at: 0, summed_up: false, done: false }
     }
 
     /// What to tell next, counted as told; `None` while there is nothing new, and once done.
     fn next(&mut self, parts: &[Progress]) -> Option<Moment> {
         let count = self.parts.len();
         for part in (self.at..count).chain(0..self.at) {
-            if let Some(moment) = self.parts[part].next(part, &parts[part]) {
+            if let Some(moment) = self.parts[part].next(part, &parts[part], self.interval) {
                 self.at = part;
                 return Some(moment);
             }
@@ -245,16 +250,19 @@ impl Cursor {
 }
 
 impl Told {
-    fn next(&mut self, part: usize, progress: &Progress) -> Option<Moment> {
+    fn next(&mut self, part: usize, progress: &Progress, interval: usize) -> Option<Moment> {
         let ended = progress.finish.is_some();
         if !self.opened && (ended || progress.completion_tokens > 0) {
             self.opened = true;
             return Some(Moment::Opening(part));
         }
-        if self.tokens < progress.completion_tokens {
-            self.tokens += 1;
-            self.end = ended && self.tokens == progress.completion_tokens;
-            return Some(Moment::Token { part, number: self.tokens, last: self.end });
+        let from = self.tokens;
+        let whole_frame = if from == 0 { 1 } else { from + interval };
+        let to = if ended { whole_frame.min(progress.completion_tokens) } else { whole_frame };
+        if from < to && to <= progress.completion_tokens {
+            self.tokens = to;
+            self.end = ended && to == progress.completion_tokens;
+            return Some(Moment::Tokens { part, from, to, last: self.end });
         }
         if ended && !self.closed {
             self.closed = true;
@@ -278,12 +286,12 @@ mod tests {
     }
 
     fn token(part: usize, number: usize, last: bool) -> Moment {
-        Moment::Token { part, number, last }
+        Moment::Tokens { part, from: number - 1, to: number, last }
     }
 
     #[test]
     fn each_token_is_told_once_however_many_came_at_once() {
-        let mut cursor = Cursor::new(1);
+        let mut cursor = Cursor::new(1, 1);
         assert_eq!(told(&mut cursor, &[progress(0, None)]), []);
         let first = [Moment::Opening(0), token(0, 1, false), token(0, 2, false)];
         assert_eq!(told(&mut cursor, &[progress(2, None)]), first);
@@ -299,8 +307,30 @@ mod tests {
     }
 
     #[test]
+    fn a_frame_tells_the_first_token_then_an_interval_each_then_the_rest() {
+        let frames = |seen: &[usize], last: usize| {
+            let mut cursor = Cursor::new(1, 4);
+            let until_end = seen.iter().map(|count| progress(*count, None));
+            let moments = until_end
+                .chain([progress(last, Some(Finish::Length))])
+                .flat_map(|progress| told(&mut cursor, &[progress]));
+            let frame = |moment| match moment {
+                Moment::Tokens { from, to, last, .. } => Some((from, to, last)),
+                _ => None,
+            };
+            moments.filter_map(frame).collect::<Vec<_>>()
+        };
+        let expected = [(0, 1, false), (1, 5, false), (5, 9, false), (9, 11, true)];
+        assert_eq!(frames(&[], 11), expected);
+        assert_eq!(frames(&[1, 2, 4, 5, 8, 10], 11), expected);
+        assert_eq!(frames(&[5], 5), [(0, 1, false), (1, 5, false)]);
+        assert_eq!(frames(&[], 1), [(0, 1, true)]);
+        assert_eq!(frames(&[], 0), []);
+    }
+
+    #[test]
     fn an_end_without_a_new_token_is_told_by_the_closing() {
-        let mut cursor = Cursor::new(1);
+        let mut cursor = Cursor::new(1, 1);
         told(&mut cursor, &[progress(1, None)]);
         let closing = Moment::Closing { part: 0, told: false };
         let rest = told(&mut cursor, &[progress(1, Some(Finish::Abort))]);
@@ -309,7 +339,7 @@ mod tests {
 
     #[test]
     fn parts_are_told_apart_and_the_last_one_ends_the_stream() {
-        let mut cursor = Cursor::new(2);
+        let mut cursor = Cursor::new(2, 1);
         let parts = [progress(0, None), progress(1, Some(Finish::Length))];
         let closing = Moment::Closing { part: 1, told: true };
         assert_eq!(told(&mut cursor, &parts), [Moment::Opening(1), token(1, 1, true), closing]);

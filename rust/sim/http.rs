@@ -193,7 +193,7 @@ async fn server_info(State(worker): Shared) -> Response {
         "port": worker.port,
         "base_gpu_id": worker.base_gpu_id,
         "max_running_requests": options.hardware.max_running,
-        "page_size": 1,
+        "page_size": options.hardware.page_tokens,
         "tp_size": 1,
         "dp_size": 1,
         "random_seed": worker.random_seed,

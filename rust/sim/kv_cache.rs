@@ -34,6 +34,16 @@ pub fn chain(contents: impl IntoIterator<Item = u64>) -> Vec<u64> {
     contents.into_iter().scan(0, next).collect()
 }
 
+/// The names of the whole pages of `page_tokens` ≥ 1 tokens each.
+pub fn pages(tokens: impl IntoIterator<Item = u32>, page_tokens: usize) -> Vec<u64> {
+    // A token's name tells all before it, so that of its last token names a page.
+    chain(tokens.into_iter().map(u64::from))
+        .into_iter()
+        .skip(page_tokens - 1)
+        .step_by(page_tokens)
+        .collect()
+}
+
 /// A bounded set of pages in order of use. Memory: about 50 bytes per page held, at most `capacity`
 /// pages.
 #[derive(Debug)]

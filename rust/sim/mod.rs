@@ -67,6 +67,9 @@ pub struct Options {
     /// Runs that many times faster than time.
     #[arg(long, default_value_t = 1.0, allow_negative_numbers = true, value_parser = positive)]
     pub speed: f64,
+    /// Tokens of a streamed answer from one frame to the next, as in SGLang; the first token has a frame of its own.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub stream_interval: u32,
     /// Name of the model.
     #[arg(long, default_value = "sim-model")]
     pub model: String,

@@ -121,6 +121,9 @@ fn bad_options_are_named_with_their_range() {
         (["--fail-status", "200"], "400..=599"),
         (["--kv-tokens", "0"], "1..=1000000000"),
         (["--max-running", "0"], "1..="),
+        (["--page-tokens", "24"], "a power of two from 1 to 512"),
+        (["--page-tokens", "1024"], "a power of two from 1 to 512"),
+        (["--stream-interval", "0"], "--stream-interval"),
         (["--port", "65536"], "65536"),
         (["--ports", "33002-33000"], "counts down"),
         (["--ports", "33000,x"], "not a port"),
@@ -140,6 +143,7 @@ fn ports_are_lists_and_ranges() {
     assert_eq!(ports("0,0"), [0, 0]);
     assert_eq!(Options::default().listen_ports(), [30005]);
     assert_eq!(Options::default().hardware.kv_tokens, 400_000);
+    assert_eq!(Options::default().hardware.page_tokens, 1);
 }
 
 #[tokio::test]
@@ -190,6 +194,66 @@ async fn generate_streams_cumulative_frames() {
         assert!(event.get("index").is_none());
     }
     assert_eq!(sim.get("/sim/stats").await.json()["served"], 1);
+}
+
+#[tokio::test]
+async fn a_stream_has_a_frame_per_interval_and_the_same_text_and_counts() {
+    let sim = start(&["--stream-interval", "8"]).await;
+    let mut body = generate("Hello", 20);
+    body["stream"] = json!(true);
+    let events = sim.post("/generate", body.clone()).await.events();
+    let counts: Vec<_> =
+        events.iter().map(|event| &event["meta_info"]["completion_tokens"]).collect();
+    assert_eq!(counts, [&json!(1), &json!(9), &json!(17), &json!(20), &Value::Null]);
+    let (text, _) = tokens::output(20);
+    assert_eq!(events[3]["text"], text);
+    let usage = json!({"include_usage": true});
+    let asked =
+        json!({"prompt": "Hello", "max_tokens": 20, "stream": true, "stream_options": usage});
+    let events = sim.post("/v1/completions", asked).await.events();
+    let pieces: Vec<_> =
+        events.iter().filter_map(|event| event["choices"][0]["text"].as_str()).collect();
+    assert_eq!((pieces.len(), pieces[0], pieces.concat()), (5, " the", text.to_owned()));
+    assert_eq!(events[5]["usage"]["completion_tokens"], 20);
+    sim.post("/sim/faults", json!({"die_after_chunks": 2})).await;
+    let events = sim.post("/generate", body).await.events();
+    assert_eq!((events.len(), &events[1]["meta_info"]["completion_tokens"]), (2, &json!(9)));
+}
+
+#[tokio::test]
+async fn what_a_stream_has_not_told_comes_with_its_end() {
+    let sim = start(&["--speed", "1", "--stream-interval", "1000000"]).await;
+    let mut body = generate("Hello", 100_000);
+    body["stream"] = json!(true);
+    let abort = async {
+        // The answer's words count as tokens in use once they are made.
+        while sim.get("/get_load").await.json()[0]["num_tokens"].as_u64() < Some(5) {}
+        sim.post("/abort_request", json!({"abort_all": true})).await;
+    };
+    let (answer, ()) = tokio::join!(sim.post("/generate", body), abort);
+    let events = answer.events();
+    assert_eq!((events.len(), &events[0]["meta_info"]["completion_tokens"]), (3, &json!(1)));
+    let told = &events[1]["meta_info"];
+    assert_eq!(told["finish_reason"]["type"], "abort");
+    assert!(told["completion_tokens"].as_u64() > Some(1), "{told}");
+}
+
+#[tokio::test]
+async fn the_cache_holds_whole_pages() {
+    let sim = start(&["--page-tokens", "4"]).await;
+    let prompt = "abcd".repeat(10);
+    let mut cached = Vec::new();
+    for prompt in [
+        prompt.clone(),
+        prompt.clone(),
+        format!("{}else", "abcd".repeat(9)),
+        prompt[..12].to_owned(),
+    ] {
+        let answer = sim.post("/generate", generate(&prompt, 1)).await.json();
+        cached.push(answer["meta_info"]["cached_tokens"].as_u64().unwrap());
+    }
+    assert_eq!(cached, [0, 8, 8, 0]);
+    assert_eq!(sim.get("/get_server_info").await.json()["page_size"], 4);
 }
 
 #[tokio::test]

@@ -57,9 +57,9 @@ pub fn output(count: usize) -> (&'static str, &'static [u32]) {
     (&text[..count * TOKEN_BYTES], &ids[..count])
 }
 
-/// Text of the `number`-th token of an answer, counted from 1.
-pub fn word(number: usize) -> &'static str {
-    WORDS[number.saturating_sub(1) % WORDS.len()]
+/// Text of those of an answer's first `to` tokens that come after its first `from`.
+pub fn words(from: usize, to: usize) -> &'static str {
+    &output(to).0[output(from.min(to)).0.len()..]
 }
 
 #[cfg(test)]
@@ -85,7 +85,8 @@ mod tests {
     fn the_answer_is_its_words_in_turn() {
         let (text, ids) = output(20);
         assert_eq!(ids.len(), 20);
-        assert_eq!(text, (1..=20).map(word).collect::<String>());
+        assert_eq!(text, (0..20).map(|number| words(number, number + 1)).collect::<String>());
+        assert_eq!((words(1, 3), words(3, 3), words(3, 1)), (" old fox", "", ""));
         assert_eq!(encode(text), ids);
         assert_eq!(output(usize::MAX).1.len(), MAX_OUTPUT_TOKENS);
         assert!(WORDS.iter().all(|word| word.len() == TOKEN_BYTES));

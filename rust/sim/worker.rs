@@ -21,7 +21,7 @@ use tokio::time::Instant;
 use super::Options;
 use super::engine::{Engine, Event, Id, Load, Sequence};
 use super::faults::Faults;
-use super::kv_cache::chain;
+use super::kv_cache::pages;
 use super::tokens;
 
 /// The longest the driver sleeps, in seconds: keeps very late events within the timer's range.
@@ -43,7 +43,7 @@ pub struct Progress {
     pub prompt_tokens: usize,
     /// Of these, found in the cache; 0 before prefill ends.
     pub cached_tokens: usize,
-    /// Tokens generated so far.
+    /// Tokens generated so far; of a stream those of whole frames until it ends.
     pub completion_tokens: usize,
     /// Simulated seconds spent waiting for prefill to start.
     pub queue_secs: f64,
@@ -110,6 +110,7 @@ struct Outlet {
     part: usize,
     rid: String,
     stream: bool,
+    stream_interval: usize,
     output_tokens: usize,
     submitted_at: f64,
 }
@@ -119,11 +120,12 @@ impl Outlet {
         self.parts.send_modify(|parts| update(&mut parts[self.part]));
     }
 
-    /// Publishes a token count, waking the request only if it is news.
+    /// Publishes as many of the tokens made as frames tell, waking the request only if there is a frame to tell.
     fn publish_tokens(&self, made: usize) {
+        let told = made - made.saturating_sub(1) % self.stream_interval;
         self.parts.send_if_modified(|parts| {
             let known = &mut parts[self.part].completion_tokens;
-            std::mem::replace(known, made) != made
+            std::mem::replace(known, told) != told
         });
     }
 }
@@ -132,7 +134,7 @@ impl Worker {
     /// The `index`-th worker of a process, idle. Its clock starts now.
     pub fn new(options: Options, port: u16, index: u32) -> Self {
         let state = State {
-            engine: Engine::new(options.hardware.engine(1)),
+            engine: Engine::new(options.hardware.engine()),
             outlets: HashMap::new(),
             totals: Totals::default(),
             events: Vec::new(),
@@ -177,8 +179,9 @@ impl Worker {
             |prompt: &Vec<u32>| Progress { prompt_tokens: prompt.len(), ..Progress::default() };
         let (parts, receiver) = watch::channel(work.prompts.iter().map(progress).collect());
         let parts = Arc::new(parts);
-        let sequences: Vec<_> =
-            work.prompts.iter().map(|prompt| sequence(prompt, work.output_tokens)).collect();
+        let page_tokens = self.options.hardware.page_tokens as usize;
+        let sequence = |prompt: &Vec<u32>| sequence(prompt, work.output_tokens, page_tokens);
+        let sequences: Vec<_> = work.prompts.iter().map(sequence).collect();
         let ids = self.at_now(|state, now| {
             let submit = |(part, sequence): (usize, Sequence)| {
                 let outlet = Outlet {
@@ -186,6 +189,7 @@ impl Worker {
                     part,
                     rid: rids.get(part).cloned().unwrap_or_default(),
                     stream: work.stream,
+                    stream_interval: self.options.stream_interval as usize,
                     output_tokens: sequence.output_tokens,
                     submitted_at: now,
                 };
@@ -282,9 +286,9 @@ impl Worker {
 }
 
 /// A prompt as the engine sees it.
-fn sequence(prompt: &[u32], output_tokens: usize) -> Sequence {
+fn sequence(prompt: &[u32], output_tokens: usize, page_tokens: usize) -> Sequence {
     let (_, answer) = tokens::output(output_tokens);
-    let pages = chain(prompt.iter().chain(answer).map(|&token| u64::from(token)));
+    let pages = pages(prompt.iter().chain(answer).copied(), page_tokens);
     Sequence { pages, prompt_tokens: prompt.len(), output_tokens: answer.len() }
 }
 

@@ -12,6 +12,7 @@ import pytest
 from aiohttp import web
 from laboratory import Handler, answers, arrived, requests, service
 from running import DEADLINE_SECS, Sim, ask, until
+from sglang_router_rs.routing_test import generator
 from sglang_router_rs.routing_test.config import ROUTES
 from sglang_router_rs.routing_test.exchange import Exchange
 from sglang_router_rs.routing_test.generator import Generator, Sent, Target
@@ -96,6 +97,30 @@ def test_no_more_requests_are_in_flight_than_is_allowed() -> None:
     assert max(exchange.sent_at or 0.0 for exchange in sent.exchanges) > min(
         exchange.finished_at or 0.0 for exchange in sent.exchanges
     )
+
+
+def test_every_request_has_its_own_body_however_many_are_written_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        asked.append((await request.json())["text"])
+        return web.json_response(FRAME)
+
+    load = requests(20, spacing_secs=0.001)
+    for room in (0, 500, 1 << 20):
+        monkeypatch.setattr(generator, "PREPARED_BYTES", room)
+        with service({"POST /generate": handler}) as url:
+            assert all(exchange.body is None for exchange in send(target(url, stream=False), load).exchanges)
+        assert sorted(asked) == sorted(request.prompt.text() for request in load)
+        asked.clear()
+
+
+def test_the_start_is_told_once_before_anything_ends() -> None:
+    told: list[str] = []
+    with service({"POST /generate": answers(FRAME)}) as url:
+        sending = Generator(target(url, stream=False), lambda _: told.append("end"), lambda: told.append("start"))
+        asyncio.run(sending.send(requests(2), ["a", "b"]))
+    assert told == ["start", "end", "end"]
 
 
 def test_no_request_leaves_before_its_time() -> None:

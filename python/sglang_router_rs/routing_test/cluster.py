@@ -133,12 +133,16 @@ class Process:
         if self._process.poll() is None:
             self._process.terminate()
 
+    def kill(self) -> None:
+        """SIGKILL, for it and all of its children."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
     def end(self) -> None:
         """Wait for its end; after some time it is killed, with all of its children."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(STOP_SECS)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        self.kill()
         self._process.wait()
 
     def _log_end(self) -> str:

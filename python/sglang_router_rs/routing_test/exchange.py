@@ -31,6 +31,8 @@ class Exchange:
 
     request_id: str
     request: Request
+    # If it was written before its time, and has not left.
+    body: bytes | None = None
     sent_at: float | None = None
     finished_at: float | None = None
     http_status: int | None = None
@@ -129,10 +131,13 @@ def _read_generate(exchange: Exchange, answer: Json, now: float) -> None:
 def _read_openai(exchange: Exchange, answer: Json, now: float) -> None:
     exchange.answer_id = answer.get("id", exchange.answer_id)
     exchange.answer_port = answer.get("worker_port", exchange.answer_port)
-    choices = answer.get("choices") or []
-    if any(_has_content(choice) for choice in choices):
+    has_content = aborted = False
+    for choice in answer.get("choices") or []:
+        has_content = has_content or _has_content(choice)
+        aborted = aborted or choice.get("finish_reason") == "abort"
+    if has_content:
         exchange.content(now)
-    if any(choice.get("finish_reason") == "abort" for choice in choices):
+    if aborted:
         raise AnswerError("aborted by the worker")
     usage = answer.get("usage")
     if usage:
@@ -151,7 +156,7 @@ def _count(said: Json, name: str) -> int | None:
 
 def _has_content(choice: Json) -> bool:
     said = choice.get("delta") or choice.get("message") or choice
-    return any(said.get(name) for name in ("text", "content", "reasoning_content", "tool_calls"))
+    return bool(said.get("text") or said.get("content") or said.get("reasoning_content") or said.get("tool_calls"))
 
 
 def _is_stamp(name: str, value: object) -> bool:
@@ -189,6 +194,9 @@ class Events:
 
     @staticmethod
     def _data(event: bytes) -> bytes:
+        # Nearly all are of one line.
+        if event.startswith(b"data:") and b"\n" not in event:
+            return event[5:].removeprefix(b" ")
         lines = (line[5:].removeprefix(b" ") for line in event.split(b"\n") if line.startswith(b"data:"))
         return b"\n".join(lines)
 

@@ -31,6 +31,8 @@ KEEP_ALIVE_SECS = 4.0
 LAG_EVERY_SECS = 0.02
 # Requests that are started in a row when they are due.
 STARTED_AT_ONCE = 64
+# Bodies that are written before the first request leaves, together.
+PREPARED_BYTES = 256 << 20
 # Open files beside the connections: logs, libraries, the event loop.
 SPARE_FILES = 64
 
@@ -62,10 +64,15 @@ class Sent:
 class Generator:
     """Sends one load; ``stop()`` ends it early."""
 
-    def __init__(self, target: Target, on_end: Callable[[Exchange], object] = lambda _exchange: None) -> None:
+    def __init__(
+        self,
+        target: Target,
+        on_end: Callable[[Exchange], object] = lambda _exchange: None,
+        on_start: Callable[[], object] = lambda: None,
+    ) -> None:
         self._target = target
         self._route = ROUTES[target.route]
-        self._on_end = on_end
+        self._on_end, self._on_start = on_end, on_start
         self._stop = asyncio.Event()
         self._zero = 0.0
 
@@ -74,13 +81,15 @@ class Generator:
         self._stop.set()
 
     async def send(self, requests: Sequence[Request], ids: Sequence[str]) -> Sent:
-        """Send each request at its arrival time, and wait for all answers."""
+        """Send each request at its arrival time, and wait for all answers. ``on_start`` is called at time zero."""
         exchanges = [Exchange(name, request) for name, request in zip(ids, requests, strict=True)]
         _allow_files(len(exchanges) if self._target.max_concurrency is None else self._target.max_concurrency)
         lags: list[float] = []
+        await self._prepare(exchanges)
         async with self._session() as session:
             with _rare_collections():
                 self._zero = time.perf_counter()
+                self._on_start()
                 watching = asyncio.create_task(_watch_lag(lags))
                 sending = asyncio.create_task(self._send_all(session, exchanges))
                 stopping = asyncio.create_task(self._stop.wait())
@@ -91,6 +100,21 @@ class Generator:
                     await _ended(sending, stopping, watching)
         begun = [exchange for exchange in exchanges if exchange.error is not None]
         return Sent(begun, lags, interrupted=self._stop.is_set())
+
+    async def _prepare(self, exchanges: Sequence[Exchange]) -> None:
+        """Write the bodies of the first requests, as many as there is room for; the others follow as they leave."""
+        size = 0
+        for number, exchange in enumerate(exchanges):
+            if size >= PREPARED_BYTES or self._stop.is_set():
+                return
+            if number % STARTED_AT_ONCE == 0:
+                await asyncio.sleep(0)
+            exchange.body = self._body(exchange.request)
+            size += len(exchange.body)
+
+    def _body(self, request: Request) -> bytes:
+        target = self._target
+        return json.dumps(self._route.body(request, target.model, target.stream, target.ignore_eos)).encode()
 
     async def _send_all(self, session: aiohttp.ClientSession, exchanges: Sequence[Exchange]) -> None:
         limit = self._target.max_concurrency
@@ -127,12 +151,12 @@ class Generator:
     async def _ask(self, session: aiohttp.ClientSession, exchange: Exchange) -> str:
         """Send it and read its answer; what went wrong, or nothing."""
         target = self._target
-        body = self._route.body(exchange.request, target.model, target.stream, target.ignore_eos)
+        body, exchange.body = exchange.body or self._body(exchange.request), None
         headers = {**target.headers, "content-type": "application/json", "x-request-id": exchange.request_id}
         try:
             async with session.post(
                 target.url + target.route,
-                data=json.dumps(body).encode(),
+                data=body,
                 headers=headers,
                 allow_redirects=False,
                 trace_request_ctx=exchange,
@@ -168,7 +192,8 @@ class Generator:
 
     def _read(self, exchange: Exchange, data: bytes, now: float | None = None) -> None:
         try:
-            answer = json.loads(data)
+            # As text: of bytes the encoding would be looked for in each frame.
+            answer = json.loads(data.decode())
         except (ValueError, RecursionError):
             raise AnswerError(f"the answer is not JSON: {error_text(data)}") from None
         if not isinstance(answer, dict):

@@ -51,11 +51,16 @@ def tell(notes: Sequence[str]) -> None:
 
 
 async def measure(
-    target: Target, load: Load, name: str = "requests", before: Callable[[], Awaitable[object]] | None = None
+    target: Target,
+    load: Load,
+    name: str = "requests",
+    before: Callable[[], Awaitable[object]] | None = None,
+    on_start: Callable[[], object] = lambda: None,
 ) -> tuple[Results, list[Exchange]]:
     """Send the warm-up and then the load; a row per request that was sent. SIGINT and SIGTERM end it early.
 
-    What is to happen in between, such as emptying caches, is done by ``before``.
+    What is to happen in between, such as emptying caches, is done by ``before``; ``on_start`` is called at the moment
+    from which arrivals are counted.
 
     Raises:
         RunError: the warm-up failed; nothing was measured.
@@ -81,7 +86,7 @@ async def measure(
                 told_at = time.monotonic()
                 print(f"{name}: {done} of {len(ids)}", file=sys.stderr)
 
-        sent = await _send(Generator(target, on_end), load, ids)
+        sent = await _send(Generator(target, on_end, on_start), load, ids)
     rows = [results.row(exchange) for exchange in sent.exchanges]
     made = Results(rows, sent.lags, planned=len(ids), interrupted=sent.interrupted)
     return made, sent.exchanges

@@ -78,15 +78,15 @@ pub fn whole(reply: &Reply, parts: &[Progress]) -> String {
     }
 }
 
-/// A frame per token.
+/// A frame whenever tokens are told.
 pub fn frame(reply: &Reply, parts: &[Progress], moment: Moment) -> String {
     let index = |part| reply.is_list.then_some(part);
     match moment {
-        Moment::Token { part, number, last: false } => {
-            let meta_info = MetaInfo::of_running(reply, part, &parts[part], number);
+        Moment::Tokens { part, to, last: false, .. } => {
+            let meta_info = MetaInfo::of_running(reply, part, &parts[part], to);
             data(&json(meta_info, index(part)))
         }
-        Moment::Token { part, last: true, .. } | Moment::Closing { part, told: false } => {
+        Moment::Tokens { part, last: true, .. } | Moment::Closing { part, told: false } => {
             data(&json(MetaInfo::of_ended(reply, part, &parts[part]), index(part)))
         }
         Moment::Done => data("[DONE]"),

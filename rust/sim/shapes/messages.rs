@@ -45,8 +45,8 @@ pub fn frame(reply: &Reply, parts: &[Progress], moment: Moment) -> String {
                     &json!({"type": "content_block_start", "index": 0, "content_block": block}),
                 )
         }
-        Moment::Token { number, .. } => {
-            let delta = json!({"type": "text_delta", "text": tokens::word(number)});
+        Moment::Tokens { from, to, .. } => {
+            let delta = json!({"type": "text_delta", "text": tokens::words(from, to)});
             event(&json!({"type": "content_block_delta", "index": 0, "delta": delta}))
         }
         Moment::Closing { part, .. } => {

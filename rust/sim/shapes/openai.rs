@@ -92,13 +92,13 @@ fn tail(reply: &Reply, parts: &[Progress], object: &str, moment: Moment) -> Stri
     }
 }
 
-/// Frames of a chat completion: the role, a delta per token, the reason of the end.
+/// Frames of a chat completion: the role, deltas, the reason of the end.
 pub fn chat_frame(reply: &Reply, parts: &[Progress], moment: Moment) -> String {
     let object = "chat.completion.chunk";
     let (part, delta, finish) = match moment {
         Moment::Opening(part) => (part, json!({"role": "assistant", "content": ""}), None),
-        Moment::Token { part, number, .. } => {
-            (part, json!({"content": tokens::word(number)}), None)
+        Moment::Tokens { part, from, to, .. } => {
+            (part, json!({"content": tokens::words(from, to)}), None)
         }
         Moment::Closing { part, .. } => (part, json!({}), finish_reason(&parts[part])),
         moment => return tail(reply, parts, object, moment),
@@ -107,12 +107,12 @@ pub fn chat_frame(reply: &Reply, parts: &[Progress], moment: Moment) -> String {
     data(&envelope(reply, object, json!([choice]), Value::Null))
 }
 
-/// Frames of a text completion: a piece of text per token, the reason of the end.
+/// Frames of a text completion: pieces of text, the reason of the end.
 pub fn completion_frame(reply: &Reply, parts: &[Progress], moment: Moment) -> String {
     let object = "text_completion";
     let (part, text, finish) = match moment {
         Moment::Opening(_) => return String::new(),
-        Moment::Token { part, number, .. } => (part, tokens::word(number), None),
+        Moment::Tokens { part, from, to, .. } => (part, tokens::words(from, to), None),
         Moment::Closing { part, .. } => (part, "", finish_reason(&parts[part])),
         moment => return tail(reply, parts, object, moment),
     };

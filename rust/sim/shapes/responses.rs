@@ -51,12 +51,12 @@ pub fn frame(reply: &Reply, parts: &[Progress], moment: Moment) -> String {
         Moment::Opening(_) => {
             event(&json!({"type": "response.created", "response": response(reply, None)}))
         }
-        Moment::Token { number, .. } => event(&json!({
+        Moment::Tokens { from, to, .. } => event(&json!({
             "type": "response.output_text.delta",
             "item_id": format!("msg_{}", reply.id),
             "output_index": 0,
             "content_index": 0,
-            "delta": tokens::word(number),
+            "delta": tokens::words(from, to),
         })),
         Moment::Closing { part, .. } => event(&json!({
             "type": "response.completed",
