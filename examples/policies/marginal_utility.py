@@ -2,8 +2,8 @@
 
 A request that is sent to a worker adds its tokens to what is done there. It waits for the prompts before it and for its
 own, and it makes those in flight there wait for its own: seconds, by the worker's throughput in a window of the latest
-requests that ended there. The worth is the one divided by the other. Congestion games call the second part a marginal
-cost (Pigou 1920): who goes by it spares the others, and so brings prompts to where they are cached.
+requests that ended there. The worth is the one divided by the other. What others wait is an external cost (Pigou 1920):
+who counts it sends a prompt rather to where it is cached, though it may wait a little longer there itself.
 
 Needs ``--enable-request-tracking`` and streams, as only those have a first token.
 

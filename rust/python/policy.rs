@@ -53,8 +53,7 @@ pub(super) struct RequestView {
 #[pymethods]
 impl RequestView {
     fn __repr__(view: &Bound<'_, Self>) -> PyResult<String> {
-        let fields = ["request_id", "tokens", "prompt_bytes", "route", "model", "stream"];
-        repr(view, &[&fields[..], &["routing_key", "at_secs"]].concat())
+        repr(view, "request_id tokens prompt_bytes route model stream routing_key at_secs")
     }
 }
 
@@ -91,16 +90,18 @@ impl WorkerView {
     }
 
     fn __repr__(view: &Bound<'_, Self>) -> PyResult<String> {
-        let fields = ["url", "node_id", "in_flight", "pending_tokens", "matched_tokens", "speed"];
-        repr(view, &[&fields[..], &["weight", "last_ttft_ms", "last_e2e_ms"]].concat())
+        repr(
+            view,
+            "url node_id in_flight pending_tokens matched_tokens speed weight last_ttft_ms last_e2e_ms",
+        )
     }
 }
 
-/// As Python writes a dataclass.
-fn repr(object: &Bound<'_, impl PyTypeInfo>, fields: &[&str]) -> PyResult<String> {
+/// As Python writes a dataclass of these fields.
+fn repr(object: &Bound<'_, impl PyTypeInfo>, fields: &str) -> PyResult<String> {
     let object = object.as_any();
-    let written = |field: &&str| Ok(format!("{field}={}", object.getattr(*field)?.repr()?));
-    let fields: Vec<_> = fields.iter().map(written).collect::<PyResult<_>>()?;
+    let written = |field| Ok(format!("{field}={}", object.getattr(field)?.repr()?));
+    let fields: Vec<_> = fields.split(' ').map(written).collect::<PyResult<_>>()?;
     Ok(format!("{}({})", object.get_type().name()?, fields.join(", ")))
 }
 
