@@ -298,6 +298,13 @@ fn all_policies(py: Python<'_>) -> PyResult<Vec<Bound<'_, PyDict>>> {
     PolicyKind::ALL.iter().map(row).collect()
 }
 
+/// What traces, metrics and the log call the policy that the option names so. Raises ValueError for a bad value.
+#[pyfunction]
+fn policy_name(policy: String) -> PyResult<&'static str> {
+    let options = parse(vec![("policy".to_owned(), vec![policy])])?;
+    Ok(options.routing.policy.name())
+}
+
 /// Every error of the router's own: code, status, origin, meaning.
 #[pyfunction(name = "errors")]
 fn all_errors() -> Vec<(&'static str, u16, &'static str, &'static str)> {
@@ -337,6 +344,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(check_flags, module)?)?;
     module.add_function(wrap_pyfunction!(all_options, module)?)?;
     module.add_function(wrap_pyfunction!(all_policies, module)?)?;
+    module.add_function(wrap_pyfunction!(policy_name, module)?)?;
     module.add_function(wrap_pyfunction!(all_errors, module)?)?;
     module.add_function(wrap_pyfunction!(all_routes, module)?)?;
     module.add_function(wrap_pyfunction!(all_metrics, module)?)

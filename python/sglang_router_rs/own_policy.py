@@ -118,7 +118,7 @@ def own(policy: object, name: str | None = None) -> Own:
     """What the core takes for a function or an object with ``choose``.
 
     Raises:
-        ValueError: it is neither, or takes other arguments; says which.
+        ValueError: it is neither, or takes other arguments, or does not answer at once; says which.
     """
     if isinstance(policy, type):
         # A class stands for an object of it.
@@ -137,18 +137,20 @@ def own(policy: object, name: str | None = None) -> Own:
             "with choose(request, workers)"
         )
     _check_call(choose, f"{name}: choose(request, workers)", 2)
+    _check_plain(choose, f"{name}: choose(request, workers)")
     finished = getattr(policy, "finished", None)
     if finished is not None:
         if not callable(finished):
             raise ValueError(f"policy: {name}.finished is {finished!r}, which is not callable")
         _check_call(finished, f"{name}: finished(record)", 1)
+        _check_plain(finished, f"{name}: finished(record)")
     return cast(Choose, choose), finished, _plain(name)
 
 
 def load(text: str) -> Own:
     """The policy that ``FILE.py:NAME`` names: a function, an object with ``choose``, or a class of such objects.
 
-    The file is run as a module of its own each time, with its folder on the path of imports.
+    The file is read and run as a module of its own each time, with its folder on the path of imports.
 
     Raises:
         ValueError: the file does not exist or cannot be imported (its traceback is in the message), has no such
@@ -204,6 +206,18 @@ def _check_call(function: Callable[..., object], shown: str, count: int) -> None
         signature.bind(*[None] * count)
     except TypeError as error:
         raise ValueError(f"policy: {shown} cannot be called so: {error}; its parameters are {signature}") from None
+
+
+def _check_plain(function: Callable[..., object], shown: str) -> None:
+    """See that a call does what it says, and is no promise to."""
+    flaws = {
+        "is async: nobody awaits it": (inspect.iscoroutinefunction, inspect.isasyncgenfunction),
+        "has a yield: nobody iterates over it": (inspect.isgeneratorfunction,),
+    }
+    for flaw, has_it in flaws.items():
+        # Of an object that can be called it is its __call__ that may be one.
+        if any(check(call) for check in has_it for call in (function, type(function).__call__)):
+            raise ValueError(f"policy: {shown} {flaw}; make it a plain function that returns its answer")
 
 
 def _plain(name: str) -> str:

@@ -14,6 +14,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use pyo3::PyTypeInfo;
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyTuple};
 use tracing::dispatcher;
@@ -30,6 +31,7 @@ const MAX_WAITING: usize = 4096;
 /// How long the end of a router waits for a policy to hear what is left.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
+/// How often the log says what may happen with every request.
 const WARN_EVERY: Duration = Duration::from_secs(60);
 
 /// Longest traceback in the log, in bytes; its end is kept.
@@ -50,12 +52,8 @@ pub(super) struct RequestView {
 
 #[pymethods]
 impl RequestView {
-    fn __repr__(&self) -> String {
-        let Self { request_id, tokens, route, model, stream, routing_key, at_secs, .. } = self;
-        format!(
-            "RequestView(request_id={request_id:?}, tokens={tokens}, route={route:?}, model={model:?}, \
-             stream={stream}, routing_key={routing_key:?}, at_secs={at_secs})"
-        )
+    fn __repr__(view: &Bound<'_, Self>) -> PyResult<String> {
+        repr(view, "request_id tokens prompt_bytes route model stream routing_key at_secs")
     }
 }
 
@@ -91,14 +89,20 @@ impl WorkerView {
         self.name.as_ref().map_or("", |name| &name.node_id)
     }
 
-    fn __repr__(&self) -> String {
-        let Self { in_flight, pending_tokens, matched_tokens, speed, .. } = self;
-        format!(
-            "WorkerView(node_id={:?}, in_flight={in_flight}, pending_tokens={pending_tokens}, \
-             matched_tokens={matched_tokens}, speed={speed:?})",
-            self.node_id()
+    fn __repr__(view: &Bound<'_, Self>) -> PyResult<String> {
+        repr(
+            view,
+            "url node_id in_flight pending_tokens matched_tokens speed weight last_ttft_ms last_e2e_ms",
         )
     }
+}
+
+/// As Python writes a dataclass of these fields.
+fn repr(object: &Bound<'_, impl PyTypeInfo>, fields: &str) -> PyResult<String> {
+    let object = object.as_any();
+    let written = |field| Ok(format!("{field}={}", object.getattr(field)?.repr()?));
+    let fields: Vec<_> = fields.split(' ').map(written).collect::<PyResult<_>>()?;
+    Ok(format!("{}({})", object.get_type().name()?, fields.join(", ")))
 }
 
 /// The rule that these Python objects are.
@@ -263,7 +267,15 @@ impl Ended {
         let (waiting, traces) = sync_channel(MAX_WAITING);
         let (over, is_over) = sync_channel(0);
         let lost = Arc::new(AtomicU64::new(0));
-        let hearer = Hearer { name, finished, lost: lost.clone(), warned: None };
+        let hearer = Hearer {
+            name,
+            finished,
+            lost: lost.clone(),
+            lost_said: Said::default(),
+            raised: 0,
+            raised_said: Said::default(),
+            last_raised: None,
+        };
         // The thread is not the runtime's, so it has to be told where the router's log lines go.
         let lines = dispatcher::get_default(Clone::clone);
         let hear_all = move || {
@@ -301,39 +313,66 @@ struct Hearer {
     name: &'static str,
     finished: Arc<Py<PyAny>>,
     lost: Arc<AtomicU64>,
-    /// When losses were last warned of, and how many there were by then.
-    warned: Option<(Instant, u64)>,
+    lost_said: Said,
+    /// How often `finished` raised.
+    raised: u64,
+    raised_said: Said,
+    /// The last that it raised, until that is said.
+    last_raised: Option<PyErr>,
+}
+
+/// How much of what may happen with every request was said.
+#[derive(Default)]
+struct Said {
+    at: Option<Instant>,
+    count: u64,
+}
+
+impl Said {
+    /// How many of so many are to be said now, if any are: at most once in [`WARN_EVERY`], and at the end.
+    fn due(&mut self, count: u64, is_over: bool) -> Option<u64> {
+        let is_due = is_over || self.at.is_none_or(|at| at.elapsed() >= WARN_EVERY);
+        let new = count - self.count;
+        (is_due && new > 0).then(|| {
+            *self = Self { at: Some(Instant::now()), count };
+            new
+        })
+    }
 }
 
 impl Hearer {
     fn hear_all(mut self, traces: &Receiver<String>) {
         while let Ok(trace) = traces.recv() {
-            let heard = Python::try_attach(|py| {
-                hear(py, &self.finished, &trace).map_err(|error| traceback(py, &error))
-            });
-            match heard {
+            match Python::try_attach(|py| hear(py, &self.finished, &trace)) {
                 Some(Ok(())) => {}
-                Some(Err(why)) => tracing::warn!("policy {}: finished() raised:\n{why}", self.name),
+                Some(Err(error)) => {
+                    self.raised += 1;
+                    self.last_raised = Some(error);
+                }
                 // The interpreter is ending.
                 None => return,
             }
-            if self.warned.is_none_or(|(at, _)| at.elapsed() >= WARN_EVERY) {
-                self.warn();
-            }
+            self.tell(false);
         }
-        self.warn();
+        self.tell(true);
     }
 
-    /// Says what was lost since this was last said, if anything was.
-    fn warn(&mut self) {
-        let lost = self.lost.load(Ordering::Relaxed);
-        let new = lost - self.warned.map_or(0, |(_, lost)| lost);
-        if new > 0 {
-            self.warned = Some((Instant::now(), lost));
+    /// Says what was lost and what was raised since that was last said, if it is time.
+    fn tell(&mut self, is_over: bool) {
+        let name = self.name;
+        if let Some(new) = self.lost_said.due(self.lost.load(Ordering::Relaxed), is_over) {
             tracing::warn!(
-                "policy {}: {new} traces were lost, as finished() is slower than they come (said at most once a \
-                 minute)",
-                self.name
+                "policy {name}: {new} traces were lost, as finished() is slower than they come (said at most once a \
+                 minute)"
+            );
+        }
+        if let Some(new) = self.raised_said.due(self.raised, is_over) {
+            let error = self.last_raised.take();
+            let why = error.and_then(|error| Python::try_attach(|py| traceback(py, &error)));
+            tracing::warn!(
+                "policy {name}: finished() raised {new} times since this was last said (at most once a minute), the last \
+                 time:\n{}",
+                why.unwrap_or_default()
             );
         }
     }

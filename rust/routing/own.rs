@@ -8,9 +8,11 @@
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fmt;
+use std::path::Path;
 use std::sync::Arc;
 
 use clap::builder::{EnumValueParser, PossibleValue, TypedValueParser};
+use clap::error::{ContextKind, ContextValue};
 use hashbrown::HashMap;
 use parking_lot::{Mutex, RwLock};
 
@@ -23,6 +25,9 @@ use super::{
 
 /// The only reason: the rule's own reasons are not known.
 pub const OWN_CHOICE: &str = "own_choice";
+
+/// How a rule from outside is written.
+const SHAPE: &str = "FILE.py:NAME";
 
 /// Longest name of a rule from outside, in bytes.
 pub const NAME_MAX: usize = 64;
@@ -42,33 +47,41 @@ pub enum Choice {
 pub struct OwnName {
     /// `FILE.py:NAME`, as it was written, or a name alone.
     pub text: &'static str,
-    /// In traces and metrics.
+    /// In traces, metrics and the log: without directories.
     name: &'static str,
 }
 
 impl Choice {
-    /// A rule from outside, by `FILE.py:NAME` or by a name alone. In traces and metrics it is called NAME, or `own_NAME` if
-    /// that is the name of one of the router's own.
+    /// A rule from outside, by `FILE.py:NAME` or by a name alone. In traces and metrics it is called so too, without
+    /// directories and with `_` for what is not plain in the file's name; a name alone that is one of the router's own
+    /// becomes `own_NAME`.
     ///
     /// # Errors
     /// NAME is none, or there have been too many; in a sentence.
     pub fn own(text: &str) -> Result<Self, String> {
-        let name = text.rsplit_once(':').map_or(text, |(_, name)| name);
+        let (file, name) = match text.rsplit_once(':') {
+            Some((file, name)) => (Some(file), name),
+            None => (None, text),
+        };
         let is_start = |first: char| first == '_' || first.is_alphabetic();
         let is_name = name.starts_with(is_start)
             && name.chars().all(|c| c == '_' || c.is_alphanumeric())
             && name.len() <= NAME_MAX;
         if !is_name {
             return Err(format!(
-                "must be FILE.py:NAME, where NAME is a name in that file of at most {NAME_MAX} bytes"
+                "must be {SHAPE}, where NAME is a name in that file of at most {NAME_MAX} bytes"
             ));
         }
         let is_taken = PolicyKind::ALL.iter().any(|kind| kind.name() == name) || name == "pinned";
-        let name = if is_taken { kept(&format!("own_{name}"))? } else { kept(name)? };
+        let name = match file {
+            Some(file) => kept(&format!("{}:{name}", plain(file)))?,
+            None if is_taken => kept(&format!("own_{name}"))?,
+            None => kept(name)?,
+        };
         Ok(Self::Own(OwnName { text: kept(text)?, name }))
     }
 
-    /// The name in traces and metrics.
+    /// The name in traces, metrics and the log.
     pub fn name(self) -> &'static str {
         match self {
             Self::Rule(kind) => kind.name(),
@@ -90,6 +103,13 @@ impl fmt::Display for Choice {
             Self::Own(own) => own.text,
         })
     }
+}
+
+/// A file's own name, fit for a label, a line of the log and a column.
+fn plain(file: &str) -> String {
+    let name = Path::new(file).file_name().unwrap_or_default().to_string_lossy();
+    let plain = |c: char| if c.is_alphanumeric() || "._-".contains(c) { c } else { '_' };
+    name.chars().map(plain).collect()
 }
 
 /// The same text, for as long as the process lasts.
@@ -125,7 +145,8 @@ impl TypedValueParser for ChoiceParser {
             let parser = clap::builder::StringValueParser::new().try_map(own);
             return parser.parse_ref(command, arg, value);
         }
-        EnumValueParser::<PolicyKind>::new().parse_ref(command, arg, value).map(Choice::Rule)
+        let rule = EnumValueParser::<PolicyKind>::new().parse_ref(command, arg, value);
+        rule.map(Choice::Rule).map_err(naming_the_shape)
     }
 
     fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
@@ -133,6 +154,15 @@ impl TypedValueParser for ChoiceParser {
             PolicyKind::ALL.iter().filter_map(clap::ValueEnum::to_possible_value).collect();
         Some(Box::new(values.into_iter()))
     }
+}
+
+/// The error that lists the router's own rules, which are not all that there can be.
+fn naming_the_shape(mut error: clap::Error) -> clap::Error {
+    if let Some(ContextValue::Strings(known)) = error.get(ContextKind::ValidValue) {
+        let all = known.iter().cloned().chain([SHAPE.to_owned()]).collect();
+        error.insert(ContextKind::ValidValue, ContextValue::Strings(all));
+    }
+    error
 }
 
 /// A worker as a rule from outside sees it.
@@ -369,12 +399,21 @@ mod tests {
         let choice = |text: &str| options(&["--policy", text]).map(|options| options.policy);
         assert_eq!(choice("RANDOM"), Ok(PolicyKind::Random.into()));
         let own = choice("some where/mine.py:choose").expect("a file and a name");
-        assert_eq!((own.name(), own.to_string().as_str()), ("choose", "some where/mine.py:choose"));
-        assert_eq!(choice("mine.py:random").expect("a name").name(), "own_random");
+        assert_eq!(own.name(), "mine.py:choose");
+        assert_eq!(own.to_string(), "some where/mine.py:choose");
+        let odd = choice("../my \"first\"\n-1.py:random").expect("a file and a name");
+        assert_eq!(odd.name(), "my__first__-1.py:random");
+        assert_eq!(Choice::own("random").map(Choice::name), Ok("own_random"));
         for bad in ["mine.py:", "mine.py:a-b", "mine.py:1", &format!("m.py:{}", "n".repeat(65))] {
             assert!(choice(bad).expect_err(bad).contains("FILE.py:NAME"));
         }
-        assert!(choice("mine.py").expect_err("no name").contains("cache_aware"));
+        for bad in ["mine.py", "mine:choose", "random.py"] {
+            let refused = choice(bad).expect_err("no file and name");
+            assert!(
+                refused.contains("cache_aware") && refused.contains("FILE.py:NAME"),
+                "{refused}"
+            );
+        }
         let options = options(&["--policy=mine.py:choose"]).expect("a file and a name");
         let refused = build(&options, &load_nothing).err().expect("no Python").to_string();
         assert!(refused.contains("mine.py:choose") && refused.contains("python -m"), "{refused}");

@@ -13,7 +13,7 @@ import pytest
 from running import Program, Sim, ask, module
 from sglang_router_rs.routing_test import OptionError
 from sglang_router_rs.routing_test.columns import NAMES
-from sglang_router_rs.routing_test.compare import CompareConfig
+from sglang_router_rs.routing_test.compare import CompareConfig, file_names, labels
 
 LOAD = [
     "--request-rate=200",
@@ -94,9 +94,40 @@ def test_a_policy_of_ones_own_is_compared_like_any_other(tmp_path: Path) -> None
     own = f"{tmp_path / 'mine.py'}:last"
     flags = ["--sim=2", "--policies", f"round_robin,{own}", "--num-requests=10", "--", "--speed=50"]
     rows, _, _ = compared(tmp_path / "made", *flags)
-    assert set(rows[rows.policy == own].node_id) == {"gpu_1"}
+    assert (rows.routing_policy == rows.policy).all()
+    assert set(rows[rows.policy == "mine.py:last"].node_id) == {"gpu_1"}
     assert set(rows[rows.policy == "round_robin"].node_id) == {"gpu_0", "gpu_1"}
-    assert (tmp_path / "made" / "runs" / "last.csv").exists()
+    assert (tmp_path / "made" / "runs" / "mine.last.csv").exists()
+
+
+def test_policies_of_the_same_name_are_runs_of_their_own(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("mine.py", "doc.py", "elsewhere/mine.py")]
+    for place, file in enumerate(files):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"def choose(request, workers):\n    return {place}\n")
+    policies = [f"{file}:choose" for file in files]
+    flags = ["--sim=3", f"--policies={','.join(policies)}", "--num-requests=5", "--", "--speed=50"]
+    rows, _, _ = compared(tmp_path / "made", *flags)
+    # What a policy is called in traces; what was written where two are called the same there.
+    labels = [policies[0], "doc.py:choose", policies[2]]
+    for place, (label, file) in enumerate(zip(labels, ("mine.choose", "doc.choose", "mine.choose_2"), strict=True)):
+        assert list(rows[rows.policy == label].node_id) == [f"gpu_{place}"] * 5
+        run = pd.read_csv(tmp_path / "made" / "runs" / f"{file}.csv")
+        assert list(run.node_id) == [f"gpu_{place}"] * 5
+
+
+@pytest.mark.parametrize(
+    ("policies", "expected"),
+    [
+        (["random", "cache_aware"], ["random", "cache_aware"]),
+        (["a/m.py:f", "m.py:f", "m.py:g"], ["m.f", "m.f_2", "m.g"]),
+        (["m.py:f", "a/m.py:f", "m.py:f_2"], ["m.f", "m.f_2", "m.f_2_2"]),
+        (["m.py:F", "m.py:f"], ["m.F", "m.f_2"]),
+        (["../my first.py:f", "my:first.py:f"], ["my_first.f", "my_first.f_2"]),
+    ],
+)
+def test_files_of_runs_are_different_ones(policies: list[str], expected: list[str]) -> None:
+    assert list(file_names(labels(policies)).values()) == expected
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

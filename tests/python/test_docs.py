@@ -44,6 +44,7 @@ LINKED = [
     "CHANGELOG.md",
     "docs/keys.md",
     "docs/monitoring.md",
+    "docs/own-policy.md",
     "docs/performance.md",
     "docs/results.md",
     *(f"docs/decisions/{page.name}" for page in sorted((ROOT / "docs/decisions").iterdir())),

@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shlex
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,8 +76,12 @@ def test_it_sees_what_the_routers_own_rules_see(sim: Sim) -> None:
     assert (worker.last_ttft_ms, worker.last_e2e_ms, worker.speed) == (None, None, None)
     assert again.matched_tokens > 500
     assert again.last_e2e_ms > 0
-    assert "node_id=" in repr(worker)
-    assert "first" in repr(request)
+    for view, shape in ((request, RequestView), (again, WorkerView)):
+        names = [name for name, kind in vars(shape).items() if isinstance(kind, property)]
+        fields = ", ".join(f"{name}={getattr(view, name)!r}" for name in names)
+        assert sorted(repr(view)[len(shape.__name__) + 1 : -1].split(", ")) == sorted(fields.split(", "))
+        assert repr(view).startswith(f"{shape.__name__}(")
+    assert "last_ttft_ms=None" in repr(again)
 
 
 class Learning:
@@ -98,6 +106,16 @@ def test_finished_hears_of_each_request_once(sim: Sim) -> None:
     assert len(policy.records) == 41
     assert {record["request_id"]: record for record in policy.records} == traces
     assert traces["failed"]["status"] == "failed"
+
+
+def test_what_finished_raises_is_logged_once_a_minute_and_at_the_end(sim: Sim, tmp_path: Path) -> None:
+    with Router(sim.urls, Learning(), **{**TRACED, "log_level": "warn", "log_dir": tmp_path}) as router:
+        assert router.wait_ready()
+        for _ in range(20):
+            generate(router.url)
+    log = "".join(path.read_text() for path in tmp_path.iterdir())
+    assert re.findall(r"policy Learning: finished\(\) raised (\d+) times", log) == ["1", "19"]
+    assert log.count("ValueError: and goes on") == 2
 
 
 def test_finished_needs_the_traces_it_takes() -> None:
@@ -256,6 +274,25 @@ class Fails:
     def choose(self, request, workers):
         return 0
 
+async def later(request, workers):
+    return 0
+
+def one_by_one(request, workers):
+    yield 0
+
+class HearsLater:
+    def choose(self, request, workers):
+        return 0
+
+    async def finished(self, record):
+        pass
+
+class Awaited:
+    async def __call__(self, request, workers):
+        return 0
+
+awaited = Awaited()
+
 not_callable = 3
 chosen = Chosen()
 """
@@ -274,7 +311,7 @@ def test_a_file_has_policies(sim: Sim, mine: Path, name: str, place: int) -> Non
         assert router.wait_ready()
         assert generate(router.url, "a").status == 200
         trace = router.trace("a")
-        assert (trace["worker_url"], trace["routing_policy"]) == (sim.urls[place], name)
+        assert (trace["worker_url"], trace["routing_policy"]) == (sim.urls[place], f"mine.py:{name}")
 
 
 def test_a_configuration_names_a_file(sim: Sim, mine: Path, tmp_path: Path) -> None:
@@ -283,17 +320,18 @@ def test_a_configuration_names_a_file(sim: Sim, mine: Path, tmp_path: Path) -> N
     with Router(sim.urls, config=config, **TRACED) as router:
         assert router.wait_ready()
         assert generate(router.url, "a").status == 200
-        assert router.trace("a")["routing_policy"] == "choose"
+        assert router.trace("a")["routing_policy"] == "mine.py:choose"
 
 
 def test_the_command_line_takes_a_file(sim: Sim, mine: Path) -> None:
     flags = ["--port=0", "--policy", f"{mine}:choose", "--enable-request-tracking", "--worker-urls", *sim.urls[:1]]
     with module("launch", *flags, "--worker-urls", sim.urls[1]) as program:
         url = program.router_url()
-        assert "policy choose" in program.output
+        assert "policy mine.py:choose" in program.output
         until(lambda: ask(f"{url}/readiness").status == 200)
         assert generate(url, "a").status == 200
         assert ask(f"{url}/v1/traces/a").json()["worker_url"] == sim.urls[1]
+        assert 'policy="mine.py:choose"' in ask(f"{url}/metrics").body.decode()
         program.send(signal.SIGTERM)
         assert program.end() == 0, program.output
 
@@ -310,11 +348,18 @@ def test_a_function_beats_the_file_of_a_configuration(sim: Sim, mine: Path, tmp_
 
 BAD = [
     ("nowhere.py:choose", "there is no file"),
-    ("mine.py:chose", "has no chose; it has Chosen, Fails, choose, odd"),
+    (
+        "mine.py:chose",
+        "has no chose; it has Awaited, Chosen, Fails, HearsLater, awaited, choose, later, odd, one_by_one",
+    ),
     ("mine.py:odd", "too many positional arguments"),
     ("mine.py:not_callable", "3 is neither"),
     ("mine.py:no-name", "must be FILE.py:NAME"),
     ("mine.py:Fails", "ZeroDivisionError"),
+    ("mine.py:later", "choose(request, workers) is async"),
+    ("mine.py:awaited", "choose(request, workers) is async"),
+    ("mine.py:one_by_one", "choose(request, workers) has a yield"),
+    ("mine.py:HearsLater", "finished(record) is async"),
     ("broken.py:choose", "cannot be imported"),
     ("broken.py:choose", "ZeroDivisionError"),
     ("exits.py:choose", "SystemExit"),
@@ -344,6 +389,16 @@ def test_the_command_line_refuses_it_too(bad_files: Path, command: list[str], te
     with module(*command, "--policy", f"{bad_files / text}") as program:
         assert program.end() == 2, program.output
         assert found in program.output
+
+
+@pytest.mark.parametrize("text", ["mine.py", "mine:choose"])
+def test_what_looks_like_a_file_is_told_how_one_is_named(text: str) -> None:
+    with pytest.raises(ValueError, match=r"FILE\.py:NAME"):
+        Router([], text, **QUIET)
+    with module("launch", "--port=0", "--policy", text) as program:
+        assert program.end() == 2, program.output
+        assert "random" in program.output
+        assert "FILE.py:NAME" in program.output
 
 
 @pytest.mark.parametrize("policy", [5, object(), lambda request: 0, type("A", (), {"choose": 1})()])
@@ -401,15 +456,70 @@ def test_an_example_serves(sim: Sim, policy: str) -> None:
         until(lambda: len(router.traces(status="completed")) == 60)
 
 
+def loaded(text: str) -> Any:
+    return own_policy.load(text)[0].__self__  # type: ignore[attr-defined]
+
+
+def asking(**fields: Any) -> Any:
+    return SimpleNamespace(**{"request_id": "a", "tokens": 1000, "at_secs": 0.0, **fields})
+
+
+def worker(url: str, **fields: Any) -> Any:
+    return SimpleNamespace(**{"url": url, "matched_tokens": 0, "pending_tokens": 0, "in_flight": 0, **fields})
+
+
 def test_the_weights_learn() -> None:
-    _, _, _ = policy = own_policy.load(EXAMPLES[2])
-    chooser = policy[0].__self__  # type: ignore[attr-defined]
+    chooser = loaded(EXAMPLES[2])
     before = list(chooser.weights)
-
-    class Seen:
-        request_id, tokens, matched_tokens, pending_tokens, in_flight = "a", 1000, 0, 0, 0
-
-    chooser.choose(Seen, [Seen])
+    chooser.choose(asking(), [worker("a")])
     chooser.finished({"request_id": "a", "ttft_ms": 500.0})
     assert all(new >= old for new, old in zip(chooser.weights, before, strict=True))
     assert chooser.weights != before
+
+
+def test_one_more_is_worth_most_where_it_adds_least_latency() -> None:
+    chooser = loaded(EXAMPLES[1])
+
+    def best(*workers: Any) -> int:
+        place: int = chooser.choose(asking(), workers)
+        return place
+
+    assert best(worker("a"), worker("b", matched_tokens=1)) == 1
+    assert best(worker("a"), worker("b", matched_tokens=500, pending_tokens=600)) == 0
+    # Nine others wait for 500 tokens more than at a worker that has them.
+    assert best(worker("a", matched_tokens=500, pending_tokens=500, in_flight=9), worker("b", in_flight=9)) == 0
+    for took_ms, url in ((100.0, "slow"), (50.0, "fast")):
+        for _ in range(8):
+            chooser.choose(asking(), [worker(url)])
+            chooser.finished({"request_id": "a", "worker_url": url, "ttft_ms": took_ms})
+    assert best(worker("slow"), worker("fast", pending_tokens=900)) == 1
+    assert best(worker("slow"), worker("fast", pending_tokens=1100)) == 0
+
+
+def test_workers_that_are_gone_are_forgotten() -> None:
+    chooser = loaded(EXAMPLES[1])
+    for at in range(100):
+        chooser.choose(asking(at_secs=at * 60.0), [worker("stays"), worker(f"passes {at}")])
+    assert len(chooser._windows) < 15
+    assert {"stays", "passes 99"} <= set(chooser._windows)
+    # What ends at one that is gone is let go.
+    chooser.finished({"request_id": "a", "worker_url": "passes 0", "ttft_ms": 1.0})
+    assert "passes 0" not in chooser._windows
+
+
+PAGE = (ROOT / "docs/own-policy.md").read_text(encoding="utf-8")
+
+
+def test_the_pages_numbers_are_what_its_command_prints() -> None:
+    found = re.search(r"^python (-m [^\n]*)\n```\n\n```text\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    assert found is not None
+    command = [sys.executable, *shlex.split(found[1])]
+    printed = subprocess.run(command, cwd=POLICIES, capture_output=True, text=True, check=True).stdout
+    assert found[2] == printed
+
+
+def test_the_pages_ten_lines_pass_the_pages_test() -> None:
+    blocks = re.findall(r"^```python(?: fragment)?\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    rule = next(block for block in blocks if "def choose(request, workers):\n    def wait" in block)
+    check = next(block for block in blocks if "SimpleNamespace" in block)
+    exec(rule.partition("with Router")[0] + check, {})

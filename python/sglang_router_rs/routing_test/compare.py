@@ -10,10 +10,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
-import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from .. import _core
 from ..client import NotThisRouter, TracingDisabled
 from . import comparison, report, results, side_by_side
 from .about import about
@@ -100,9 +100,30 @@ class CompareConfig(LoadConfig):
         return {name.replace("-", "_"): value for name, _, value in parts}
 
 
+def labels(policies: Sequence[str]) -> dict[str, str]:
+    """The policies by what they are called in tables.
+
+    That is their name in traces, or what was written where two have the same name there.
+    """
+    names = [_core.policy_name(policy) for policy in policies]
+    return {name if names.count(name) == 1 else policy: policy for name, policy in zip(names, policies, strict=True)}
+
+
+def file_names(policies: Mapping[str, str]) -> dict[str, str]:
+    """What the files of each label begin with: different ones, also where a file system ignores case."""
+    made: dict[str, str] = {}
+    for label, policy in policies.items():
+        plain = _core.policy_name(policy).replace(".py:", ".")
+        taken = {name.casefold() for name in made.values()}
+        numbered = itertools.chain([plain], (f"{plain}_{number}" for number in itertools.count(2)))
+        made[label] = next(name for name in numbered if name.casefold() not in taken)
+    return made
+
+
 class Turn(NamedTuple):
     """Which run it is."""
 
+    # Its label.
     policy: str
     tracking: bool
     # Counted from 0.
@@ -118,6 +139,8 @@ class Comparison:
         self.warnings: list[str] = []
         self.is_void = False
         self.interrupted = False
+        self._policies = labels(config.policies)
+        self._file_names = file_names(self._policies)
         self._worker_args = list(worker_args)
         self._directory = Path(config.output_dir)
 
@@ -135,7 +158,7 @@ class Comparison:
             workers = await self._workers(cluster)
             # Of an earlier comparison.
             shutil.rmtree(self._directory / "runs", ignore_errors=True)
-            kinds = list(itertools.product(config.policies, config.tracking))
+            kinds = list(itertools.product(self._policies, config.tracking))
             for repeat, load in enumerate(loads):
                 first = repeat % len(kinds)
                 for policy, tracking in kinds[first:] + kinds[:first]:
@@ -155,7 +178,7 @@ class Comparison:
         name = self._name(turn)
         print(f"run {len(self.runs) + 1} of {self.config.runs}: {name}", file=sys.stderr)
         port = free_ports(1)[0]
-        settings: dict[str, object] = {"policy": turn.policy, **self.config.router_settings}
+        settings: dict[str, object] = {"policy": self._policies[turn.policy], **self.config.router_settings}
         if turn.tracking:
             settings = {**tracking_settings(load, self.config), **settings}
         router = await cluster.start_router(port, workers, settings)
@@ -189,8 +212,7 @@ class Comparison:
 
     def _name(self, turn: Turn) -> str:
         """As short as it can be told from the others."""
-        # One's own policy is a path.
-        parts = [re.sub(r"[^\w.]", "_", turn.policy.rpartition(":")[2])]
+        parts = [self._file_names[turn.policy]]
         if len(self.config.tracking) > 1:
             parts.append("on" if turn.tracking else "off")
         if self.config.repeats > 1:
@@ -213,7 +235,7 @@ class Comparison:
     def planned(self) -> list[Turn]:
         """The runs that there are to be, in the order of the report."""
         config = self.config
-        turns = itertools.product(config.policies, config.tracking, range(config.repeats))
+        turns = itertools.product(self._policies, config.tracking, range(config.repeats))
         return [Turn(policy, tracking == "on", repeat) for policy, tracking, repeat in turns]
 
     @property

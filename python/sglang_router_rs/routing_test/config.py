@@ -103,6 +103,7 @@ def check_policy(name: str, policy: str) -> None:
     """
     if ".py:" in policy:
         try:
+            _core.policy_name(policy)
             own_policy.load(policy)
         except ValueError as error:
             raise OptionError(name, policy, str(error)) from None
