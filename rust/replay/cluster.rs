@@ -214,7 +214,8 @@ impl<'a> Run<'a> {
             let engine = Engine::new(config.clone());
             Worker { engine, target, flights: HashMap::new(), is_lost: false }
         };
-        let workers: Vec<_> = (0..).zip(setup.engines.iter().zip(&setup.weights)).map(worker).collect();
+        let workers: Vec<_> =
+            (0..).zip(setup.engines.iter().zip(&setup.weights)).map(worker).collect();
         Self {
             trace,
             setup,

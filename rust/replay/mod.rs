@@ -77,7 +77,8 @@ pub fn run(options: &Options, load: Load<'_>) -> anyhow::Result<()> {
     let trace = About::new(name, &trace, &setup);
     let report = Report { trace, settings: options.settings.clone(), policies };
     if let Some(path) = &flags.notes {
-        let notes = Notes { header: report.header(), losses: &setup.losses };
+        let (header, workers) = (report.header(), setup.engines.len());
+        let notes = Notes { header, workers, losses: &setup.losses };
         written("--notes", path, fs::write(path, serde_json::to_vec(&notes)?))?;
     }
     print(&if flags.json { report.json() } else { report.table() })?;

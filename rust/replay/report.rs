@@ -49,6 +49,7 @@ pub struct About {
 pub struct Notes<'a> {
     /// The lines above the table.
     pub header: Vec<String>,
+    pub workers: usize,
     pub losses: &'a [Loss],
 }
 

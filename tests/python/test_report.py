@@ -485,7 +485,7 @@ def test_requests_in_flight_share_no_row_of_bars() -> None:
 
 
 def page(path: Path, runs: list[Run], settings: dict[str, str] | None = None, **alerts: list[str]) -> str:
-    report.write(runs, settings or {}, about.machine(), path / "report.html", alerts)
+    report.write(runs, settings or {}, about.machine(), path / "report.html", report.Words(alerts=alerts))
     return (path / "report.html").read_text("utf-8")
 
 
