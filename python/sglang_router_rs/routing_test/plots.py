@@ -479,7 +479,10 @@ def _shade_losses(panels: Iterable[Axes], runs: Sequence[Run]) -> None:
     for axes in panels:
         low, high = axes.get_xlim()
         for begin, end in _losses(runs):
-            axes.axvspan(min(begin, high), min(end, high), zorder=2.5, **LOST)
+            # Behind what has colours of its own; there its edges are seen.
+            axes.axvspan(min(begin, high), min(end, high), zorder=0, **LOST)
+            for edge in filter(math.isfinite, (begin, end)):
+                axes.axvline(edge, color=FAILED, linestyle="--", linewidth=0.8)
         axes.set_xlim(low, high)
 
 
