@@ -84,7 +84,8 @@ pub fn run(options: &Options, load: Load<'_>) -> anyhow::Result<()> {
     print(&if flags.json { report.json() } else { report.table() })?;
     if runs.iter().all(|run| run.errors().count() == run.outcomes.len()) {
         let first = runs.iter().flat_map(Run::errors).next().unwrap_or_default();
-        bail!("no request succeeded; the first one: {first}");
+        // Of a traceback the last line says what it was.
+        bail!("no request succeeded; the first one: {}", first.lines().last().unwrap_or_default());
     }
     Ok(())
 }
