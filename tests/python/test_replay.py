@@ -111,9 +111,11 @@ def test_a_replay_in_which_nothing_succeeds_has_failed(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written_is_told_before_the_replay(tmp_path: Path) -> None:
     file, csv = tmp_path / "mine.py", tmp_path / "no" / "rows.csv"
     file.write_text("def choose(request, workers):\n    raise SystemError('was asked')\n")
-    output = replayed("--synthetic=chat", "--num-requests=5", f"--policy={file}:choose", f"--csv={csv}", status=1)
+    flags = ["--synthetic=chat", "--num-requests=5", f"--policy={file}:choose"]
+    output = replayed(*flags, f"--csv={csv}", status=1)
     assert f"--csv: cannot write {csv}" in output
     assert "was asked" not in output
+    assert "no request succeeded; the first one: SystemError: was asked\n" in replayed(*flags, status=1)
 
 
 def test_sessions_without_keys_are_told(tmp_path: Path) -> None:
