@@ -272,7 +272,7 @@ def test_decisions_have_their_columns(tmp_path: Path) -> None:
     rows = [{"req_id": "r", "worker_url": "http://w", "chosen": True, "matched_tokens": 3, "more": 1}, {"req_id": "s"}]
     path = results.save_csv(results.decisions(rows), tmp_path / "d.csv")
     lines = path.read_text().splitlines()
-    assert lines == [",".join(results.DECISION_COLUMNS), "r,,,http://w,,True,,3,,,", "s,,,,,,,,,,"]
+    assert lines == [",".join(results.DECISION_COLUMNS), "r,,,http://w,,True,,3,,,,", "s,,,,,,,,,,,"]
     assert results.save_csv(results.decisions([]), path).read_text() == lines[0] + "\n"
 
 
