@@ -56,7 +56,7 @@ pub fn run(options: &Options, load: Load<'_>) -> anyhow::Result<()> {
     let (name, trace) = trace(options)?;
     let trace = trace.faster(flags.rate_scale);
     let runs = replay_all(&trace, &setup, options, &policies);
-    complain(&runs);
+    complain(&runs, &policies);
     if let Some(path) = &flags.csv {
         report::write_csv(path, &trace, &runs)
             .map_err(|error| anyhow!("--csv: cannot write {}: {error}", path.display()))?;
@@ -145,9 +145,9 @@ fn collect<T>(receiver: &mpsc::Receiver<T>, ended: &AtomicUsize, all: usize) -> 
     collected
 }
 
-/// Shows the first error of each policy from outside.
-fn complain(runs: &[Run]) {
-    for run in runs {
+/// Shows the first error of each policy from outside, and what else is to be said of it.
+fn complain(runs: &[Run], policies: &[Arc<dyn Policy>]) {
+    for (run, policy) in runs.iter().zip(policies) {
         let failed = || run.outcomes.iter().filter(|outcome| outcome.is_policys);
         if let Some(error) = failed().next().and_then(|outcome| outcome.error.as_deref()) {
             let count = failed().count();
@@ -157,6 +157,10 @@ fn complain(runs: &[Run]) {
                 "warning: {} failed on {count} requests; the first time:\n{error}",
                 run.policy
             );
+        }
+        for remark in policy.remarks() {
+            // As above.
+            let _ = writeln!(io::stderr(), "warning: {}: {remark}", run.policy);
         }
     }
 }

@@ -353,7 +353,7 @@ BAD = [
         "has no chose; it has Awaited, Chosen, Fails, HearsLater, awaited, choose, later, odd, one_by_one",
     ),
     ("mine.py:odd", "too many positional arguments"),
-    ("mine.py:not_callable", "3 is neither"),
+    ("mine.py:not_callable", "3 is neither callable"),
     ("mine.py:no-name", "must be FILE.py:NAME"),
     ("mine.py:Fails", "ZeroDivisionError"),
     ("mine.py:later", "choose(request, workers) is async"),
