@@ -3,7 +3,6 @@
 //! Which those are, in this order: healthy, with a breaker that lets the request through; not tried before; not
 //! asking to be left alone. A worker that this request has failed on is picked again only when there is no other, the
 //! one it failed on last only when there is none at all.
-
 //!
 //! A policy from outside may take long, or for ever. It is asked on a thread of its own with all that it needs, so that
 //! the request can end meanwhile; an answer that comes later changes nothing.
