@@ -80,7 +80,7 @@ kinds! {
     QueueTimeout "queue_timeout" 408 Router "The request waited longer than `queue_timeout_secs` to be routed.";
     Overloaded "overloaded" 503 Router "The bodies of all requests together would take more than `max_buffered_bytes`.";
     NoAvailableWorkers "no_available_workers" 503 Router "No worker may be picked, or not the one asked for: unhealthy, leaving, or its circuit breaker is open.";
-    PolicyFailed "policy_failed" 500 Router "The policy is one of your own in Python, and raised an error or chose no worker: the trace and the log have the traceback.";
+    PolicyFailed "policy_failed" 500 Router "The policy is one of your own in Python, and raised an error, chose no worker, or had not answered when the request's time was over: the trace and the log say which, with the traceback.";
     WorkerUnreachable "worker_unreachable" 502 Worker "The last worker tried refused the connection, or ended it without an answer or in the middle of one.";
     Timeout "timeout" 504 Worker "The answer had not ended within `request_timeout_secs`, or nothing more of it came for `stream_stall_timeout_secs`.";
 }

@@ -28,8 +28,8 @@ pub struct Running {
     app: Arc<App>,
     orders: watch::Sender<Order>,
     ended: Arc<Ended>,
-    /// Its threads and those that write its log lines; None once the router has ended.
-    threads: Mutex<Option<(Runtime, LogWriters)>>,
+    /// Its threads, its log and those that write its lines; None once the router has ended.
+    threads: Mutex<Option<(Runtime, Dispatch, LogWriters)>>,
 }
 
 #[derive(Default)]
@@ -78,7 +78,7 @@ impl Running {
         let serving = server::serve(listener, router, orders.subscribe(), request_timeout);
         tokio::spawn(ring_when_ended(serving, metrics_orders, app.clone(), ended.clone()));
         drop(in_runtime);
-        let threads = Mutex::new(Some((runtime, log_writers)));
+        let threads = Mutex::new(Some((runtime, log.clone(), log_writers)));
         Ok(Self { address, app, orders, ended, threads })
     }
 
@@ -143,14 +143,16 @@ impl Running {
     /// Cuts everything and waits for the end, as [`Running::wait`] does.
     pub fn end(&self) {
         self.app.stop();
-        if let Some((runtime, log_writers)) = self.threads.lock().take() {
+        if let Some((runtime, log, log_writers)) = self.threads.lock().take() {
             // A name look-up that hangs in a blocking thread is not waited for.
             runtime.shutdown_timeout(Duration::from_secs(1));
             // Now that every request has ended, and so that what goes wrong can be logged.
-            if let Some(tracker) = self.app.tracker() {
-                tracker.close_log();
-            }
-            self.app.policy().close();
+            tracing::dispatcher::with_default(&log, || {
+                if let Some(tracker) = self.app.tracker() {
+                    tracker.close_log();
+                }
+                self.app.policy().close();
+            });
             drop(log_writers);
         }
     }

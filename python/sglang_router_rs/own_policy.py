@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import stat
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -80,6 +81,10 @@ class WorkerView(Protocol):
         """Tokens of this prompt that are in its cache, as the router believes."""
 
     @property
+    def same_prefix(self) -> int:
+        """Requests in flight there for the part of this prompt that is cached at any worker."""
+
+    @property
     def speed(self) -> float | None:
         """Tokens of prompts it computes in a second; ``None`` until one worker's are known."""
 
@@ -126,16 +131,19 @@ def own(policy: object, name: str | None = None) -> Own:
         _check_call(policy, f"{name}()", 0)
         try:
             policy = policy()
-        except Exception as error:
+        # Whatever it raises, also an exit, is told and not done.
+        except BaseException as error:
             raise ValueError(f"policy: {name}() raised:\n{traceback.format_exc().rstrip()}") from error
     choose = getattr(policy, "choose", policy)
+    if not callable(choose):
+        # A file can name no policy but its own.
+        others = "a PolicyType, nor its name, nor FILE.py:NAME, nor " if name is None else ""
+        raise ValueError(
+            f"policy: {policy!r} is neither {others}callable, nor an object with choose(request, workers), nor a class "
+            "of such objects"
+        )
     if name is None:
         name = str(getattr(policy, "__name__", type(policy).__name__))
-    if not callable(choose):
-        raise ValueError(
-            f"policy: {policy!r} is neither a PolicyType, nor its name, nor FILE.py:NAME, nor callable, nor an object "
-            "with choose(request, workers)"
-        )
     _check_call(choose, f"{name}: choose(request, workers)", 2)
     _check_plain(choose, f"{name}: choose(request, workers)")
     finished = getattr(policy, "finished", None)
@@ -158,8 +166,9 @@ def load(text: str) -> Own:
     """
     file, _, name = text.rpartition(":")
     path = Path(file)
-    if not path.is_file():
-        raise ValueError(f"{text}: there is no file {path}")
+    flaw = _flaw(path)
+    if flaw is not None:
+        raise ValueError(f"{text}: {flaw}")
     module = _module(path, text)
     try:
         policy = getattr(module, name)
@@ -172,6 +181,23 @@ def load(text: str) -> Own:
         return choose, finished, text
     except ValueError as error:
         raise ValueError(f"{text}: {str(error).removeprefix('policy: ')}") from error
+
+
+def _flaw(path: Path) -> str | None:
+    """Why a file cannot be read, if that is so."""
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            return f"{path} is a folder, not a file"
+        if not stat.S_ISREG(mode):
+            return f"{path} is not a regular file"
+        path.open("rb").close()
+    # A null byte, or no characters of the file system, is a ValueError.
+    except (FileNotFoundError, ValueError):
+        return f"there is no file {path}"
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+    return None
 
 
 def _module(path: Path, text: str) -> ModuleType:
@@ -190,8 +216,6 @@ def _module(path: Path, text: str) -> ModuleType:
     except BaseException as error:
         if sys.modules.get(path.stem) is module:
             del sys.modules[path.stem]
-        if isinstance(error, KeyboardInterrupt):
-            raise
         raise ValueError(f"{text}: cannot be imported:\n{traceback.format_exc().rstrip()}") from error
     return module
 

@@ -8,7 +8,7 @@
 //!
 //! Bound: [`MAX_WAITING`] traces wait for it. What finds no room is lost, counted and told in the log.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -20,7 +20,6 @@ use pyo3::types::{PyBool, PyTuple};
 use tracing::dispatcher;
 
 use super::json_text;
-use crate::error::shown;
 use crate::routing::own::{Chooser, Seen};
 use crate::routing::{self, PickError, Replayed, WorkerName};
 use crate::tracking::{Status, Timestamp, Trace};
@@ -34,8 +33,14 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 /// How often the log says what may happen with every request.
 const WARN_EVERY: Duration = Duration::from_secs(60);
 
+/// A `choose` that takes longer than this is told of.
+const SLOW: Duration = Duration::from_millis(100);
+
 /// Longest traceback in the log, in bytes; its end is kept.
 const TRACEBACK_MAX: usize = 8192;
+
+/// Longest answer of a policy that a message repeats, in characters.
+const ANSWER_MAX: usize = 80;
 
 /// A request as a policy sees it.
 #[pyclass(frozen, get_all, module = "sglang_router_rs")]
@@ -68,6 +73,8 @@ pub(super) struct WorkerView {
     #[pyo3(get)]
     matched_tokens: u32,
     #[pyo3(get)]
+    same_prefix: u32,
+    #[pyo3(get)]
     speed: Option<f64>,
     #[pyo3(get)]
     weight: f64,
@@ -92,7 +99,7 @@ impl WorkerView {
     fn __repr__(view: &Bound<'_, Self>) -> PyResult<String> {
         repr(
             view,
-            "url node_id in_flight pending_tokens matched_tokens speed weight last_ttft_ms last_e2e_ms",
+            "url node_id in_flight pending_tokens matched_tokens same_prefix speed weight last_ttft_ms last_e2e_ms",
         )
     }
 }
@@ -116,7 +123,8 @@ pub(super) fn chooser(
         choose,
         finished: finished.map(Arc::new),
         ended: OnceLock::new(),
-        has_complained: AtomicBool::new(false),
+        slow: Mutex::default(),
+        raised: Mutex::default(),
     })
 }
 
@@ -126,11 +134,43 @@ struct PythonPolicy {
     finished: Option<Arc<Py<PyAny>>>,
     /// From the first request that is over.
     ended: OnceLock<Ended>,
-    /// In a replay, of a `finished` that raises.
-    has_complained: AtomicBool,
+    slow: Mutex<Slow>,
+    /// In a replay, how often `finished` raised, and the first traceback.
+    raised: Mutex<(u64, Option<String>)>,
+}
+
+/// Calls of `choose` that took longer than [`SLOW`].
+#[derive(Default)]
+struct Slow {
+    count: u64,
+    longest: Duration,
+    said: Said,
 }
 
 impl PythonPolicy {
+    /// A call of `choose` took so long.
+    fn took(&self, took: Duration) {
+        if took > SLOW {
+            let mut slow = self.slow.lock();
+            slow.count += 1;
+            slow.longest = slow.longest.max(took);
+            self.tell_slow(&mut slow, false);
+        }
+    }
+
+    /// Says how many calls were slow since that was last said, if it is time.
+    fn tell_slow(&self, slow: &mut Slow, is_over: bool) {
+        if let Some(new) = slow.said.due(slow.count, is_over) {
+            tracing::warn!(
+                "policy {}: choose() took over {} ms {new} times since this was last said (at most once a minute), up to \
+                 {:.1} s: while it computes, other requests wait for Python's lock",
+                self.name,
+                SLOW.as_millis(),
+                slow.longest.as_secs_f64()
+            );
+        }
+    }
+
     /// Calls `choose`; the error is a traceback, or says what was wrong with its answer.
     fn ask(
         &self,
@@ -146,14 +186,12 @@ impl PythonPolicy {
         let index = answer.extract::<i64>().ok().filter(|_| !is_bool);
         let index = index.and_then(|index| usize::try_from(index).ok());
         index.filter(|index| *index < workers.len()).ok_or_else(|| {
-            let answer = answer.repr().map(|text| text.to_string_lossy().into_owned());
-            let last = workers.len() - 1;
+            let answer = answer.repr().map(|text| in_short(&text.to_string_lossy()));
             let answer = answer.unwrap_or_else(|_| "something that has no repr".to_owned());
-            // Quoted as it is a stranger's text, which may be long.
+            let last = workers.len() - 1;
             format!(
-                "{}: choose() returned {}, which is not the place of a worker: an int from 0 to {last}",
-                self.name,
-                shown(&answer).trim_matches('"')
+                "{}: choose() returned {answer}, which is not the place of a worker: an int from 0 to {last}",
+                self.name
             )
         })
     }
@@ -176,7 +214,12 @@ impl Chooser for PythonPolicy {
             routing_key: request.routing_key.map(str::to_owned),
             at_secs: request.at_secs,
         };
-        let asked = Python::try_attach(|py| self.ask(py, request, workers));
+        let asked = Python::try_attach(|py| {
+            let began = Instant::now();
+            let asked = self.ask(py, request, workers);
+            self.took(began.elapsed());
+            asked
+        });
         let chosen = asked.unwrap_or_else(|| Err("the Python interpreter is ending".to_owned()));
         chosen.map_err(|detail| PickError {
             message: format!(
@@ -198,24 +241,53 @@ impl Chooser for PythonPolicy {
     }
 
     fn close(&self) {
+        self.tell_slow(&mut self.slow.lock(), true);
         if let Some(ended) = self.ended.get() {
-            ended.close();
+            ended.close(self.name);
         }
     }
 
     fn replayed(&self, replayed: &Replayed<'_>) {
         let Some(finished) = &self.finished else { return };
         let trace = json_text(&trace_of(replayed, self.name));
-        let heard = Python::try_attach(|py| {
-            hear(py, finished, &trace).inspect_err(|error| {
-                if !self.has_complained.swap(true, Ordering::Relaxed) {
-                    error.print(py);
-                }
-            })
+        // An interpreter that ends hears nothing.
+        Python::try_attach(|py| {
+            if let Err(error) = hear(py, finished, &trace) {
+                // Python may let another thread run meanwhile, so not under the lock.
+                let is_first = self.raised.lock().0 == 0;
+                let first = is_first.then(|| traceback(py, &error));
+                let mut raised = self.raised.lock();
+                raised.0 += 1;
+                raised.1 = raised.1.take().or(first);
+            }
         });
-        // What it raised is printed; an interpreter that ends hears nothing.
-        let _ = heard;
     }
+
+    fn remarks(&self) -> Vec<String> {
+        let mut remarks = Vec::new();
+        if let (count, Some(first)) = &*self.raised.lock() {
+            remarks.push(format!("finished() raised {count} times; the first time:\n{first}"));
+        }
+        let slow = self.slow.lock();
+        if slow.count > 0 {
+            remarks.push(format!(
+                "choose() took over {} ms {} times, up to {:.1} s: while it computes, other requests of a router wait \
+                 for Python's lock",
+                SLOW.as_millis(),
+                slow.count,
+                slow.longest.as_secs_f64()
+            ));
+        }
+        remarks
+    }
+}
+
+/// What a policy wrote, on one line and cut: it may be long.
+fn in_short(text: &str) -> String {
+    let plain = |c: char| if c.is_control() { ' ' } else { c };
+    let short: String = text.chars().take(ANSWER_MAX).map(plain).collect();
+    let more = if text.chars().nth(ANSWER_MAX).is_some() { "..." } else { "" };
+    short + more
 }
 
 fn view(seen: &Seen<'_>) -> WorkerView {
@@ -224,6 +296,7 @@ fn view(seen: &Seen<'_>) -> WorkerView {
         in_flight: seen.target.in_flight(),
         pending_tokens: seen.view.pending_tokens,
         matched_tokens: seen.view.matched_tokens,
+        same_prefix: seen.view.same_prefix,
         speed: seen.view.speed,
         weight: seen.target.weight,
         last_ttft_ms: seen.last.ttft_ms,
@@ -253,11 +326,21 @@ fn traceback(py: Python<'_>, error: &PyErr) -> String {
     text.split_off(start)
 }
 
+/// Of requests that are over.
+#[derive(Default)]
+struct Counts {
+    all: AtomicU64,
+    /// For want of room.
+    lost: AtomicU64,
+    /// `finished` has returned, or raised.
+    heard: AtomicU64,
+}
+
 /// Requests that are over, on their way to `finished`.
 struct Ended {
     /// None once it is closed.
     waiting: Mutex<Option<SyncSender<String>>>,
-    lost: Arc<AtomicU64>,
+    counts: Arc<Counts>,
     /// Disconnected when the thread has ended.
     is_over: Mutex<Receiver<()>>,
 }
@@ -266,11 +349,11 @@ impl Ended {
     fn start(name: &'static str, finished: Arc<Py<PyAny>>) -> Self {
         let (waiting, traces) = sync_channel(MAX_WAITING);
         let (over, is_over) = sync_channel(0);
-        let lost = Arc::new(AtomicU64::new(0));
+        let counts = Arc::<Counts>::default();
         let hearer = Hearer {
             name,
             finished,
-            lost: lost.clone(),
+            counts: counts.clone(),
             lost_said: Said::default(),
             raised: 0,
             raised_said: Said::default(),
@@ -286,23 +369,28 @@ impl Ended {
         if let Err(error) = thread {
             tracing::error!("policy {name}: finished() hears nothing: {error}");
         }
-        Self { waiting: Mutex::new(Some(waiting)), lost, is_over: Mutex::new(is_over) }
+        Self { waiting: Mutex::new(Some(waiting)), counts, is_over: Mutex::new(is_over) }
     }
 
     /// Never waits.
     fn hand_over(&self, trace: String) {
+        self.counts.all.fetch_add(1, Ordering::Relaxed);
         let waiting = self.waiting.lock();
         if waiting.as_ref().is_none_or(|waiting| waiting.try_send(trace).is_err()) {
-            self.lost.fetch_add(1, Ordering::Relaxed);
+            self.counts.lost.fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    fn close(&self) {
+    fn close(&self, name: &str) {
         self.waiting.lock().take();
         let is_over = self.is_over.lock().recv_timeout(LAST_WORDS);
         if is_over == Err(RecvTimeoutError::Timeout) {
+            let Counts { all, heard, .. } = &*self.counts;
             tracing::warn!(
-                "a policy's finished() takes long: it may not hear of the last requests"
+                "policy {name}: finished() takes long and has heard of {} of {} requests; of the others it hears only \
+                 what the program leaves it time for",
+                heard.load(Ordering::Relaxed),
+                all.load(Ordering::Relaxed)
             );
         }
     }
@@ -312,7 +400,7 @@ impl Ended {
 struct Hearer {
     name: &'static str,
     finished: Arc<Py<PyAny>>,
-    lost: Arc<AtomicU64>,
+    counts: Arc<Counts>,
     lost_said: Said,
     /// How often `finished` raised.
     raised: u64,
@@ -352,6 +440,7 @@ impl Hearer {
                 // The interpreter is ending.
                 None => return,
             }
+            self.counts.heard.fetch_add(1, Ordering::Relaxed);
             self.tell(false);
         }
         self.tell(true);
@@ -360,7 +449,7 @@ impl Hearer {
     /// Says what was lost and what was raised since that was last said, if it is time.
     fn tell(&mut self, is_over: bool) {
         let name = self.name;
-        if let Some(new) = self.lost_said.due(self.lost.load(Ordering::Relaxed), is_over) {
+        if let Some(new) = self.lost_said.due(self.counts.lost.load(Ordering::Relaxed), is_over) {
             tracing::warn!(
                 "policy {name}: {new} traces were lost, as finished() is slower than they come (said at most once a \
                  minute)"

@@ -69,7 +69,7 @@ pub fn run(options: &Options, load: Load<'_>) -> anyhow::Result<()> {
         None => None,
     };
     let runs = replay_all(&trace, &setup, options, &policies);
-    complain(&runs);
+    complain(&runs, &policies);
     if let Some((path, file)) = csv {
         written("--csv", path, report::write_csv(file, &trace, &runs))?;
     }
@@ -206,13 +206,16 @@ fn collect<T>(receiver: &mpsc::Receiver<T>, ended: &AtomicUsize, all: usize) -> 
     collected
 }
 
-/// Shows the first error of each policy from outside.
-fn complain(runs: &[Run]) {
-    for run in runs {
+/// Shows the first error of each policy from outside, and what else is to be said of it.
+fn complain(runs: &[Run], policies: &[Arc<dyn Policy>]) {
+    for (run, policy) in runs.iter().zip(policies) {
         let failed = || run.outcomes.iter().filter(|outcome| outcome.is_policys);
         if let Some(error) = failed().next().and_then(|outcome| outcome.error.as_deref()) {
             let count = failed().count();
             warn(&format!("{} failed on {count} requests; the first time:\n{error}", run.policy));
+        }
+        for remark in policy.remarks() {
+            warn(&format!("{}: {remark}", run.policy));
         }
     }
 }

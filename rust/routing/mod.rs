@@ -326,6 +326,11 @@ pub trait Policy: Send + Sync {
 
     /// A request of a replay is over. It has no trace.
     fn replayed(&self, _replayed: &Replayed) {}
+
+    /// What is to be said at the end of a replay of what it does, beside the requests that failed; a text each.
+    fn remarks(&self) -> Vec<String> {
+        Vec::new()
+    }
 }
 
 /// What became of a request of a replay.

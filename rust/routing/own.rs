@@ -208,6 +208,11 @@ pub trait Chooser: Send + Sync {
 
     /// See [`Policy::replayed`].
     fn replayed(&self, _replayed: &Replayed) {}
+
+    /// See [`Policy::remarks`].
+    fn remarks(&self) -> Vec<String> {
+        Vec::new()
+    }
 }
 
 /// Why a rule from outside cannot be used.
@@ -319,6 +324,10 @@ impl Policy for Own {
 
     fn replayed(&self, replayed: &Replayed) {
         self.chooser.replayed(replayed);
+    }
+
+    fn remarks(&self) -> Vec<String> {
+        self.chooser.remarks()
     }
 }
 

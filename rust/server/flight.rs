@@ -50,6 +50,8 @@ pub(super) struct Flight {
     listed: SmallVec<[Listed; 2]>,
     /// The newest picked worker.
     worker: Option<Arc<Worker>>,
+    /// Since when a policy that may take long is being asked.
+    asking_since: Option<Instant>,
     /// None before the first pick and when the newest attempt came to nothing.
     attempt: Option<Attempt>,
     /// Why that was, until the log has been told.
@@ -96,6 +98,7 @@ impl Flight {
             abort,
             listed: SmallVec::new(),
             worker: None,
+            asking_since: None,
             attempt: None,
             untold: None,
             status: None,
@@ -163,6 +166,21 @@ impl Flight {
                 prompt_blocks,
             });
         }
+    }
+
+    /// A policy that may take long is asked from now on.
+    pub(super) fn asking(&mut self) {
+        self.asking_since = Some(now());
+    }
+
+    /// It has answered.
+    pub(super) fn asked(&mut self) {
+        self.asking_since = None;
+    }
+
+    /// Since when a policy has not answered, if it is being asked.
+    pub(super) fn asking_since(&self) -> Option<Instant> {
+        self.asking_since
     }
 
     /// The newest picked worker.

@@ -64,7 +64,7 @@ fn aborted() -> Error {
     Error::new(Kind::Aborted, "ended by POST /abort_request")
 }
 
-/// Picks of a policy that may block which are under way at once. Each keeps a thread.
+/// Picks of a policy that may block which are under way at once. Each keeps a thread, also when its request is over.
 const SLOW_PICKS_MAX: usize = 64;
 
 /// Bytes that the bodies of requests to the router's own routes may take together.
@@ -77,7 +77,7 @@ pub(crate) struct App {
     policy: Arc<dyn Policy>,
     policy_name: &'static str,
     draws: Draws,
-    slow_picks: Semaphore,
+    slow_picks: Arc<Semaphore>,
     /// None when request tracking is off.
     tracker: Option<Arc<Tracker>>,
     metrics: Arc<Metrics>,
@@ -115,7 +115,7 @@ impl App {
             policy,
             policy_name: routing.policy.name(),
             draws: Draws::new(routing.seed),
-            slow_picks: Semaphore::new(SLOW_PICKS_MAX),
+            slow_picks: Arc::new(Semaphore::new(SLOW_PICKS_MAX)),
             tracker,
             is_draining: AtomicBool::new(false),
             is_stopped: AtomicBool::new(false),

@@ -3,13 +3,18 @@
 //! Which those are, in this order: healthy, with a breaker that lets the request through; not tried before; not
 //! asking to be left alone. A worker that this request has failed on is picked again only when there is no other, the
 //! one it failed on last only when there is none at all.
+//!
+//! A policy from outside may take long, or for ever. It is asked on a thread of its own with all that it needs, so that
+//! the request can end meanwhile; an answer that comes later changes nothing.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use axum::http::uri::PathAndQuery;
+use bytes::Bytes;
 use hyper::header::HeaderValue;
 
-use super::{App, headers, now};
+use super::{App, SLOW_PICKS_MAX, headers, now};
 use crate::error::{Error, Kind, shown};
 use crate::routing::candidates::explained;
 use crate::routing::{self, InFlight, Pick, PickError, Target};
@@ -35,17 +40,53 @@ pub(super) struct Picked {
     pub(super) took: Duration,
 }
 
-/// What an attempt's pick depends on, beside the workers.
-pub(super) struct Wish<'a> {
-    pub(super) request: routing::Request<'a>,
+/// What a policy is shown of a request.
+#[derive(Clone)]
+pub(super) struct Asked {
+    pub(super) prompt: Bytes,
+    pub(super) is_ids: bool,
+    pub(super) stream: bool,
+    pub(super) path: PathAndQuery,
+    pub(super) model: Option<String>,
+    pub(super) routing_key: Option<HeaderValue>,
+    pub(super) request_id: Option<HeaderValue>,
+    /// When it was last routed.
+    pub(super) at_secs: f64,
+}
+
+impl Asked {
+    fn request(&self) -> routing::Request<'_> {
+        routing::Request {
+            prompt: &self.prompt,
+            is_ids: self.is_ids,
+            stream: self.stream,
+            route: self.path.path(),
+            model: self.model.as_deref(),
+            routing_key: self.routing_key.as_ref().and_then(text),
+            request_id: self.request_id.as_ref().and_then(text),
+            at_secs: self.at_secs,
+        }
+    }
+}
+
+/// What a header says, if it says anything; not only in ASCII, as `HeaderValue::to_str` would have it.
+fn text(value: &HeaderValue) -> Option<&str> {
+    std::str::from_utf8(value.as_bytes()).ok().filter(|text| !text.is_empty())
+}
+
+/// What an attempt's pick depends on, beside the workers. It owns all of it, as a policy that takes long may outlast the
+/// request.
+#[derive(Clone)]
+pub(super) struct Wish {
+    pub(super) asked: Asked,
     /// The worker the request names itself.
-    pub(super) pin: Option<&'a HeaderValue>,
+    pub(super) pin: Option<HeaderValue>,
     /// Workers that the request has failed on, the last one last.
     pub(super) failed_on: Vec<u32>,
     pub(super) draw: fastrand::Rng,
 }
 
-impl Wish<'_> {
+impl Wish {
     /// Whether an attempt would go to a worker that was not tried.
     pub(super) fn has_untried(&self, app: &App) -> bool {
         let is_untried = |worker: &Arc<Worker>| {
@@ -55,47 +96,96 @@ impl Wish<'_> {
     }
 }
 
-/// The next worker to try, with the request counted as in flight there; None when there is none.
+/// A worker that was chosen, with nothing counted yet.
+pub(super) struct Chosen {
+    worker: Arc<Worker>,
+    pick: Pick,
+    candidates: Option<Arc<Vec<Candidate>>>,
+    took: Duration,
+}
+
+/// The next worker to try; None when there is none.
 ///
 /// # Errors
 /// The request names a worker that does not exist, or that may not be picked; a policy from outside failed.
-pub(super) fn pick(app: &App, wish: &mut Wish<'_>) -> Result<Option<Picked>, Error> {
+pub(super) fn choose(app: &App, wish: &mut Wish) -> Result<Option<Chosen>, Error> {
     let began = Instant::now();
-    wish.request.at_secs = app.secs(began);
+    wish.asked.at_secs = app.secs(began);
     let snapshot = app.workers.snapshot();
-    loop {
-        let (index, pick, candidates) = match wish.pin {
-            Some(pin) => {
-                let index = pinned(&snapshot, pin)?;
-                let worker = snapshot.routable[index].index;
-                let matched_tokens = app.policy.matched_tokens(&wish.request, worker);
-                (index, Pick { index, reason: PINNED, matched_tokens }, None)
-            }
-            None => match choose(app, &snapshot, wish).map_err(failed)? {
-                Some(chosen) => chosen,
-                None => return Ok(None),
-            },
-        };
-        let took = began.elapsed();
-        let input_tokens = app.policy.input_tokens(&wish.request);
-        let worker = snapshot.routable[index].clone();
-        // Half-open, and another request was faster to take the probe: the worker is no choice now.
-        let Some(pass) = worker.gate.begin(now()) else { continue };
-        // Counted before the prompt is remembered, which takes longer than the next request's pick.
-        let mut in_flight = worker.target.begin();
-        in_flight.heard_by(app.policy.sent(&wish.request, &worker.target));
-        let Pick { reason, matched_tokens, .. } = pick;
-        return Ok(Some(Picked {
-            worker,
-            in_flight,
-            pass,
-            reason,
-            input_tokens,
-            matched_tokens,
-            candidates,
-            took,
-        }));
+    let choice = match &wish.pin {
+        Some(pin) => {
+            let index = pinned(&snapshot, pin)?;
+            let worker = snapshot.routable[index].index;
+            let matched_tokens = app.policy.matched_tokens(&wish.asked.request(), worker);
+            Some((index, Pick { index, reason: PINNED, matched_tokens }, None))
+        }
+        None => choose_among(app, &snapshot, wish).map_err(failed)?,
+    };
+    Ok(choice.map(|(index, pick, candidates)| Chosen {
+        worker: snapshot.routable[index].clone(),
+        pick,
+        candidates,
+        took: began.elapsed(),
+    }))
+}
+
+/// The same of a policy that may take long, which holds up nothing but this request, unless many of them do.
+/// May be dropped at any time.
+///
+/// # Errors
+/// As [`choose`].
+pub(super) async fn choose_elsewhere(
+    app: &Arc<App>,
+    wish: &mut Wish,
+) -> Result<Option<Chosen>, Error> {
+    // Never closed. It is given back when the policy has answered, also if nobody waits for that any more.
+    let turn = app.slow_picks.clone().acquire_owned().await;
+    let (to_ask, mut asked) = (app.clone(), wish.clone());
+    let asking = tokio::task::spawn_blocking(move || {
+        let _turn = turn;
+        let chosen = choose(&to_ask, &mut asked);
+        (chosen, asked)
+    });
+    match asking.await {
+        Ok((chosen, asked)) => {
+            *wish = asked;
+            chosen
+        }
+        Err(error) => Err(Error::new(
+            Kind::PolicyFailed,
+            format!("the policy {} was not asked to the end: {error}", app.policy_name),
+        )),
     }
+}
+
+/// Counts the request as in flight at the worker that was chosen. None when another request was faster to take the
+/// probe of its breaker: then the worker is no choice now.
+pub(super) fn take(app: &App, wish: &Wish, chosen: Chosen) -> Option<Picked> {
+    let Chosen { worker, pick, candidates, took } = chosen;
+    let request = wish.asked.request();
+    let input_tokens = app.policy.input_tokens(&request);
+    let pass = worker.gate.begin(now())?;
+    // Counted before the prompt is remembered, which takes longer than the next request's pick.
+    let mut in_flight = worker.target.begin();
+    in_flight.heard_by(app.policy.sent(&request, &worker.target));
+    let Pick { reason, matched_tokens, .. } = pick;
+    Some(Picked { worker, in_flight, pass, reason, input_tokens, matched_tokens, candidates, took })
+}
+
+/// The request's time is over, and a policy that was asked for so long has not answered.
+pub(super) fn unanswered(app: &App, asked_for: Duration) -> Error {
+    let waiting = if app.slow_picks.available_permits() == 0 {
+        format!("; {SLOW_PICKS_MAX} calls of it have not ended, and no more are made at a time")
+    } else {
+        String::new()
+    };
+    let message = format!(
+        "the policy {} has not answered for {:.1} s, and the request may take {} s (request_timeout_secs){waiting}",
+        app.policy_name,
+        asked_for.as_secs_f64(),
+        app.options.request_timeout_secs
+    );
+    Error::new(Kind::PolicyFailed, message)
 }
 
 /// The place of a worker among all routable ones, why it was picked, and, if that is traced, among which.
@@ -107,10 +197,10 @@ fn failed(error: PickError) -> Error {
 }
 
 /// What the policy picks among the best there are.
-fn choose(
+fn choose_among(
     app: &App,
     snapshot: &Snapshot,
-    wish: &mut Wish<'_>,
+    wish: &mut Wish,
 ) -> Result<Option<Choice>, PickError> {
     let failed_on = &wish.failed_on;
     if failed_on.is_empty() && !app.workers.is_any_limited(snapshot) {
@@ -142,11 +232,12 @@ fn choose(
 /// What the policy picks among these; `at` tells a target's place among all routable workers, and which it is.
 fn ask<'a>(
     app: &App,
-    wish: &mut Wish<'_>,
+    wish: &mut Wish,
     targets: &[Arc<Target>],
     at: impl Fn(usize) -> (usize, &'a Arc<Worker>),
 ) -> Result<Choice, PickError> {
-    let Wish { request, draw, .. } = wish;
+    let Wish { asked, draw, .. } = wish;
+    let request = &asked.request();
     let traced = app.tracker.as_ref().and_then(|tracker| tracker.options().candidates_max());
     let Some(keep) = traced else {
         let pick = app.policy.pick(request, targets, draw, None)?;

@@ -4,6 +4,7 @@
 //! does not reject what it does not understand. Nothing here is undone by hand: the [`Flight`] closes the trace and
 //! gives back every count, however the request ends.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -19,13 +20,12 @@ use hyper::{HeaderMap, Method};
 
 use super::exchange::Exchange;
 use super::flight::{Flight, answered_with};
-use super::pick::{self, Picked, Wish};
+use super::pick::{self, Asked, Picked, Wish};
 use super::relay::{Relay, one_line};
 use super::request_id::X_REQUEST_ID;
 use super::{App, aborted, body, headers, now, retry};
 use crate::error::{Error, Kind, Origin};
 use crate::request;
-use crate::routing;
 use crate::telemetry::metrics::Route;
 use crate::upstream::{Answer, SendError};
 use crate::workers::breaker::Outcome;
@@ -79,7 +79,7 @@ pub(super) async fn proxy(app: Arc<App>, route: Arc<Route>, request: Request) ->
 
 /// From the head of a request to the head of a worker's answer.
 async fn serve(
-    app: &App,
+    app: &Arc<App>,
     flight: &mut Flight,
     head: Parts,
     body: Body,
@@ -105,17 +105,20 @@ async fn serve(
         outgoing.headers.insert(X_REQUEST_ID, id);
     }
     let wish = Wish {
-        request: routing::Request {
-            prompt: &scan.prompt,
+        asked: Asked {
+            prompt: match scan.prompt {
+                Cow::Borrowed(prompt) => body.slice_ref(prompt),
+                Cow::Owned(prompt) => prompt.into(),
+            },
             is_ids: scan.is_ids,
             stream: scan.stream == Some(true),
-            route: outgoing.path.path(),
-            model: scan.model.as_deref(),
-            routing_key: routing_key.as_ref().and_then(text),
-            request_id: outgoing.headers.get(X_REQUEST_ID).and_then(|id| id.to_str().ok()),
+            path: outgoing.path.clone(),
+            model: scan.model.map(Cow::into_owned),
+            routing_key,
+            request_id: outgoing.headers.get(X_REQUEST_ID).cloned(),
             at_secs: app.secs(now()),
         },
-        pin: pin.as_ref(),
+        pin,
         failed_on: Vec::new(),
         draw: app.draws.next(),
     };
@@ -162,9 +165,9 @@ async fn admit(app: &App, flight: &mut Flight, pin: Option<&HeaderValue>) -> Res
 /// Sends the request to one worker after the other, until one gives an answer that is worth relaying or the attempts
 /// are used up. An answer that is passed over is kept, unread, until there is a worker to try instead.
 async fn attempt(
-    app: &App,
+    app: &Arc<App>,
     flight: &mut Flight,
-    mut wish: Wish<'_>,
+    mut wish: Wish,
     outgoing: &Outgoing,
     scan_took: Duration,
 ) -> Result<hyper::Response<Answer>, Error> {
@@ -172,7 +175,7 @@ async fn attempt(
     let mut pauses = 0;
     let mut last = Err(None);
     for attempts_left in (0..retry.attempts_max()).rev() {
-        let picked = match pick(app, &mut wish, outgoing.body.len()).await {
+        let picked = match pick(app, flight, &mut wish, outgoing.body.len()).await {
             Ok(Some(picked)) => picked,
             Ok(None) => break,
             // A worker that was named had its chance.
@@ -206,14 +209,28 @@ async fn attempt(
     last.map_err(|error| error.unwrap_or_else(|| app.no_available_workers()))
 }
 
-/// The next worker to try. A policy that may take long holds up no other request, unless many of them do.
-async fn pick(app: &App, wish: &mut Wish<'_>, body_bytes: usize) -> Result<Option<Picked>, Error> {
-    if !app.policy.may_block() {
-        return unhurried(body_bytes, || pick::pick(app, wish));
+/// The next worker to try, with the request counted as in flight there; None when there is none.
+async fn pick(
+    app: &Arc<App>,
+    flight: &mut Flight,
+    wish: &mut Wish,
+    body_bytes: usize,
+) -> Result<Option<Picked>, Error> {
+    loop {
+        let chosen = if app.policy.may_block() && wish.pin.is_none() {
+            flight.asking();
+            let chosen = pick::choose_elsewhere(app, wish).await;
+            flight.asked();
+            chosen?
+        } else {
+            unhurried(body_bytes, || pick::choose(app, wish))?
+        };
+        let Some(chosen) = chosen else { return Ok(None) };
+        let picked = unhurried(body_bytes, || pick::take(app, wish, chosen));
+        if picked.is_some() {
+            return Ok(picked);
+        }
     }
-    // Never closed.
-    let _turn = app.slow_picks.acquire().await;
-    tokio::task::block_in_place(|| pick::pick(app, wish))
 }
 
 /// Sends to one worker. The head of an answer goes to the client along with the first of its body: until then another
@@ -251,6 +268,9 @@ fn unanswered(app: &App, flight: &mut Flight, worker: &Worker, error: &SendError
 }
 
 fn timed_out(app: &App, flight: &Flight) -> Error {
+    if let Some(since) = flight.asking_since() {
+        return pick::unanswered(app, now() - since);
+    }
     let message = format!(
         "no answer within {} s of the request's arrival (request_timeout_secs)",
         app.options.request_timeout_secs
@@ -258,11 +278,6 @@ fn timed_out(app: &App, flight: &Flight) -> Error {
     let error = Error::new(Kind::Timeout, message);
     // It may have spent its time on its way here, or in the queue.
     if flight.is_kept_waiting() { error } else { error.by(Origin::Router) }
-}
-
-/// What a header says, if it says anything; not only in ASCII, as `HeaderValue::to_str` would have it.
-fn text(value: &HeaderValue) -> Option<&str> {
-    std::str::from_utf8(value.as_bytes()).ok().filter(|text| !text.is_empty())
 }
 
 /// The trace id of a W3C `traceparent` header: `version-traceid-parent-flags`.

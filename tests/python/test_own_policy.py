@@ -7,10 +7,13 @@ import json
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -140,6 +143,7 @@ def answers(value: object) -> Any:
         (True, "returned True"),
         (-1, "returned -1"),
         (2, "returned 2"),
+        ("a\nb", r"returned 'a\nb', which"),
         (10**30, "returned 1000"),
         ("x" * 9999, "returned"),
         (KeyError("lost"), "KeyError: 'lost'"),
@@ -169,6 +173,15 @@ def test_what_fails_fails_that_request_alone(sim: Sim, value: object, found: str
     assert found in log
     # The end of a long one.
     assert ("Traceback" in log) == (isinstance(value, BaseException) and len(str(value)) < 5000)
+
+
+def test_a_worker_is_no_place_of_one(sim: Sim) -> None:
+    with Router(sim.urls, lambda request, workers: workers[0], **TRACED) as router:
+        assert router.wait_ready()
+        assert generate(router.url, "a").status == 500
+        error = router.trace("a")["error_message"]
+        assert "choose() returned WorkerView(url='http" in error
+        assert '"' not in error
 
 
 def test_a_numpy_index_will_do(sim: Sim) -> None:
@@ -201,28 +214,200 @@ def test_one_that_blocks_holds_up_nothing_else(sim: Sim) -> None:
         until(lambda: len(router.traces(status="completed")) == 80)
 
 
-def ask_in_vain(url: str) -> None:
-    with contextlib.suppress(OSError):
-        generate(url)
+class Hanging:
+    """Answers nothing until it may go, but to those whose id is ``good``."""
 
+    def __init__(self) -> None:
+        self.asked: list[str | None] = []
+        self.may_go = threading.Event()
 
-def test_a_router_stops_while_its_policy_is_asked(sim: Sim) -> None:
-    is_asked, may_go = threading.Event(), threading.Event()
-
-    def choose(_request: RequestView, _workers: Sequence[WorkerView]) -> int:
-        is_asked.set()
-        may_go.wait(DEADLINE_SECS)
+    def choose(self, request: RequestView, _workers: Sequence[WorkerView]) -> int:
+        if request.request_id != "good":
+            self.asked.append(request.request_id)
+            self.may_go.wait(DEADLINE_SECS)
         return 0
 
-    with Router(sim.urls, choose, **QUIET) as router:
+    def __enter__(self) -> Hanging:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.may_go.set()
+
+
+def test_one_that_does_not_answer_is_not_waited_for_beyond_the_requests_time(sim: Sim, tmp_path: Path) -> None:
+    options = {**TRACED, "log_level": "warn", "log_dir": tmp_path, "request_timeout_secs": 2}
+    with Hanging() as policy, Router(sim.urls, policy, max_concurrent_requests=64, queue_size=0, **options) as router:
         assert router.wait_ready()
-        asking = threading.Thread(target=ask_in_vain, args=(router.url,))
+        codes: list[str | None] = []
+
+        def ask_in_vain(number: int) -> None:
+            codes.append(generate(router.url, f"r{number}").headers["x-router-error-code"])
+
+        in_threads(64, [lambda at=number: ask_in_vain(at) for number in range(64)])
+        assert codes == ["policy_failed"] * 64
+        assert len(policy.asked) == 64
+        assert router.trace_stats()["in_flight"] == 0
+        # There is room for it, but the policy is busy with those.
+        late = generate(router.url, "good").json()["error"]["message"]
+        assert re.match(r"the policy Hanging has not answered for [12]\.\d s, .*64 calls of it have not ended", late)
+        policy.may_go.set()
+        until(lambda: generate(router.url, "good").status == 200)
+        assert len(router.traces(status="failed", limit=1000)) >= 65
+    log = "".join(path.read_text() for path in tmp_path.iterdir())
+    assert log.count("request failed: the policy Hanging has not answered for ") >= 65
+
+
+def test_a_request_ends_while_its_policy_is_asked(sim: Sim) -> None:
+    with Hanging() as policy, Router(sim.urls, policy, **TRACED) as router:
+        assert router.wait_ready()
+        host, port = "127.0.0.1", router.port
+        with socket.create_connection((host, port)) as leaving:
+            head = f"POST /generate HTTP/1.1\r\nhost: {host}\r\nx-request-id: left\r\ncontent-length: 2\r\n\r\n"
+            leaving.sendall(f"{head}{{}}".encode())
+            until(lambda: len(policy.asked) == 1)
+        until(lambda: router.trace("left")["status"] == "failed")
+        assert "client disconnected" in router.trace("left")["error_message"]
+        aborted: list[Any] = []
+        asking = threading.Thread(target=lambda: aborted.append(generate(router.url, "aborted")))
         asking.start()
-        assert is_asked.wait(DEADLINE_SECS)
-        threading.Timer(0.05, may_go.set).start()
+        until(lambda: len(policy.asked) == 2)
+        assert ask(f"{router.url}/abort_request", {"rid": "aborted"}).status == 200
+        asking.join()
+        assert aborted[0].headers["x-router-error-code"] == "aborted"
+        assert router.trace_stats()["in_flight"] == 0
+        assert generate(router.url, "good").status == 200
+
+
+def router_threads() -> list[Path]:
+    names = Path("/proc/self/task").glob("*/comm")
+    return [path for path in names if path.read_text().startswith("sglang-router")]
+
+
+def test_an_answer_after_the_routers_end_is_dropped(sim: Sim, capfd: pytest.CaptureFixture[str]) -> None:
+    with Hanging() as policy, Router(sim.urls, policy, **QUIET) as router:
+        assert router.wait_ready()
+
+        def ask_in_vain() -> None:
+            with contextlib.suppress(OSError):
+                generate(router.url)
+
+        asking = threading.Thread(target=ask_in_vain)
+        asking.start()
+        until(lambda: len(policy.asked) == 1)
         router.stop(0)
         assert not router.is_running
-    asking.join()
+        asking.join()
+        policy.may_go.set()
+        with contextlib.suppress(FileNotFoundError):
+            until(lambda: not router_threads())
+    assert capfd.readouterr().err == ""
+
+
+def test_one_that_takes_long_is_told_once_a_minute_and_at_the_end(sim: Sim, tmp_path: Path) -> None:
+    def slow(_request: RequestView, _workers: Sequence[WorkerView]) -> int:
+        time.sleep(0.11)
+        return 0
+
+    with Router(sim.urls, slow, port=0, log_level="warn", log_dir=tmp_path) as router:
+        assert router.wait_ready()
+        for _ in range(4):
+            generate(router.url)
+    log = "".join(path.read_text() for path in tmp_path.iterdir())
+    assert re.findall(r"policy slow: choose\(\) took over 100 ms (\d+) times", log) == ["1", "3"]
+
+
+class Lagging:
+    def __init__(self) -> None:
+        self.may_go = threading.Event()
+
+    def choose(self, _request: RequestView, _workers: Sequence[WorkerView]) -> int:
+        return 0
+
+    def finished(self, _record: Mapping[str, Any]) -> None:
+        self.may_go.wait(DEADLINE_SECS)
+
+
+def test_what_finished_has_not_heard_at_the_end_is_told(sim: Sim, tmp_path: Path) -> None:
+    policy = Lagging()
+    with Router(sim.urls, policy, **{**TRACED, "log_level": "warn", "log_dir": tmp_path}) as router:
+        assert router.wait_ready()
+        for _ in range(8):
+            generate(router.url)
+    policy.may_go.set()
+    log = "".join(path.read_text() for path in tmp_path.iterdir())
+    assert log.count("policy Lagging: finished() takes long and has heard of 0 of 8 requests") == 1
+
+
+class Refusing(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.answer(200)
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.answer(503)
+
+    def answer(self, status: int) -> None:
+        self.send_response(status)
+        self.send_header("content-length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def refusing() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        serving = threading.Thread(target=server.serve_forever)
+        serving.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        serving.join()
+
+
+def test_each_attempt_is_routed_at_its_own_time(sim: Sim, refusing: str) -> None:
+    seen: list[tuple[float, str]] = []
+
+    def choose(request: RequestView, workers: Sequence[WorkerView]) -> int:
+        seen.append((request.at_secs, workers[0].url))
+        return 0
+
+    with Router([refusing, sim.urls[0]], choose, **TRACED) as router:
+        until(lambda: ask(f"{router.url}/readiness").json().get("healthy_workers") == 2)
+        assert generate(router.url).status == 200
+    (first, refused_by), (second, answered_by) = seen
+    assert (refused_by, answered_by) == (refusing, sim.urls[0])
+    assert second > first
+
+
+@pytest.fixture
+def slow() -> Iterator[Sim]:
+    with Sim("--speed", "0.001", ports="0") as worker:
+        yield worker
+
+
+def test_it_sees_who_is_there_for_the_same_prefix(slow: Sim) -> None:
+    seen: list[int] = []
+
+    def choose(_request: RequestView, workers: Sequence[WorkerView]) -> int:
+        seen.append(workers[0].same_prefix)
+        return 0
+
+    def ask_in_vain() -> None:
+        with contextlib.suppress(OSError):
+            generate(router.url, text="a prompt of some length " * 100)
+
+    asking = [threading.Thread(target=ask_in_vain) for _ in range(3)]
+    with Router(slow.urls, choose, **TRACED) as router:
+        assert router.wait_ready()
+        for number, thread in enumerate(asking):
+            thread.start()
+            until(lambda count=number + 1: len(router.traces(status="routed")) == count)
+        router.stop(0)
+    for thread in asking:
+        thread.join()
+    assert seen == [0, 1, 2]
 
 
 def test_routers_may_share_a_policy_or_have_their_own(sim: Sim) -> None:
@@ -346,6 +531,18 @@ def test_a_function_beats_the_file_of_a_configuration(sim: Sim, mine: Path, tmp_
         assert (trace["worker_url"], trace["routing_policy"]) == (sim.urls[1], "last")
 
 
+LEAVES = """
+class Exits:
+    def __init__(self):
+        raise SystemExit(4)
+
+class Interrupted:
+    def __init__(self):
+        raise KeyboardInterrupt
+
+choose = "least_ttft"
+"""
+
 BAD = [
     ("nowhere.py:choose", "there is no file"),
     (
@@ -353,7 +550,7 @@ BAD = [
         "has no chose; it has Awaited, Chosen, Fails, HearsLater, awaited, choose, later, odd, one_by_one",
     ),
     ("mine.py:odd", "too many positional arguments"),
-    ("mine.py:not_callable", "3 is neither"),
+    ("mine.py:not_callable", "3 is neither callable"),
     ("mine.py:no-name", "must be FILE.py:NAME"),
     ("mine.py:Fails", "ZeroDivisionError"),
     ("mine.py:later", "choose(request, workers) is async"),
@@ -363,6 +560,13 @@ BAD = [
     ("broken.py:choose", "cannot be imported"),
     ("broken.py:choose", "ZeroDivisionError"),
     ("exits.py:choose", "SystemExit"),
+    ("interrupted.py:choose", "KeyboardInterrupt"),
+    ("leaves.py:Exits", "SystemExit: 4"),
+    ("leaves.py:Interrupted", "KeyboardInterrupt"),
+    ("leaves.py:choose", "'least_ttft' is neither callable"),
+    ("folder.py:choose", "folder.py is a folder, not a file"),
+    ("mine.py/folder/mine.py:choose", "cannot be read: Not a directory"),
+    ("mi\0ne.py:choose", "there is no file"),
     ("syntax.py:choose", "SyntaxError"),
 ]
 
@@ -372,6 +576,9 @@ def bad_files(mine: Path) -> Path:
     folder = mine.parent
     (folder / "broken.py").write_text("1 / 0")
     (folder / "exits.py").write_text("raise SystemExit(0)")
+    (folder / "interrupted.py").write_text("raise KeyboardInterrupt")
+    (folder / "leaves.py").write_text(LEAVES)
+    (folder / "folder.py").mkdir()
     (folder / "syntax.py").write_text("def choose(")
     return folder
 
@@ -384,7 +591,7 @@ def test_a_file_that_is_no_policy_is_refused(bad_files: Path, text: str, found: 
 
 
 @pytest.mark.parametrize("command", [["launch", "--port=0"], ["replay", "--synthetic=chat", "--num-requests=9"]])
-@pytest.mark.parametrize(("text", "found"), [BAD[0], BAD[2], BAD[4], BAD[7]])
+@pytest.mark.parametrize(("text", "found"), [BAD[0], BAD[2], BAD[4], BAD[7], BAD[16], BAD[17]])
 def test_the_command_line_refuses_it_too(bad_files: Path, command: list[str], text: str, found: str) -> None:
     with module(*command, "--policy", f"{bad_files / text}") as program:
         assert program.end() == 2, program.output
@@ -448,6 +655,30 @@ def test_a_policy_that_fails_in_a_replay_is_shown_once(tmp_path: Path) -> None:
     output = replayed(f"--policy={path}:choose")
     assert output.count("ZeroDivisionError") == 1
     assert "failed on 150 requests" in output
+
+
+def test_what_finished_raises_in_a_replay_is_shown_once_with_how_often(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(MINE.replace("def odd", "    def finished(self, record):\n        raise SystemExit(7)\n\ndef odd"))
+    output = replayed(f"--policy={path}:Chosen")
+    assert f"{path}:Chosen: finished() raised 300 times; the first time:\nTraceback" in output
+    assert output.count("SystemExit: 7") == 1
+
+
+SLOW_TWICE = """
+import time
+
+def choose(request, workers):
+    if request.request_id in ("1", "2"):
+        time.sleep(0.11)
+    return 0
+"""
+
+
+def test_a_policy_that_takes_long_in_a_replay_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(SLOW_TWICE)
+    assert "choose() took over 100 ms 2 times, up to 0." in replayed(f"--policy={path}:choose")
 
 
 @pytest.mark.parametrize("policy", EXAMPLES)
