@@ -22,6 +22,7 @@ use std::sync::Arc;
 use std::sync::atomic::{self, AtomicUsize};
 
 use hashbrown::HashMap;
+use serde::Serialize;
 
 use super::text::{Words, pages};
 use super::trace::Trace;
@@ -41,13 +42,15 @@ pub struct Setup {
     pub engines: Vec<Config>,
     /// Whether workers tell how large their KV caches are.
     pub is_kv_told: bool,
+    /// One per worker, under `fixed_probability`.
+    pub weights: Vec<f64>,
     pub losses: Vec<Loss>,
     /// Of the policy's random draws.
     pub seed: u64,
 }
 
 /// A worker that dies.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Loss {
     /// Into [`Setup::engines`].
     pub worker: usize,
@@ -200,8 +203,8 @@ impl<'a> Run<'a> {
         policy: &'a dyn Policy,
         ended: &'a AtomicUsize,
     ) -> Self {
-        let worker = |(id, config): (WorkerId, &Config)| {
-            let target = Arc::new(Target::new(id, 1.0));
+        let worker = |(id, (config, weight)): (WorkerId, (&Config, &f64))| {
+            let target = Arc::new(Target::new(id, *weight));
             target.set_name(Arc::new(WorkerName {
                 index: id,
                 url: format!("http://worker-{id}").into(),
@@ -211,7 +214,8 @@ impl<'a> Run<'a> {
             let engine = Engine::new(config.clone());
             Worker { engine, target, flights: HashMap::new(), is_lost: false }
         };
-        let workers: Vec<_> = (0..).zip(&setup.engines).map(worker).collect();
+        let workers: Vec<_> =
+            (0..).zip(setup.engines.iter().zip(&setup.weights)).map(worker).collect();
         Self {
             trace,
             setup,

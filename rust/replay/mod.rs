@@ -15,8 +15,10 @@ pub mod synthetic;
 pub mod text;
 pub mod trace;
 
+use std::fs::{self, File};
 use std::io::{self, IsTerminal, Write};
 use std::num::NonZero;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -26,14 +28,17 @@ use std::time::Duration;
 use anyhow::{anyhow, bail};
 
 use crate::routing::own::Load;
-use crate::routing::{self, Policy};
+use crate::routing::{self, Choice, Policy, PolicyKind};
 use cluster::Setup;
 pub use options::Options;
-use report::{About, Report, Run, Summary};
+use report::{About, Notes, Report, Run, Summary};
 use trace::Trace;
 
 /// Requests of a trace that is made, unless someone says how many.
 const SYNTHETIC_REQUESTS: usize = 3000;
+
+/// The reason of policies that go by the routing key, for requests that have none.
+const NO_KEY: &str = "no_key";
 
 /// How often progress is shown.
 const PROGRESS: Duration = Duration::from_millis(500);
@@ -42,7 +47,7 @@ const PROGRESS: Duration = Duration::from_millis(500);
 ///
 /// # Errors
 /// A trace that cannot be used, options that do not go together, files that cannot be written, a policy that `load` cannot
-/// load.
+/// load; after the results were printed, that no request succeeded.
 pub fn run(options: &Options, load: Load<'_>) -> anyhow::Result<()> {
     let flags = &options.flags;
     if flags.plot.is_some() {
@@ -55,16 +60,73 @@ pub fn run(options: &Options, load: Load<'_>) -> anyhow::Result<()> {
     let policies = policies?;
     let (name, trace) = trace(options)?;
     let trace = trace.faster(flags.rate_scale);
+    for warning in warnings(options, &setup, &trace) {
+        warn(&warning);
+    }
+    // Before the replay, so that it is not in vain.
+    let csv = match &flags.csv {
+        Some(path) => Some((path, written("--csv", path, File::create(path))?)),
+        None => None,
+    };
     let runs = replay_all(&trace, &setup, options, &policies);
     complain(&runs, &policies);
-    if let Some(path) = &flags.csv {
-        report::write_csv(path, &trace, &runs)
-            .map_err(|error| anyhow!("--csv: cannot write {}: {error}", path.display()))?;
+    if let Some((path, file)) = csv {
+        written("--csv", path, report::write_csv(file, &trace, &runs))?;
     }
     let policies = runs.iter().map(|run| Summary::new(run, &trace, &setup)).collect();
-    let report = Report { trace: About::new(name, &trace, &setup), policies };
+    let trace = About::new(name, &trace, &setup);
+    let report = Report { trace, settings: options.settings.clone(), policies };
+    if let Some(path) = &flags.notes {
+        let (header, workers) = (report.header(), setup.engines.len());
+        let notes = Notes { header, workers, losses: &setup.losses };
+        written("--notes", path, fs::write(path, serde_json::to_vec(&notes)?))?;
+    }
     print(&if flags.json { report.json() } else { report.table() })?;
+    if runs.iter().all(|run| run.errors().count() == run.outcomes.len()) {
+        let first = runs.iter().flat_map(Run::errors).next().unwrap_or_default();
+        // Of a traceback the last line says what it was.
+        bail!("no request succeeded; the first one: {}", first.lines().last().unwrap_or_default());
+    }
     Ok(())
+}
+
+/// What came of writing the file that an option names.
+fn written<T>(option: &str, path: &Path, outcome: io::Result<T>) -> anyhow::Result<T> {
+    outcome.map_err(|error| anyhow!("{option}: cannot write {}: {error}", path.display()))
+}
+
+/// What would go unnoticed: options that do not do what they seem to, on this trace.
+fn warnings(options: &Options, setup: &Setup, trace: &Trace) -> Vec<String> {
+    let mut warnings = Vec::new();
+    let rules = options.policies.iter().filter_map(|policy| match policy {
+        Choice::Rule(kind) => Some(*kind),
+        Choice::Own(_) => None,
+    });
+    let by_key: Vec<_> = rules.clone().filter(|kind| kind.reasons().contains(&NO_KEY)).collect();
+    let keyless = trace.requests.iter().filter(|asked| asked.routing_key.is_none()).count();
+    if keyless > 0 && !by_key.is_empty() {
+        let names: Vec<_> = by_key.iter().map(|kind| kind.name()).collect();
+        warnings.push(format!(
+            "{keyless} of {} requests have no routing_key in the trace; {} cannot keep their sessions together",
+            trace.requests.len(),
+            names.join(" and "),
+        ));
+    }
+    let is_even = setup.weights.iter().all(|weight| *weight == setup.weights[0]);
+    if is_even && rules.clone().any(|kind| kind == PolicyKind::FixedProbability) {
+        warnings.push(
+            "fixed_probability draws all workers alike, unless --worker-weights says otherwise"
+                .to_owned(),
+        );
+    }
+    let last_secs = trace.requests.last().map_or(0.0, |asked| asked.at_secs);
+    for loss in setup.losses.iter().filter(|loss| loss.at_secs > last_secs) {
+        warnings.push(format!(
+            "--lose: the last request comes at {last_secs:.1} s, before worker {} is lost at {} s",
+            loss.worker, loss.at_secs,
+        ));
+    }
+    warnings
 }
 
 /// The trace that is asked for, and its name.
@@ -79,8 +141,7 @@ fn trace(options: &Options) -> anyhow::Result<(String, Trace)> {
     let seed = flags.routing.seed.unwrap_or_default();
     let trace = kind.make(wanted.unwrap_or(SYNTHETIC_REQUESTS), seed);
     if let Some(path) = &flags.write {
-        let written = trace.write(path);
-        written.map_err(|error| anyhow!("--write: cannot write {}: {error}", path.display()))?;
+        written("--write", path, trace.write(path))?;
     }
     Ok((format!("{} (seed {seed})", kind.name()), trace))
 }
@@ -151,18 +212,17 @@ fn complain(runs: &[Run], policies: &[Arc<dyn Policy>]) {
         let failed = || run.outcomes.iter().filter(|outcome| outcome.is_policys);
         if let Some(error) = failed().next().and_then(|outcome| outcome.error.as_deref()) {
             let count = failed().count();
-            // A terminal that is gone sees nothing.
-            let _ = writeln!(
-                io::stderr(),
-                "warning: {} failed on {count} requests; the first time:\n{error}",
-                run.policy
-            );
+            warn(&format!("{} failed on {count} requests; the first time:\n{error}", run.policy));
         }
         for remark in policy.remarks() {
-            // As above.
-            let _ = writeln!(io::stderr(), "warning: {}: {remark}", run.policy);
+            warn(&format!("{}: {remark}", run.policy));
         }
     }
+}
+
+fn warn(text: &str) {
+    // A terminal that is gone sees nothing.
+    let _ = writeln!(io::stderr(), "warning: {text}");
 }
 
 /// Prints; who reads no further has seen enough.

@@ -1,9 +1,12 @@
 //! The options of `replay`: its own, those of simulated workers, and those of routing.
 
+use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
+use serde_json::{Map, Value};
 
 use super::cluster::{Loss, Setup};
 use super::synthetic::Kind;
@@ -21,7 +24,23 @@ pub struct Options {
     pub flags: Flags,
     /// One run each.
     pub policies: Vec<Choice>,
+    /// What was set and is not as by default, by the option's name, but for [`TOLD_ELSEWHERE`].
+    pub settings: Map<String, Value>,
 }
+
+/// Options that are not settings: the first line of the results tells them, or they say where results go.
+const TOLD_ELSEWHERE: &[&str] = &[
+    "trace",
+    "synthetic",
+    "num_requests",
+    "workers",
+    "policy",
+    "write",
+    "csv",
+    "json",
+    "plot",
+    "notes",
+];
 
 /// What the command line says, but for the list of policies.
 #[derive(Args, Clone, Debug)]
@@ -57,6 +76,11 @@ pub struct Flags {
     #[arg(allow_negative_numbers = true, value_parser = factor)]
     pub speeds: Vec<f64>,
 
+    /// Weight of each worker under fixed_probability, at least 0; fewer weights than workers are taken in turn
+    #[arg(long, value_delimiter = ',', default_values_t = [1.0])]
+    #[arg(allow_negative_numbers = true, value_parser = weight)]
+    pub worker_weights: Vec<f64>,
+
     /// Worker that dies at a second of the replay, and perhaps comes back with an empty cache, such as 3@600 or 3@600-900
     #[arg(long, value_name = "WORKER@SECONDS[-SECONDS]", value_delimiter = ',')]
     pub lose: Vec<Lost>,
@@ -78,12 +102,17 @@ pub struct Flags {
     /// Write plots of the results to this file, .html or .png (in the Python package)
     #[arg(long, value_name = "FILE")]
     pub plot: Option<PathBuf>,
+
+    /// Write what plots show and rows do not have to this file, as JSON
+    #[arg(long, value_name = "FILE", hide = true)]
+    pub notes: Option<PathBuf>,
 }
 
 impl FromArgMatches for Options {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
         let policies = matches.get_many("policy").into_iter().flatten().copied().collect();
-        Ok(Self { flags: Flags::from_arg_matches(matches)?, policies })
+        let flags = Flags::from_arg_matches(matches)?;
+        Ok(Self { flags, policies, settings: settings(matches) })
     }
 
     fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
@@ -125,13 +154,12 @@ impl Options {
     /// # Errors
     /// Options that do not go together, in a sentence that names them.
     pub fn setup(&self) -> Result<Setup, String> {
-        let Flags { workers, speeds, lose, hardware, routing, .. } = &self.flags;
-        let workers = *workers as usize;
-        if !workers.is_multiple_of(speeds.len()) {
-            let speeds = speeds.len();
-            return Err(format!(
-                "--speeds: {workers} workers cannot take {speeds} speeds in turn evenly"
-            ));
+        let Flags { speeds, worker_weights, lose, hardware, routing, .. } = &self.flags;
+        let workers = self.flags.workers as usize;
+        let speeds = in_turn("--speeds", speeds, workers)?;
+        let weights = in_turn("--worker-weights", worker_weights, workers)?;
+        if weights.iter().all(|weight| *weight == 0.0) {
+            return Err("--worker-weights: one of them must be over 0".to_owned());
         }
         let whole = hardware.engine();
         let engine = |speed: &f64| Config {
@@ -141,8 +169,9 @@ impl Options {
             ..whole.clone()
         };
         Ok(Setup {
-            engines: speeds.iter().cycle().take(workers).map(engine).collect(),
+            engines: speeds.iter().map(engine).collect(),
             is_kv_told: !hardware.hide_kv,
+            weights,
             losses: losses(lose, workers)?,
             seed: routing.seed.unwrap_or_default(),
         })
@@ -164,6 +193,53 @@ impl Options {
             Err(format!("--policy: {} is named twice", self.policies[place]))
         })
     }
+}
+
+/// What was set on the command line and is not as by default. Numbers are numbers, and lists are lists.
+fn settings(matches: &ArgMatches) -> Map<String, Value> {
+    let command = Options::augment_args(Command::new("replay"));
+    let is_set = |id: &str| {
+        matches.value_source(id) == Some(ValueSource::CommandLine) && !TOLD_ELSEWHERE.contains(&id)
+    };
+    let setting = |arg: &Arg| {
+        let id = arg.get_id().as_str();
+        let raw = if is_set(id) { matches.get_raw(id) } else { None };
+        let mut values: Vec<_> = raw?.map(value).collect();
+        let defaults: Vec<_> = arg.get_default_values().iter().map(|text| value(text)).collect();
+        if values == defaults {
+            return None;
+        }
+        let is_list = arg.get_value_delimiter().is_some();
+        let value = if is_list { Value::from(values) } else { values.pop()? };
+        Some((id.to_owned(), value))
+    };
+    command.get_arguments().filter_map(setting).collect()
+}
+
+/// A value of the command line as JSON. Equal numbers are equal, however they were written.
+fn value(text: &OsStr) -> Value {
+    let text = text.to_string_lossy();
+    let number = text.parse().ok().filter(|number: &f64| number.is_finite());
+    match (text.parse::<u64>(), number, text.parse::<bool>()) {
+        (Ok(whole), ..) => whole.into(),
+        (_, Some(number), _) if number.fract() == 0.0 && (0.0..1e15).contains(&number) => {
+            (number as u64).into()
+        }
+        (_, Some(number), _) => number.into(),
+        (.., Ok(truth)) => truth.into(),
+        _ => text.into(),
+    }
+}
+
+/// One for each worker: those there are, again and again.
+fn in_turn(option: &str, values: &[f64], workers: usize) -> Result<Vec<f64>, String> {
+    let count = values.len();
+    if !workers.is_multiple_of(count) {
+        return Err(format!(
+            "{option}: {workers} workers cannot take {count} values in turn evenly"
+        ));
+    }
+    Ok(values.iter().copied().cycle().take(workers).collect())
 }
 
 /// The losses, if each is of a worker that is there at the time.
@@ -220,4 +296,9 @@ impl FromStr for Lost {
 fn factor(text: &str) -> Result<f64, String> {
     let factor = text.parse().ok().filter(|factor| (0.001..=1000.0).contains(factor));
     factor.ok_or_else(|| "must be a number from 0.001 to 1000".to_owned())
+}
+
+fn weight(text: &str) -> Result<f64, String> {
+    let number = text.parse().map_err(|_| "must be a number".to_owned())?;
+    routing::check_weight(number)
 }

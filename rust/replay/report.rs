@@ -1,13 +1,17 @@
 //! What a replay shows: a table or JSON of all policies, and a CSV row for each request.
+//!
+//! The numbers of a policy are those that the laboratory's comparisons have, by the same definitions: latencies and tokens
+//! of the requests that succeeded.
 
 use std::fmt::Write as _;
+use std::fs::File;
 use std::io;
-use std::path::Path;
 
 use serde::Serialize;
+use serde_json::{Map, Value};
 
-use super::cluster::{Outcome, Setup};
-use super::trace::Trace;
+use super::cluster::{Loss, Outcome, Setup};
+use super::trace::{BLOCK_TOKENS, Trace};
 
 /// One policy's replay.
 #[derive(Debug)]
@@ -21,6 +25,8 @@ pub struct Run {
 #[derive(Debug, Serialize)]
 pub struct Report {
     pub trace: About,
+    /// The options that are not as by default, by name.
+    pub settings: Map<String, Value>,
     pub policies: Vec<Summary>,
 }
 
@@ -32,13 +38,23 @@ pub struct About {
     pub span_secs: f64,
     pub prompt_tokens: u64,
     pub output_tokens: u64,
-    /// Share of the prompt tokens that one endless cache would have: no policy can reach more.
-    pub hit_rate_bound: f64,
+    /// Share of the prompt tokens that one endless cache would have, counted in whole blocks. No policy can reach more in the
+    /// replay; the traffic that the trace was made of may share more, in pieces shorter than a block.
+    pub endless_cache_hit_rate: f64,
     pub workers: usize,
 }
 
-/// One policy's replay in numbers. Times are seconds from arrival, to a first token over all requests that
-/// got one, to the end over those that did not fail; `None` without any.
+/// What plots show and rows do not have.
+#[derive(Debug, Serialize)]
+pub struct Notes<'a> {
+    /// The lines above the table.
+    pub header: Vec<String>,
+    pub workers: usize,
+    pub losses: &'a [Loss],
+}
+
+/// One policy's replay in numbers, of the requests that succeeded; `None` without any. Times are seconds from
+/// arrival, to the first token and to the last.
 #[derive(Debug, Serialize)]
 pub struct Summary {
     pub policy: String,
@@ -46,11 +62,11 @@ pub struct Summary {
     pub hit_rate: Option<f64>,
     pub ttft_mean_secs: Option<f64>,
     pub ttft_p50_secs: Option<f64>,
-    pub ttft_p90_secs: Option<f64>,
+    pub ttft_p95_secs: Option<f64>,
     pub ttft_p99_secs: Option<f64>,
     pub e2e_mean_secs: Option<f64>,
     pub e2e_p99_secs: Option<f64>,
-    /// Seconds of prefill of the worker with the most, divided by the mean over all workers.
+    /// Prompt tokens that were not cached, of the worker with the most, divided by the mean over all workers.
     pub imbalance: Option<f64>,
     pub failed: usize,
 }
@@ -64,7 +80,7 @@ impl About {
             span_secs: trace.span_secs(),
             prompt_tokens,
             output_tokens,
-            hit_rate_bound: trace.reusable_tokens() as f64 / prompt_tokens as f64,
+            endless_cache_hit_rate: trace.reusable_tokens() as f64 / prompt_tokens as f64,
             workers: setup.engines.len(),
         }
     }
@@ -73,36 +89,41 @@ impl About {
 impl Summary {
     pub fn new(run: &Run, trace: &Trace, setup: &Setup) -> Self {
         let (mut prompt_tokens, mut cached_tokens) = (0, 0);
-        let mut prefill_secs = vec![0.0; setup.engines.len()];
+        let mut uncached = vec![0.0; setup.engines.len()];
         let (mut ttft, mut e2e) = (Vec::new(), Vec::new());
-        for (asked, outcome) in trace.requests.iter().zip(&run.outcomes) {
-            if let Some(cached) = outcome.cached_tokens {
+        let outcomes = trace.requests.iter().zip(&run.outcomes);
+        for (asked, outcome) in outcomes.filter(|(_, outcome)| outcome.error.is_none()) {
+            if let (Some(worker), Some(cached)) = (outcome.worker, outcome.cached_tokens) {
                 prompt_tokens += u64::from(asked.prompt_tokens);
                 cached_tokens += u64::from(cached);
-            }
-            if let (Some(worker), Some(secs)) = (outcome.worker, outcome.prefill_secs) {
-                prefill_secs[worker as usize] += secs;
+                uncached[worker as usize] += f64::from(asked.prompt_tokens - cached);
             }
             ttft.extend(outcome.first_at_secs.map(|at| at - asked.at_secs));
-            let answered = outcome.ended_at_secs.filter(|_| outcome.error.is_none());
-            e2e.extend(answered.map(|at| at - asked.at_secs));
+            e2e.extend(outcome.ended_at_secs.map(|at| at - asked.at_secs));
         }
         ttft.sort_unstable_by(f64::total_cmp);
         e2e.sort_unstable_by(f64::total_cmp);
-        let most = prefill_secs.iter().copied().fold(0.0, f64::max);
-        let mean_work = mean(&prefill_secs).filter(|mean| *mean > 0.0);
+        let most = uncached.iter().copied().fold(0.0, f64::max);
+        let mean_work = mean(&uncached).filter(|mean| *mean > 0.0);
         Self {
             policy: run.policy.clone(),
             hit_rate: (prompt_tokens > 0).then(|| cached_tokens as f64 / prompt_tokens as f64),
             ttft_mean_secs: mean(&ttft),
             ttft_p50_secs: percentile(&ttft, 50.0),
-            ttft_p90_secs: percentile(&ttft, 90.0),
+            ttft_p95_secs: percentile(&ttft, 95.0),
             ttft_p99_secs: percentile(&ttft, 99.0),
             e2e_mean_secs: mean(&e2e),
             e2e_p99_secs: percentile(&e2e, 99.0),
             imbalance: mean_work.map(|mean| most / mean),
-            failed: run.outcomes.iter().filter(|outcome| outcome.error.is_some()).count(),
+            failed: run.errors().count(),
         }
+    }
+}
+
+impl Run {
+    /// Why requests failed, in the order of the trace.
+    pub fn errors(&self) -> impl Iterator<Item = &str> {
+        self.outcomes.iter().filter_map(|outcome| outcome.error.as_deref())
     }
 }
 
@@ -120,21 +141,35 @@ fn percentile(sorted: &[f64], percent: f64) -> Option<f64> {
 }
 
 impl Report {
-    /// The trace in two lines, and a table with a row for each policy.
-    pub fn table(&self) -> String {
+    /// What was replayed: the trace, the settings if there are any, and what a cache can find in the trace.
+    pub fn header(&self) -> Vec<String> {
         let About { name, requests, span_secs, prompt_tokens, output_tokens, .. } = &self.trace;
         let each = |tokens: &u64| tokens / *requests as u64;
-        let mut text = format!(
+        let mut lines = vec![format!(
             "{name}: {requests} requests in {span_secs:.1} s to {} workers, {prompt_tokens} prompt tokens ({} each), \
-             {output_tokens} answer tokens ({} each)\n\
-             one endless cache would have {:.1} % of the prompt tokens\n\n",
+             {output_tokens} answer tokens ({} each)",
             self.trace.workers,
             each(prompt_tokens),
             each(output_tokens),
-            100.0 * self.trace.hit_rate_bound,
-        );
+        )];
+        if !self.settings.is_empty() {
+            let settings: Vec<_> = self.settings.iter().map(flag).collect();
+            lines.push(settings.join(" "));
+        }
+        lines.push(format!(
+            "one endless cache would have {:.1} % of the prompt tokens, counted in whole blocks of {BLOCK_TOKENS} tokens",
+            100.0 * self.trace.endless_cache_hit_rate,
+        ));
+        lines
+    }
+
+    /// The header, and a table with a row for each policy.
+    pub fn table(&self) -> String {
+        let mut text = self.header().join("\n") + "\n\n";
+        let policies: Vec<_> = self.policies.iter().map(|summary| &*summary.policy).collect();
         let mut rows = vec![HEAD.map(str::to_owned)];
-        rows.extend(self.policies.iter().map(Summary::row));
+        let row = |summary: &Summary| summary.row(label(&summary.policy, &policies));
+        rows.extend(self.policies.iter().map(row));
         let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
         let widths: [_; HEAD.len()] = std::array::from_fn(|column| width(column).unwrap_or(0));
         for row in &rows {
@@ -161,7 +196,7 @@ const HEAD: [&str; 10] = [
     "hit rate",
     "TTFT mean",
     "p50",
-    "p90",
+    "p95",
     "p99",
     "E2E mean",
     "p99",
@@ -169,15 +204,43 @@ const HEAD: [&str; 10] = [
     "failed",
 ];
 
+/// A setting as it stands on a command line.
+fn flag((name, value): (&String, &Value)) -> String {
+    let name = name.replace('_', "-");
+    let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    match value {
+        Value::Bool(true) => format!("--{name}"),
+        Value::Array(values) => {
+            format!("--{name} {}", values.iter().map(text).collect::<Vec<_>>().join(","))
+        }
+        value => format!("--{name} {}", text(value)),
+    }
+}
+
+/// What the table calls a policy: a file's without its directories, but for as many as tell it from another one.
+fn label<'a>(policy: &'a str, policies: &[&str]) -> &'a str {
+    let parts = policy.split('/').count();
+    let mut labels = (1..parts).map(|parts| (last_parts(policy, parts), parts));
+    let is_alone = |(label, parts): &(&str, usize)| {
+        policies.iter().all(|other| *other == policy || last_parts(other, *parts) != *label)
+    };
+    labels.find(is_alone).map_or(policy, |(label, _)| label)
+}
+
+/// The end of a path that has that many parts, all of it if there are fewer.
+fn last_parts(path: &str, parts: usize) -> &str {
+    path.rmatch_indices('/').nth(parts - 1).map_or(path, |(slash, _)| &path[slash + 1..])
+}
+
 impl Summary {
-    fn row(&self) -> [String; HEAD.len()] {
+    fn row(&self, label: &str) -> [String; HEAD.len()] {
         let secs = |secs: Option<f64>| shown(secs, |secs| format!("{secs:.3} s"));
         [
-            self.policy.clone(),
+            label.to_owned(),
             shown(self.hit_rate, |share| format!("{:.1} %", 100.0 * share)),
             secs(self.ttft_mean_secs),
             secs(self.ttft_p50_secs),
-            secs(self.ttft_p90_secs),
+            secs(self.ttft_p95_secs),
             secs(self.ttft_p99_secs),
             secs(self.e2e_mean_secs),
             secs(self.e2e_p99_secs),
@@ -217,8 +280,8 @@ struct Row<'a> {
 ///
 /// # Errors
 /// The system's, for a file that cannot be written.
-pub fn write_csv(path: &Path, trace: &Trace, runs: &[Run]) -> io::Result<()> {
-    let mut csv = csv::Writer::from_path(path)?;
+pub fn write_csv(file: File, trace: &Trace, runs: &[Run]) -> io::Result<()> {
+    let mut csv = csv::Writer::from_writer(file);
     for run in runs {
         for (request, (asked, outcome)) in trace.requests.iter().zip(&run.outcomes).enumerate() {
             csv.serialize(Row {

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 
 use super::cluster::{Loss, Outcome, Setup, replay};
 use super::options::Options;
-use super::report::{Run, Summary};
+use super::report::{About, Report, Run, Summary};
 use super::synthetic::Kind;
 use super::text::{Words, pages};
 use super::trace::{Asked, BLOCK_TOKENS, Trace};
@@ -42,7 +42,8 @@ fn setup(workers: usize) -> Setup {
         max_running: 4,
         page_tokens: 1,
     };
-    Setup { engines: vec![engine; workers], is_kv_told: true, losses: vec![], seed: 0 }
+    let engines = vec![engine; workers];
+    Setup { engines, is_kv_told: true, weights: vec![1.0; workers], losses: vec![], seed: 0 }
 }
 
 fn run(requests: Vec<Asked>, setup: &Setup, policy: &dyn Policy) -> Vec<Outcome> {
@@ -224,9 +225,132 @@ fn the_numbers_of_a_run() {
     };
     is_near(summary.ttft_p50_secs, 1.01);
     is_near(summary.ttft_mean_secs, (5.12 + 0.01 + 1.01) / 3.0);
-    is_near(summary.ttft_p90_secs, 1.01 + 0.8 * (5.12 - 1.01));
+    is_near(summary.ttft_p95_secs, 1.01 + 0.9 * (5.12 - 1.01));
     assert_eq!((summary.imbalance, summary.failed), (Some(1.0), 0));
     assert_eq!(trace.reusable_tokens(), 511);
+}
+
+#[test]
+fn requests_that_failed_are_in_no_number_but_their_count() {
+    let mut setup = setup(2);
+    setup.losses = vec![Loss { worker: 0, at_secs: 2.0, back_at_secs: None }];
+    let trace = Trace {
+        requests: vec![
+            asked(0.0, 100, 9, &[0]),
+            asked(3.0, 400, 1, &[1]),
+            asked(9.0, 400, 1, &[1]),
+        ],
+    };
+    let outcomes = replay(&trace, &setup, &Listener::default(), &AtomicUsize::new(0));
+    assert!(outcomes[0].first_at_secs.is_some());
+    let summary = Summary::new(&Run { policy: "p".into(), outcomes }, &trace, &setup);
+    assert_eq!((summary.failed, summary.hit_rate), (1, Some(399.0 / 800.0)));
+    let mean_secs = summary.ttft_mean_secs.expect("first tokens");
+    assert!((mean_secs - (4.0 + 0.01) / 2.0).abs() < 1e-9, "{mean_secs}");
+    assert_eq!(summary.imbalance, Some(2.0), "all of the work was at one of two workers");
+}
+
+#[test]
+fn settings_are_what_is_not_as_by_default() {
+    let flags = [
+        "t",
+        "--num-requests=5",
+        "--workers=4",
+        "--policy=manual,random",
+        "--rate-scale=1.0",
+        "--prefill-rate=8e3",
+        "--speeds=1,.5",
+        "--hide-kv",
+        "--lose=3@5-9",
+        "--lose=1@7",
+        "--assignment-mode=random",
+        "--seed=18446744073709551615",
+        "--csv=rows.csv",
+    ];
+    let settings = options(&flags).expect("flags").settings;
+    let expected = serde_json::json!({
+        "assignment_mode": "random",
+        "hide_kv": true,
+        "lose": ["3@5-9", "1@7"],
+        "seed": u64::MAX,
+        "speeds": [1, 0.5],
+    });
+    assert_eq!(serde_json::Value::from(settings.clone()), expected);
+    let trace = Trace { requests: vec![asked(0.0, 1100, 1, &[0, 1, 2])] };
+    let report =
+        Report { trace: About::new("t".into(), &trace, &setup(4)), settings, policies: vec![] };
+    let header = [
+        "t: 1 requests in 0.0 s to 4 workers, 1100 prompt tokens (1100 each), 1 answer tokens (1 each)",
+        "--assignment-mode random --hide-kv --lose 3@5-9,1@7 --seed 18446744073709551615 --speeds 1,0.5",
+        "one endless cache would have 0.0 % of the prompt tokens, counted in whole blocks of 512 tokens",
+    ];
+    assert_eq!(report.header(), header);
+    assert!(options(&["t", "--seed=0", "--lose=3@5"]).expect("flags").settings.len() == 1);
+    assert!(options(&["t"]).expect("flags").settings.is_empty());
+}
+
+#[test]
+fn a_table_names_files_by_as_little_as_tells_them_apart() {
+    let trace = Trace { requests: vec![asked(0.0, 10, 1, &[0])] };
+    let labels = |policies: &[&str]| {
+        let run = |policy: &&str| Run { policy: (*policy).to_owned(), outcomes: vec![] };
+        let summary = |policy| Summary::new(&run(policy), &trace, &setup(1));
+        let report = Report {
+            trace: About::new("t".into(), &trace, &setup(1)),
+            settings: serde_json::Map::new(),
+            policies: policies.iter().map(summary).collect(),
+        };
+        let table = report.table();
+        let rows =
+            table.lines().skip(4).map(|row| row.split(' ').next().expect("a name").to_owned());
+        rows.collect::<Vec<_>>()
+    };
+    let far = "/a/long/way/to/mine.py:choose";
+    assert_eq!(labels(&["random", far]), ["random", "mine.py:choose"]);
+    assert_eq!(labels(&[far, "/a/long/way/to/mine.py:other"]), ["mine.py:choose", "mine.py:other"]);
+    assert_eq!(
+        labels(&[far, "x/to/mine.py:choose", "mine.py:choose"]),
+        ["way/to/mine.py:choose", "x/to/mine.py:choose", "mine.py:choose"]
+    );
+}
+
+#[test]
+fn options_that_do_nothing_on_a_trace_are_told() {
+    let mut requests = vec![asked(0.0, 10, 1, &[0]), asked(8.0, 10, 1, &[0])];
+    requests[1].routing_key = Some("a".into());
+    let trace = Trace { requests };
+    for (flags, expected) in [
+        (&["t", "--policy=random,least_ttft", "--lose=0@8"][..], &[][..]),
+        (
+            &["t", "--policy=manual,random,consistent_hashing"],
+            &[
+                "1 of 2 requests have no routing_key in the trace; manual and consistent_hashing cannot",
+            ],
+        ),
+        (&["t", "--lose=3@8.5-9"], &["--lose: the last request comes at 8.0 s, before worker 3"]),
+        (&["t", "--policy=fixed_probability"], &["fixed_probability draws all workers alike"]),
+        (&["t", "--policy=fixed_probability", "--worker-weights=1,3"], &[]),
+    ] {
+        let options = options(flags).expect("flags");
+        let told = super::warnings(&options, &options.setup().expect("they go together"), &trace);
+        assert_eq!(told.len(), expected.len(), "{flags:?}: {told:?}");
+        for (warning, start) in told.iter().zip(expected) {
+            assert!(warning.starts_with(start), "{warning}");
+        }
+    }
+}
+
+#[test]
+fn weights_say_who_gets_how_much() {
+    let flags = ["t", "--policy=fixed_probability", "--workers=4", "--worker-weights=0,2"];
+    let options = options(&flags).expect("flags");
+    let setup = options.setup().expect("they go together");
+    let policy = routing::build(&options.routing(options.policies[0]), &load_nothing);
+    let requests = (0..100).map(|block| asked(f64::from(block), 10, 1, &[block])).collect();
+    let outcomes = run(requests, &setup, &*policy.expect("the router's"));
+    let at = |worker| outcomes.iter().filter(|outcome| outcome.worker == Some(worker)).count();
+    assert_eq!([at(0), at(2)], [0, 0]);
+    assert!(at(1) > 30 && at(3) > 30, "{} and {}", at(1), at(3));
 }
 
 #[test]
@@ -375,6 +499,7 @@ fn bad_options_are_refused_by_name() {
         (&["t", "--lose=3@-1"], "WORKER@SECONDS"),
         (&["t", "--lose=3@9-8"], "must come back after"),
         (&["t", "--kv-tokens=0"], "--kv-tokens"),
+        (&["t", "--worker-weights=-1"], "must be a finite number of at least 0"),
         (&["t", "--synthetic=chat"], "cannot be used with"),
         (&["t", "--write=x"], "cannot be used with"),
         (&["--write=x"], "--synthetic"),
@@ -386,6 +511,8 @@ fn bad_options_are_refused_by_name() {
     for (flags, found) in [
         (&["t", "--workers=3", "--speeds=1,2"][..], "--speeds: 3 workers"),
         (&["t", "--workers=1", "--speeds=1,2"], "--speeds: 1 workers"),
+        (&["t", "--worker-weights=1,2,3"], "--worker-weights: 8 workers"),
+        (&["t", "--worker-weights=0"], "--worker-weights: one of them must be over 0"),
         (&["t", "--lose=8@1"], "--lose: there is no worker 8, only 0 to 7"),
         (&["t", "--lose=1@5-9,1@8"], "--lose: worker 1 is lost already at 8 s"),
     ] {

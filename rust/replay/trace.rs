@@ -151,8 +151,8 @@ impl Trace {
         }
     }
 
-    /// Prompt tokens that one endless cache for all workers would have, block by block: no router can
-    /// find more.
+    /// Prompt tokens that one endless cache for all workers would have, in whole blocks: no policy can find more
+    /// in a replay. Prompts that begin alike for less than a block have nothing in common here.
     pub fn reusable_tokens(&self) -> u64 {
         let mut seen = HashSet::new();
         let reusable = |asked: &Asked| {

@@ -116,6 +116,7 @@ async fn learn(workers: &Workers, worker: &Worker) {
                 if let Some(info) = ServerInfo::parse(&body) {
                     return workers.told(worker, info);
                 }
+                tracing::debug!(worker = %worker.url, "{path}: the answer is no JSON object");
             }
             Err(error) => tracing::debug!(worker = %worker.url, "{path}: {}", error.why),
         }

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from sglang_router_rs.routing_test import about, comparison, metrics, plots, report, results, side_by_side
 from sglang_router_rs.routing_test.columns import NAMES
-from sglang_router_rs.routing_test.findings import findings
+from sglang_router_rs.routing_test.findings import SEEDS, findings
 from sglang_router_rs.routing_test.metrics import Run
 
 URLS = ("http://127.0.0.1:1", "http://127.0.0.1:2")
@@ -298,6 +298,27 @@ def test_text_fits_the_terminal(policies: int) -> None:
     assert text.count("E2E p99 (ms)") >= 1
 
 
+def test_a_file_is_called_by_as_little_as_tells_it_apart() -> None:
+    far = "/a/long/way/to/mine.py:choose"
+    assert side_by_side.labels(["random", far]) == {"random": "random", far: "mine.py:choose"}
+    assert list(side_by_side.labels([far, "x/to/mine.py:choose", "mine.py:choose"]).values()) == [
+        "way/to/mine.py:choose",
+        "x/to/mine.py:choose",
+        "mine.py:choose",
+    ]
+    assert side_by_side.shortened("a_long_way/to/mine.py:choose", 16) == "…/mine.py:choose"
+    assert side_by_side.shortened("shortest_queue", 10) == "shortest_…"
+
+
+def test_tables_and_plots_call_a_file_by_its_name(tmp_path: Path) -> None:
+    far = "/a/very/long/way/to/a/file/of/ones/own/mine.py:choose"
+    runs = [run("random", many("random", 40)), run(far, many("mine", 40))]
+    assert "mine.py:choose" in side_by_side.text(comparison.table(runs)).splitlines()[0]
+    html = page(tmp_path, runs)
+    assert "<td>mine.py:choose</td>" in html
+    assert far not in html
+
+
 def test_text_marks_the_best_of_each_line() -> None:
     text = side_by_side.text(comparison.table([at_latency(1), at_latency(2, "other")]))
     line = next(line for line in text.splitlines() if line.startswith("E2E mean"))
@@ -397,6 +418,12 @@ def test_one_run_each_claims_nothing() -> None:
     assert "old apart" not in found
 
 
+def test_how_to_get_more_runs_is_told() -> None:
+    runs = [at_latency(1), at_latency(2, "other")]
+    assert any("More repeats (--repeats) would." in sentence for sentence in findings(runs))
+    assert any("Other --seed values would." in sentence for sentence in findings(runs, SEEDS))
+
+
 def test_equal_policies_have_no_winner() -> None:
     assert said([run(), run("other")], "Lowest mean TTFT") == "Lowest mean TTFT: the same for all, 100 ms."
 
@@ -466,6 +493,16 @@ def test_plots_without_workers_say_so(draw: Any) -> None:
     assert "no request reached a worker" in texts(figure)
 
 
+@pytest.mark.parametrize("draw", DRAWN[1:])
+def test_lost_workers_are_shown(draw: Any) -> None:
+    rows = many("random", 40)
+    without, figure = draw([run(rows=rows)]), draw([run(rows=rows, losses=((2.0, 4.0), (6.0, math.inf)))])
+    assert "a worker is lost" in texts(figure)
+    assert "a worker is lost" not in texts(without)
+    # The axes are as they were.
+    assert [axes.get_xlim() for axes in figure.axes] == [axes.get_xlim() for axes in without.axes]
+
+
 def test_what_is_drawn_is_bounded() -> None:
     runs = [run(rows=[*many("random", 9000), *many("random", 3000, **FAILED)])]
     for draw in DRAWN:
@@ -485,7 +522,7 @@ def test_requests_in_flight_share_no_row_of_bars() -> None:
 
 
 def page(path: Path, runs: list[Run], settings: dict[str, str] | None = None, **alerts: list[str]) -> str:
-    report.write(runs, settings or {}, about.machine(), path / "report.html", alerts)
+    report.write(runs, settings or {}, about.machine(), path / "report.html", report.Words(alerts=alerts))
     return (path / "report.html").read_text("utf-8")
 
 

@@ -259,12 +259,13 @@ class Comparison:
         table, cost = comparison.table(whole), comparison.tracking_cost(whole)
         facts = about(self.config, warnings=self.warnings, left_out=self.left_out)
         settings = {name: str(value) for name, value in facts["config"].items() if value is not None}
-        page, alerts = directory / "report.html", {"Left out": self.left_out, "Warnings": self.warnings}
+        page = directory / "report.html"
+        words = report.Words(alerts={"Left out": self.left_out, "Warnings": self.warnings})
         return [
             *files,
             results.save_csv(comparison.tidy(table), directory / "summary.csv"),
             results.save_json({**facts, **comparison.as_dict(table, cost)}, directory / "summary.json"),
-            report.write(whole, settings, facts["machine"], page, alerts),
+            report.write(whole, settings, facts["machine"], page, words),
         ]
 
 

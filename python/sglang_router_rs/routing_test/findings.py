@@ -15,9 +15,17 @@ from .comparison import mean_interval
 from .metrics import METRICS, Metric, Run, failed
 from .side_by_side import decimals, signed, with_interval
 
+# What would tell differences from chance.
+REPEATS = "More repeats (--repeats)"
+SEEDS = "Other --seed values"
 
-def findings(runs: Sequence[Run]) -> list[str]:
+
+def findings(runs: Sequence[Run], more: str = REPEATS) -> list[str]:
     """The sentences, of the runs that ``comparison.shown`` selects.
+
+    Args:
+        runs: what is compared.
+        more: how whoever made the runs gets more of them, where one run does not suffice.
 
     Raises:
         ValueError: as ``comparison.measured``.
@@ -26,7 +34,7 @@ def findings(runs: Sequence[Run]) -> list[str]:
     values = comparison.measured([run for its in selected.values() for run in its]).droplevel("tracking")
     said = [_failures(selected)]
     if len(selected) > 1:
-        said.append(_confidence([len(its) for its in selected.values()]))
+        said.append(_confidence([len(its) for its in selected.values()], more))
         # Repeats by policies; a policy of which the metric is not known is not spoken of.
         samples = ((metric, values[metric.name].unstack("policy")[list(selected)]) for metric in METRICS if metric.best)
         said += [_best(sample.dropna(axis=1, how="all").dropna(), metric) for metric, sample in samples]
@@ -44,12 +52,9 @@ def _failures(selected: dict[str, list[Run]]) -> str:
     return f"Requests that failed: {', '.join(some)}. Latencies and rates leave them out."
 
 
-def _confidence(repeats: Sequence[int]) -> str:
+def _confidence(repeats: Sequence[int], more: str) -> str:
     if max(repeats) < 2:
-        return (
-            "One run per policy: nothing tells a difference from chance, and there are no intervals. "
-            "More repeats (--repeats) would."
-        )
+        return f"One run per policy: nothing tells a difference from chance, and there are no intervals. {more} would."
     least, most = min(repeats), max(repeats)
     count = f"{most}" if least == most else f"{least} to {most}"
     return (

@@ -43,6 +43,8 @@ class Run:
     # URLs of all workers that the router had, as it writes them; and the names of those that have one.
     workers: tuple[str, ...]
     node_ids: Mapping[str, str] = field(default_factory=dict)
+    # When a worker was lost on purpose: from and to, in seconds since the first arrival; infinite if for good.
+    losses: tuple[tuple[float, float], ...] = ()
     # Why it must not be compared, such as that it was interrupted; empty if it may.
     flaw: str = ""
 

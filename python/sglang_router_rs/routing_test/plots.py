@@ -10,7 +10,8 @@ time axis ``BINS``, a timeline of bars ``BARS`` per policy.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from matplotlib.patches import Patch
 from .comparison import mean_interval, shown
 from .metrics import Numbers, Run, at, failed, known, nodes, numbers, or_nan
 from .results import hit_rate, succeeded
+from .side_by_side import shortened
 
 # Told apart by most colour-blind people (after Okabe and Ito), and legible on white and on black.
 PALETTE = ("#0c7bdc", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#8c6bb1", "#8a8a8a")
@@ -36,6 +38,7 @@ PREFILL, DECODE, WHOLE = "#d9a400", "#4b6a9b", "#9a9a9a"
 INK, GRID = "#222222", "#d9d9d8"
 # Of workers and of counts: its steps differ in lightness too.
 SCALE = colormaps["viridis"]
+LOST: dict[str, Any] = {"color": FAILED, "alpha": 0.14, "linewidth": 0}
 CROSS: dict[str, Any] = {"color": FAILED, "marker": "x", "markersize": 4, "linestyle": "none"}
 
 CURVE_POINTS = 500
@@ -47,8 +50,19 @@ ROWS_OF_BARS = 24
 BINS = 120
 
 WIDTH_INCHES = 9.5
+# Characters in a line of words.
+LINE_LENGTH = 130
 # Height of a lane of bars, of the distance between two.
 LANE = 0.86
+
+
+def heading(lines: Sequence[str]) -> Figure:
+    """Lines of words, such as what was run."""
+    shown_lines = [part for line in lines for part in textwrap.wrap(line, LINE_LENGTH)]
+    figure = _figure(0.2 + 0.17 * len(shown_lines))
+    words = "\n".join(shown_lines)
+    figure.text(0.01, 0.5, words, va="center", fontsize=8, color=INK, linespacing=1.3, parse_math=False)
+    return figure
 
 
 def latency_cdfs(runs: Sequence[Run]) -> Figure:
@@ -108,7 +122,8 @@ def ttft_over_time(runs: Sequence[Run]) -> Figure:
     if _wide(everything):
         panels[0].set_yscale("log")
     _outer_labels(panels, "sent [s]", "TTFT [s]")
-    _legend(figure, _cross_key(runs))
+    _shade_losses(panels, runs)
+    _legend(figure, [*_cross_key(runs), *_lost_key(runs)])
     return figure
 
 
@@ -137,8 +152,9 @@ def requests_over_time(runs: Sequence[Run]) -> Figure:
         share.set_ylim(0, 100)
     for axes in grid[-1]:
         axes.set_xlabel("sent [s]", fontsize=9)
+    _shade_losses(grid.flatten(), runs)
     handles = [Patch(color=color, label=_short(name)) for color, name in zip(colors, names.values(), strict=True)]
-    _legend(figure, handles)
+    _legend(figure, [*handles, *_lost_key(runs)])
     return figure
 
 
@@ -164,6 +180,7 @@ def prefix_hits(runs: Sequence[Run]) -> Figure:
         middle = (edges[1:] + edges[:-1]) / 2
         over_time.plot(middle[told], rate[told], label=policy, linewidth=1.4, marker="o", markersize=2.5, **style)
     over_time.set_ylim(bottom=0)
+    _shade_losses([over_time], runs)
 
     for place, ((policy, values), style) in enumerate(zip(rates.items(), _styles(runs), strict=True)):
         estimate = mean_interval(values)
@@ -178,7 +195,7 @@ def prefix_hits(runs: Sequence[Run]) -> Figure:
 
     cells = np.array([[_hit_rate_at(its, url) for url in names] for its in policies.values()])
     _heat(per_node, cells, list(policies), list(names.values()))
-    _policy_legend(figure, runs)
+    _policy_legend(figure, runs, _lost_key(runs))
     return figure
 
 
@@ -218,8 +235,10 @@ def _bars(runs: Sequence[Run]) -> Figure:
             axes.plot((start + length)[broken], y[broken], **CROSS)
         _lanes(axes, list(names.values()))
     panels[-1].set_xlabel("sent until finished [s]", fontsize=9, color=INK)
+    _shade_losses(panels, runs)
     meanings = {"until the first content": PREFILL, "after it": DECODE, "first content not known": WHOLE}
-    _legend(figure, [*(Patch(color=color, label=label) for label, color in meanings.items()), *_cross_key(runs)])
+    phases = [Patch(color=color, label=label) for label, color in meanings.items()]
+    _legend(figure, [*phases, *_cross_key(runs), *_lost_key(runs)])
     return figure
 
 
@@ -248,7 +267,8 @@ def _in_flight(runs: Sequence[Run]) -> Figure:
     bar.ax.yaxis.label.set_color(INK)
     bar.outline.set_visible(False)
     _outer_labels(panels, "time [s]")
-    _legend(figure, _cross_key(runs))
+    _shade_losses(panels, runs)
+    _legend(figure, [*_cross_key(runs), *_lost_key(runs)])
     return figure
 
 
@@ -395,8 +415,7 @@ def _title(policy: str, run: Run) -> str:
 
 def _short(name: str) -> str:
     # Dollars would be read as formulae.
-    cut = name if len(name) <= 28 else f"{name[:27]}…"
-    return cut.replace("$", r"\$")
+    return shortened(name, 28).replace("$", r"\$")
 
 
 def _lanes(axes: Axes, labels: list[str]) -> None:
@@ -430,9 +449,10 @@ def _node_colors(count: int) -> list[Any]:
     return [SCALE(place) for place in np.linspace(0.08, 0.95, count)]
 
 
-def _policy_legend(figure: Figure, runs: Sequence[Run]) -> None:
+def _policy_legend(figure: Figure, runs: Sequence[Run], further: Sequence[Patch] = ()) -> None:
     keys = zip(shown(runs), _styles(runs), strict=True)
-    _legend(figure, [Line2D([], [], label=_short(policy), linewidth=2, **style) for policy, style in keys])
+    lines = [Line2D([], [], label=_short(policy), linewidth=2, **style) for policy, style in keys]
+    _legend(figure, [*lines, *further])
 
 
 def _crosses(axes: Axes, run: Run) -> None:
@@ -448,6 +468,26 @@ def _crosses(axes: Axes, run: Run) -> None:
 def _cross_key(runs: Sequence[Run]) -> list[Line2D]:
     any_failed = any(len(failed(run.rows)) for run in _firsts(runs).values())
     return [Line2D([], [], label="failed", **CROSS)] if any_failed else []
+
+
+def _losses(runs: Sequence[Run]) -> set[tuple[float, float]]:
+    return {loss for run in _firsts(runs).values() for loss in run.losses}
+
+
+def _shade_losses(panels: Iterable[Axes], runs: Sequence[Run]) -> None:
+    # Last of all: axes that have what they show are not to grow.
+    for axes in panels:
+        low, high = axes.get_xlim()
+        for begin, end in _losses(runs):
+            # Behind what has colours of its own; there its edges are seen.
+            axes.axvspan(min(begin, high), min(end, high), zorder=0, **LOST)
+            for edge in filter(math.isfinite, (begin, end)):
+                axes.axvline(edge, color=FAILED, linestyle="--", linewidth=0.8)
+        axes.set_xlim(low, high)
+
+
+def _lost_key(runs: Sequence[Run]) -> list[Patch]:
+    return [Patch(label="a worker is lost", **LOST)] if _losses(runs) else []
 
 
 def _legend(figure: Figure, keys: Sequence[Line2D | Patch]) -> None:

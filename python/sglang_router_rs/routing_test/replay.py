@@ -6,8 +6,11 @@ The replay itself is the Rust core's, with all its options; here its rows become
 from __future__ import annotations
 
 import io
+import json
+import math
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,10 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread, imsave
 
 from ..__main__ import run
-from . import report
+from . import plots, report, side_by_side
 from .about import machine
 from .command import Parser, check_writable, complain
+from .findings import SEEDS
 from .metrics import Run
 from .options import OptionError
 from .results import Results
@@ -30,15 +34,32 @@ DPI = 110
 Pixels = np.ndarray[Any, np.dtype[Any]]
 
 
+@dataclass(frozen=True)
+class Notes:
+    """What the core tells of a replay besides its rows."""
+
+    # Above the table.
+    header: Sequence[str]
+    # How many there were.
+    workers: int
+    # When one of them was lost: from and to, in seconds; infinite if for good.
+    losses: tuple[tuple[float, float], ...]
+
+    @classmethod
+    def read(cls, path: Path) -> Notes:
+        """The notes in a file that the core wrote."""
+        told = json.loads(path.read_text("utf-8"))
+        back = [math.inf if loss["back_at_secs"] is None else loss["back_at_secs"] for loss in told["losses"]]
+        begins = [loss["at_secs"] for loss in told["losses"]]
+        return cls(told["header"], told["workers"], tuple(zip(begins, back, strict=True)))
+
+
 def main(argv: list[str]) -> int:
     """Run the command line of ``replay`` with ``--plot FILE`` in it; returns its exit status."""
     parser = Parser(prog="python -m sglang_router_rs replay", add_help=False, allow_abbrev=False)
     parser.add_argument("--plot", required=True, metavar="FILE")
     parser.add_argument("--csv", metavar="FILE")
-    parser.add_argument("--workers", type=int, default=0)
     arguments, rest = parser.parse_known_args(argv)
-    if arguments.workers:
-        rest += ["--workers", str(arguments.workers)]
     plot = Path(arguments.plot)
     try:
         if plot.suffix not in _WRITE:
@@ -46,9 +67,12 @@ def main(argv: list[str]) -> int:
         check_writable("plot", plot)
         with tempfile.TemporaryDirectory() as directory:
             csv = Path(arguments.csv or Path(directory) / "replay.csv")
-            status = run(["replay", *rest, "--csv", str(csv)])
-            if status == 0:
-                _WRITE[plot.suffix](runs(csv, arguments.workers), plot, " ".join(rest))
+            notes = Path(directory) / "notes.json"
+            status = run(["replay", *rest, "--csv", str(csv), "--notes", str(notes)])
+            # What was not replayed has none.
+            if notes.exists():
+                told = Notes.read(notes)
+                _WRITE[plot.suffix](runs(csv, told), plot, told)
             return status
     except OptionError as error:
         parser.error(error.as_flag)
@@ -56,14 +80,13 @@ def main(argv: list[str]) -> int:
         return complain(error)
 
 
-def runs(csv: Path, workers: int = 0) -> list[Run]:
-    """The runs in the CSV of a replay, one per policy; before so many workers, or those that are in it."""
+def runs(csv: Path, notes: Notes) -> list[Run]:
+    """The runs in the CSV of a replay, one per policy."""
     rows = pd.read_csv(csv, dtype={"reason": "string", "error": "string", "worker": "Int64", "policy": "string"})
-    count = max(workers, int(rows["worker"].max()) + 1 if rows["worker"].notna().any() else 0)
-    return [_run(str(policy), part, count) for policy, part in rows.groupby("policy", sort=False)]
+    return [_run(str(policy), part, notes) for policy, part in rows.groupby("policy", sort=False)]
 
 
-def _run(policy: str, rows: pd.DataFrame, workers: int) -> Run:
+def _run(policy: str, rows: pd.DataFrame, notes: Notes) -> Run:
     success = rows["error"].isna()
     tokens = rows["output_tokens"].where(success)
     worker = "worker " + rows["worker"].astype("string")
@@ -94,17 +117,31 @@ def _run(policy: str, rows: pd.DataFrame, workers: int) -> Run:
     table = pd.DataFrame(columns, index=rows.index).astype(object)
     cells = table.where(table.notna(), None).itertuples(index=False)
     made = Results([dict(zip(columns, row, strict=True)) for row in cells], planned=len(rows))
-    names = {f"worker {number}": f"worker {number}" for number in range(workers)}
-    return Run(policy, True, 0, made.table, made.summary(), None, None, workers=tuple(names), node_ids=names)
+    names = {f"worker {number}": f"worker {number}" for number in range(notes.workers)}
+    return Run(
+        policy,
+        True,
+        0,
+        made.table,
+        made.summary(),
+        None,
+        None,
+        workers=tuple(names),
+        node_ids=names,
+        losses=notes.losses,
+    )
 
 
-def _page(made: Sequence[Run], path: Path, command: str) -> None:
-    report.write(made, {"replay, in virtual time": command}, machine(), path)
+def _page(made: Sequence[Run], path: Path, notes: Notes) -> None:
+    words = report.Words(["A replay, in virtual time.", *notes.header], more=SEEDS)
+    report.write(made, {}, machine(), path, words)
 
 
-def _picture(made: Sequence[Run], path: Path, _: str) -> None:
-    pictures = [_pixels(plot.draw(made)) for plot in report.PLOTS]
-    imsave(path, np.vstack(pictures))
+def _picture(made: Sequence[Run], path: Path, notes: Notes) -> None:
+    labels = side_by_side.labels(run.policy for run in made)
+    short = [replace(run, policy=labels[run.policy]) for run in made]
+    figures = [plots.heading(notes.header), *(plot.draw(short) for plot in report.PLOTS)]
+    imsave(path, np.vstack([_pixels(figure) for figure in figures]))
 
 
 def _pixels(figure: Figure) -> Pixels:

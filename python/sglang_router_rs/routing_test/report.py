@@ -12,7 +12,7 @@ import math
 import re
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from . import comparison, plots, side_by_side
 from .comparison import NODE_COLUMNS
-from .findings import findings
+from .findings import REPEATS, findings
 from .metrics import METRICS, Run, failed
 from .results import save_text
 
@@ -81,12 +81,24 @@ PLOTS = (
 )
 
 
+@dataclass(frozen=True)
+class Words:
+    """What a page says besides what was measured."""
+
+    # Lines below the title.
+    header: Sequence[str] = ()
+    # By title, what a reader must know before believing the numbers, such as which runs were left out.
+    alerts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    # As ``findings.findings`` takes it.
+    more: str = REPEATS
+
+
 def write(
     runs: Sequence[Run],
     settings: Mapping[str, str],
     machine: Mapping[str, str],
     path: Path,
-    alerts: Mapping[str, Sequence[str]] | None = None,
+    words: Words,
 ) -> Path:
     """Write the page, whole or not at all; returns where it is.
 
@@ -95,17 +107,20 @@ def write(
         settings: what was run, as names and values.
         machine: where, as ``about.machine`` tells.
         path: the file; overwritten if it is there.
-        alerts: by title, what a reader must know before believing the numbers, such as which runs were left out.
+        words: what it says besides.
 
     Raises:
         ValueError: as ``comparison.measured``.
         OSError: the file cannot be written.
     """
+    labels = side_by_side.labels(run.policy for run in runs)
+    runs = [replace(run, policy=labels[run.policy]) for run in runs]
     parts = [
-        f"<h1>{escape(TITLE)}: {escape(', '.join(dict.fromkeys(run.policy for run in runs)))}</h1>",
+        f"<h1>{escape(TITLE)}: {escape(', '.join(labels.values()))}</h1>",
+        *(f"<p>{escape(line)}</p>" for line in words.header),
         _what_was_run(settings, machine),
-        *(_alert(title, lines) for title, lines in (alerts or {}).items()),
-        _section("What it shows", _list(findings(runs))),
+        *(_alert(title, lines) for title, lines in words.alerts.items()),
+        _section("What it shows", _list(findings(runs, words.more))),
         _section("Metrics", _metrics(runs)),
         _tracking(runs),
         *(_section(plot.title, _figure(plot, runs)) for plot in PLOTS),

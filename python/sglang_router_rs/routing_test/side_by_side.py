@@ -6,7 +6,7 @@ Takes the tables of ``comparison``; what is not known is an empty cell.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,8 +56,34 @@ def changes(of: pd.DataFrame) -> list[Line]:
     return found
 
 
+def labels(policies: Iterable[str]) -> dict[str, str]:
+    """What to call each policy: a file without its directories, but for as many as tell it from another one."""
+    names = list(dict.fromkeys(policies))
+    return {name: _label(name, [other for other in names if other != name]) for name in names}
+
+
+def _label(name: str, others: Sequence[str]) -> str:
+    for count in range(1, name.count("/") + 1):
+        label = _last_parts(name, count)
+        if all(_last_parts(other, count) != label for other in others):
+            return label
+    return name
+
+
+def _last_parts(path: str, count: int) -> str:
+    return "/".join(path.split("/")[-count:])
+
+
+def shortened(name: str, most: int) -> str:
+    """A name in at most so many characters; of ``FILE.py:NAME`` the end is kept."""
+    if len(name) <= most:
+        return name
+    return f"…{name[1 - most :]}" if ".py:" in name else f"{name[: most - 1]}…"
+
+
 def text(of: pd.DataFrame) -> str:
     """A table for the terminal, at most ``WIDTH`` columns wide."""
+    of = _labelled(of)
     several = int(of.xs("repeats", axis=1, level=1).to_numpy().max()) > 1
     notes = ["* best of the line."] if len(of) > 1 else []
     if several:
@@ -68,7 +94,7 @@ def text(of: pd.DataFrame) -> str:
         first = of.index[0][0]
         interval = ", with the 95 % interval over the repeats" if several else ""
         others = [variant for variant in of.index if variant[0] != first]
-        title = f"Change from {_shortened(first)}, in percent of its mean, paired by load{interval}:"
+        title = f"Change from {_head(first)}, in percent of its mean, paired by load{interval}:"
         parts += ["", title, *_blocks(compared, others)]
     return "\n".join(parts) + "\n"
 
@@ -78,6 +104,7 @@ def tracking_text(cost: pd.DataFrame) -> str:
     found = tracking_lines(cost)
     if not found:
         return ""
+    cost = _labelled(cost)
     policies = [(str(policy), True) for policy in cost.index.unique("policy")]
     return "\n".join(["Tracking on - off, paired by load:", *_blocks(found, policies)]) + "\n"
 
@@ -154,7 +181,7 @@ def _best(means: list[float], better: str) -> tuple[bool, ...]:
 def _blocks(of: list[Line], columns: list[Variant]) -> Iterator[str]:
     # Under each other, each with as many columns as fit.
     labels = [f"{line.label} ({line.unit})" if line.unit else line.label for line in of]
-    heads = [(_shortened(policy), f"tracking {'on' if tracking else 'off'}") for policy, tracking in columns]
+    heads = [(_head(policy), f"tracking {'on' if tracking else 'off'}") for policy, tracking in columns]
     both = len({tracking for _, tracking in columns}) > 1
     cells = [[cell + ("*" if best else " ") for cell, best in zip(line.cells, line.best, strict=True)] for line in of]
     left = max(map(len, labels))
@@ -175,5 +202,9 @@ def _row(label: str, cells: list[str], left: int, wide: int) -> str:
     return (label.ljust(left) + "".join(cell.rjust(wide) for cell in cells)).rstrip()
 
 
-def _shortened(name: str) -> str:
-    return name if len(name) <= 24 else f"{name[:23]}…"
+def _labelled(of: pd.DataFrame) -> pd.DataFrame:
+    return of.rename(index=labels(of.index.unique("policy")), level="policy")
+
+
+def _head(name: str) -> str:
+    return shortened(name, 24)
