@@ -40,7 +40,7 @@ fn told(trace: &Value, workers: &[ScriptedWorker]) -> Vec<Value> {
         let place = workers.iter().position(|worker| candidate["worker_url"] == worker.url);
         let place = place.expect("one of the workers");
         assert_eq!(candidate["node_id"], format!("gpu_{place}"));
-        assert_eq!(candidate.as_object().map(serde_json::Map::len), Some(8), "{candidate}");
+        assert_eq!(candidate.as_object().map(serde_json::Map::len), Some(9), "{candidate}");
         let names = ["in_flight", "matched_tokens", "score", "chosen"];
         let rest = names.map(|name| candidate[name].clone());
         json!([place, rest[0], rest[1], rest[2], rest[3]])
