@@ -29,7 +29,6 @@ use super::trace::Trace;
 use crate::routing::{
     Draws, InFlight, Policy, Replayed, Request, Target, Told, WorkerId, WorkerName,
 };
-use crate::sim::MAX_OUTPUT_TOKENS;
 use crate::sim::engine::{Config, Engine, Event, Id, Sequence};
 
 /// Workers that a request is sent to at most: the router's `retry_max_retries`, unless it is set.
@@ -311,7 +310,7 @@ impl<'a> Run<'a> {
 
         let worker = target.id as usize;
         self.advance(worker, now);
-        let output_tokens = (asked.output_tokens as usize).min(MAX_OUTPUT_TOKENS);
+        let output_tokens = asked.output_tokens as usize;
         let page_tokens = self.setup.engines[worker].page_tokens;
         let id = self.workers[worker].engine.submit(Sequence {
             pages: pages(asked, output_tokens, page_tokens),
@@ -345,7 +344,7 @@ impl<'a> Run<'a> {
         let told = Told {
             prompt_tokens: Some(asked.prompt_tokens),
             cached_tokens: outcome.cached_tokens,
-            completion_tokens: Some(asked.output_tokens.min(MAX_OUTPUT_TOKENS as u32)),
+            completion_tokens: Some(asked.output_tokens),
         };
         flight.in_flight.told(&told);
         flight.in_flight.answered(at);

@@ -18,7 +18,7 @@ pub mod trace;
 use std::fs::{self, File};
 use std::io::{self, IsTerminal, Write};
 use std::num::NonZero;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -54,6 +54,7 @@ pub fn run(options: &Options, load: Load<'_>) -> anyhow::Result<()> {
         bail!("--plot: plots are made by the Python package: python -m sglang_router_rs replay");
     }
     options.check_policies().map_err(anyhow::Error::msg)?;
+    check_files(options)?;
     let setup = options.setup().map_err(anyhow::Error::msg)?;
     let built = |policy| routing::build(&options.routing(policy), load);
     let policies: Result<Vec<_>, _> = options.policies.iter().copied().map(built).collect();
@@ -86,6 +87,22 @@ pub fn run(options: &Options, load: Load<'_>) -> anyhow::Result<()> {
         let first = runs.iter().flat_map(Run::errors).next().unwrap_or_default();
         // Of a traceback the last line says what it was.
         bail!("no request succeeded; the first one: {}", first.lines().last().unwrap_or_default());
+    }
+    Ok(())
+}
+
+/// Checks that no file is named twice: what is written would replace what was read, or written before.
+fn check_files(options: &Options) -> anyhow::Result<()> {
+    let flags = &options.flags;
+    let files = [("TRACE", &flags.trace), ("--write", &flags.write), ("--csv", &flags.csv)];
+    let named = files.iter().filter_map(|(option, path)| Some((option, path.as_ref()?)));
+    let mut seen: Vec<(&str, PathBuf)> = Vec::new();
+    for (option, path) in named {
+        let real = fs::canonicalize(path).unwrap_or_else(|_| path.clone());
+        if let Some((other, _)) = seen.iter().find(|(_, earlier)| *earlier == real) {
+            bail!("{option}: {} is also named by {other}", path.display());
+        }
+        seen.push((option, real));
     }
     Ok(())
 }

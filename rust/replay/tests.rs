@@ -6,6 +6,7 @@ use clap::Parser;
 use parking_lot::Mutex;
 use proptest::prelude::*;
 
+use super::check_files;
 use super::cluster::{Loss, Outcome, Setup, replay};
 use super::options::Options;
 use super::report::{About, Report, Run, Summary};
@@ -465,6 +466,7 @@ fn a_bad_trace_is_refused_with_its_line() {
         (line("600", "null"), "has no input_length"),
         (line("\"output_length\": 1", "\"output_length\": 0"), "output_length must be"),
         (line("\"output_length\": 1", "\"output_length\": 2.5"), "output_length must be"),
+        (line("\"output_length\": 1", "\"output_length\": 131073"), "from 1 to 131072"),
         (line("600", "1025"), "has 2 hash_ids, and input_length 1025 needs 3"),
         (line("[1, 2]", "7"), "hash_ids must be a list, not 7"),
         (line("[1, 2]", "[1, -2]"), "each of hash_ids must be"),
@@ -482,6 +484,30 @@ fn a_bad_trace_is_refused_with_its_line() {
     let error = Trace::read(&path, Some(2)).expect_err("too few").to_string();
     assert!(error.contains("has 1 requests, fewer than --num-requests 2"), "{error}");
     assert!(Trace::read(Path::new("/no/such"), None).is_err());
+}
+
+#[test]
+fn no_file_is_named_twice() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    std::fs::write(path("t"), "").expect("written");
+    for (flags, found) in [
+        (vec![path("./t"), format!("--csv={}", path("t"))], "--csv: "),
+        (
+            vec![
+                "--synthetic=chat".into(),
+                format!("--write={}", path("new")),
+                format!("--csv={}", path("new")),
+            ],
+            "is also named by --write",
+        ),
+    ] {
+        let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+        let error = check_files(&options(&flags).expect("flags")).expect_err("refused").to_string();
+        assert!(error.contains(found), "{error}");
+    }
+    let different = [&path("t")[..], &format!("--csv={}", path("u"))];
+    assert!(check_files(&options(&different).expect("flags")).is_ok());
 }
 
 #[test]

@@ -15,6 +15,7 @@ use std::path::Path;
 use hashbrown::{HashMap, HashSet};
 use serde_json::{Map, Value};
 
+use crate::sim::MAX_OUTPUT_TOKENS;
 use crate::sim::kv_cache::chain;
 
 /// Tokens that one of the `hash_ids` stands for.
@@ -178,7 +179,7 @@ fn parse(
     }
     let fields: Map<String, Value> = serde_json::from_slice(text)
         .map_err(|error| format!("is no JSON object: {}", without_line(&error)))?;
-    let prompt_tokens = length(&fields, "input_length")?;
+    let prompt_tokens = length(&fields, "input_length", u32::MAX)?;
     let ids = ids(&fields)?;
     let needed = (prompt_tokens as usize).div_ceil(BLOCK_TOKENS);
     if ids.len() < needed {
@@ -196,7 +197,7 @@ fn parse(
         ));
     }
     let blocks = ids[..needed].iter().map(|id| number(numbers, *id)).collect::<Result<_, _>>()?;
-    let output_tokens = length(&fields, "output_length")?;
+    let output_tokens = length(&fields, "output_length", MAX_OUTPUT_TOKENS as u32)?;
     let routing_key = routing_key(&fields)?;
     Ok(Asked { at_secs, prompt_tokens, output_tokens, blocks, routing_key })
 }
@@ -212,11 +213,11 @@ fn field<'a>(fields: &'a Map<String, Value>, name: &str) -> Result<&'a Value, St
     fields.get(name).filter(|value| !value.is_null()).ok_or_else(|| format!("has no {name}"))
 }
 
-fn length(fields: &Map<String, Value>, name: &str) -> Result<u32, String> {
+fn length(fields: &Map<String, Value>, name: &str, most: u32) -> Result<u32, String> {
     let value = field(fields, name)?;
     let length = value.as_u64().and_then(|length| u32::try_from(length).ok());
-    length.filter(|length| *length > 0).ok_or_else(|| {
-        format!("{name} must be a whole number from 1 to {}, not {}", u32::MAX, shown(value))
+    length.filter(|length| (1..=most).contains(length)).ok_or_else(|| {
+        format!("{name} must be a whole number from 1 to {most}, not {}", shown(value))
     })
 }
 

@@ -89,9 +89,14 @@ impl Backlog {
         }
     }
 
-    /// The first content of a stream came. `None` if it was not waited for.
+    /// The first content of a stream came. Tells what was computed until then; `None` if it was not waited for, or
+    /// if it overtook another stream: then the time was not that of its tokens. Two that begin at about the same time
+    /// are often heard of in the wrong order, as they come over different connections.
     pub fn begun(&mut self, ticket: Ticket, at_secs: f64) -> Option<Computed> {
         let tokens = self.remove(ticket)? + self.remove_silent_before(ticket);
+        if self.queue.front().is_some_and(|head| head.ticket < ticket) {
+            return None;
+        }
         let secs = (at_secs - self.since_secs).max(0.0);
         self.since_secs = self.since_secs.max(at_secs);
         Some(Computed { tokens, secs })
@@ -166,6 +171,16 @@ mod tests {
     }
 
     #[test]
+    fn who_overtakes_says_nothing_of_the_time() {
+        let mut backlog = Backlog::default();
+        backlog.enter(1, 1000, true, 0.0);
+        backlog.enter(2, 10, true, 5.0);
+        assert_eq!(backlog.begun(2, 9.9), None);
+        assert_eq!(backlog.pending_tokens(9.9, SPEED), 10);
+        assert_eq!(backlog.begun(1, 10.0), Some(Computed { tokens: 1000, secs: 10.0 }));
+    }
+
+    #[test]
     fn what_is_no_stream_leaves_when_its_time_is_over() {
         let mut backlog = Backlog::default();
         for ticket in 1..=3 {
@@ -188,7 +203,8 @@ mod tests {
         backlog.enter(2, 200, false, 0.0);
         backlog.enter(3, 300, true, 0.0);
         backlog.enter(4, 400, false, 0.0);
-        assert_eq!(backlog.begun(3, 5.0), Some(Computed { tokens: 500, secs: 5.0 }));
+        // But of the first one, a stream, it does not.
+        assert_eq!(backlog.begun(3, 5.0), None);
         assert_eq!(backlog.pending_tokens(5.0, None), 500);
         backlog.left(4, true, 6.0);
         backlog.left(1, false, 7.0);

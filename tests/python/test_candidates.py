@@ -24,7 +24,8 @@ def test_a_trace_tells_what_the_policy_chose_among(sim: Sim, tmp_path: Path) -> 
     chosen, other = trace["candidates"]
     assert chosen == {
         "worker_url": trace["worker_url"], "node_id": trace["node_id"], "in_flight": 0,
-        "matched_tokens": trace["matched_tokens"], "pending_tokens": None, "speed": None, "same_prefix": None, "score": 1.0, "chosen": True,
+        "matched_tokens": trace["matched_tokens"], "pending_tokens": None, "speed": None, "same_prefix": None,
+        "score": 1.0, "chosen": True,
     }  # fmt: skip
     assert (other["matched_tokens"], other["score"], other["chosen"]) == (0, 0.0, False)
     assert {chosen["worker_url"], other["worker_url"]} == set(sim.urls)

@@ -60,7 +60,7 @@ async fn prefill_is_pending_until_the_first_token() {
     exchange.send([STREAM_HEAD.as_ref(), &event(640, 0)[..]].concat()).await;
     client.head().await.expect("a head");
     client.chunk().await.expect("the first token");
-    exchange.send(b"0\r\n\r\n").await;
+    exchange.answer(b"0\r\n\r\n").await;
     router.trace_when("first", "completed").await;
     let _third = ask(&router, &mut workers, "third", &body("c", true)).await;
     let told = candidate(&router, &workers[busy], "third").await;
