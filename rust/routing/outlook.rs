@@ -118,7 +118,7 @@ impl Outlook {
     pub fn see(&self, request: &Request, targets: &[Arc<Target>]) -> Views {
         let names = mirror::names(request.prompt);
         let state = self.state.read();
-        let ratio = state.ratio.of(request);
+        let ratio = state.ratio.of(request.is_ids);
         let input_tokens = ratio.tokens(request.prompt.len());
         let view = |target: &Arc<Target>| match state.workers.get(&target.id) {
             Some(worker) => {
@@ -155,7 +155,7 @@ impl Outlook {
 
     /// Tokens of a prompt, as estimated from its bytes if it is text; `None` of a request without one.
     pub fn input_tokens(&self, request: &Request) -> Option<u32> {
-        let ratio = self.state.read().ratio.of(request);
+        let ratio = self.state.read().ratio.of(request.is_ids);
         (!request.prompt.is_empty()).then(|| ratio.tokens(request.prompt.len()))
     }
 
@@ -163,7 +163,7 @@ impl Outlook {
     pub fn matched_tokens(&self, request: &Request, worker: WorkerId) -> u32 {
         let names = mirror::names(request.prompt);
         let state = self.state.read();
-        let ratio = state.ratio.of(request);
+        let ratio = state.ratio.of(request.is_ids);
         let input_tokens = ratio.tokens(request.prompt.len());
         ratio.matched(state.mirror.matched_blocks(&names, worker), input_tokens)
     }
@@ -182,7 +182,7 @@ impl Outlook {
         let drawn_by = [mirror.last_held(&names), names.last().copied()];
         herds.join(drawn_by, target.id);
         let used = mirror.use_prompt(target.id, &names, room_bytes);
-        let ratio = ratio.of(request);
+        let ratio = ratio.of(request.is_ids);
         let input_tokens = ratio.tokens(request.prompt.len());
         let uncached_tokens = input_tokens - ratio.matched(used.matched_blocks(), input_tokens);
         if let Some(speed) = speeds.of(&worker.speed) {
@@ -270,7 +270,7 @@ impl State {
             return;
         }
         if let Some(told) = told {
-            let ratio = if sent.is_ids { Ratio::default() } else { self.ratio };
+            let ratio = self.ratio.of(sent.is_ids);
             if let Some(cached_bytes) = ratio.cached_bytes(sent.prompt_bytes, told) {
                 self.compare(sent, cached_bytes);
             }
@@ -399,9 +399,9 @@ impl Default for Ratio {
 }
 
 impl Ratio {
-    /// That of a request's prompt; of token ids it is known.
-    fn of(self, request: &Request) -> Self {
-        if request.is_ids { Self::default() } else { self }
+    /// That of a prompt; of token ids it is known.
+    fn of(self, is_ids: bool) -> Self {
+        if is_ids { Self::default() } else { self }
     }
 
     fn learn(&mut self, bytes: usize, tokens: u32) {
