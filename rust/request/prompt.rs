@@ -11,7 +11,8 @@ use std::borrow::Cow;
 use std::fmt;
 
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
-use serde_json::value::RawValue;
+
+use crate::json;
 
 /// Stands between two pieces of text. It is no byte of any UTF-8 text, so a piece cannot imitate
 /// the border between two.
@@ -38,9 +39,12 @@ pub(super) struct Routed<'a> {
 impl<'a> Prompt<'a> {
     /// Adds one field of the body. A field that cannot be read to its end (nested deeper than 128
     /// levels, or half of a surrogate pair) adds nothing.
-    pub(super) fn add(&mut self, field: &'a RawValue) {
+    pub(super) fn add(&mut self, field: &'a str) {
+        if let Some(piece) = json::plain_string(field) {
+            return self.push_borrowed(piece);
+        }
         let before = self.mark();
-        let mut source = serde_json::Deserializer::from_str(field.get());
+        let mut source = serde_json::Deserializer::from_str(field);
         let reading = Reading { prompt: self, in_list: false };
         if reading.deserialize(&mut source).is_err() {
             self.go_back(before);

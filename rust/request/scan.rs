@@ -11,8 +11,6 @@
 
 use std::borrow::Cow;
 
-use serde_json::value::RawValue;
-
 use super::prompt::{Prompt, Routed};
 use crate::json::{self, Field};
 
@@ -77,7 +75,7 @@ fn scan_object(body: &str) -> Option<Scan<'_>> {
     };
     Some(Scan {
         model: model.and_then(json::string),
-        stream: stream.map_or(Some(false), |it| serde_json::from_str(it.get()).ok()),
+        stream: stream.map_or(Some(false), |it| it.parse().ok()),
         rid: rid.and_then(first_string),
         prompt,
         is_ids,
@@ -100,8 +98,8 @@ fn route_by<'a>(prompt_fields: &[Field<'a>]) -> Option<Routed<'a>> {
 }
 
 /// The string `value` is, or the first string of the list it is.
-fn first_string(value: &RawValue) -> Option<Cow<'_, str>> {
-    json::string(value).or_else(|| json::first(value.get()).and_then(json::string))
+fn first_string(value: &str) -> Option<Cow<'_, str>> {
+    json::string(value).or_else(|| json::first(value).and_then(json::string))
 }
 
 #[cfg(test)]

@@ -41,7 +41,7 @@ pub(super) struct Flight {
     /// When it has to be over.
     deadline: Instant,
     /// None until the headers or the body gave one.
-    id: Option<String>,
+    id: Option<Arc<str>>,
     trace: Option<OpenTrace>,
     /// Its place among the requests let in, from its admission on.
     slot: Option<Slot>,
@@ -81,7 +81,7 @@ impl Flight {
         app: Arc<App>,
         route: Arc<Route>,
         exchange: Exchange,
-        header_id: Option<String>,
+        header_id: Option<Arc<str>>,
     ) -> Self {
         route.arrived();
         let arrived = Arrived { at: now(), ..Arrived::now() };
@@ -152,7 +152,7 @@ impl Flight {
         let is_other =
             |rid: &&str| rid.len() <= request_id::LENGTH_MAX && self.id.as_deref() != Some(*rid);
         if let Some(rid) = rid.filter(is_other) {
-            self.listed.push(self.app.in_flight.list(rid, &self.abort));
+            self.listed.push(self.app.in_flight.list(&rid.into(), &self.abort));
         }
         let series = self.route.series(scan.model.as_deref());
         series.asked(scan.stream == Some(true));
@@ -228,12 +228,12 @@ impl Flight {
         }
         if let (Some(error), Some(failed)) = (self.untold.take(), &self.worker) {
             tracing::warn!(
-                request_id = self.id, worker = %failed.url, next = %worker.url, "attempt failed: {error}"
+                request_id = self.id.as_deref(), worker = %failed.url, next = %worker.url, "attempt failed: {error}"
             );
         }
         self.count_pick(&worker, reason, decision);
         tracing::debug!(
-            request_id = self.id, worker = %worker.url, reason, matched_tokens,
+            request_id = self.id.as_deref(), worker = %worker.url, reason, matched_tokens,
             decision_us = decision.as_nanos() as f64 / 1e3, "picked"
         );
         self.abort.move_to(Some(&worker));
@@ -470,7 +470,7 @@ impl Flight {
         self.app.metrics.aborted.get_or_create(&CauseLabels { cause }).inc();
     }
 
-    fn open(&mut self, id: String) {
+    fn open(&mut self, id: Arc<str>) {
         if let Some(tracker) = &self.app.tracker {
             self.trace = Some(tracker.open(self.arrived, &id, &self.route.path));
         }

@@ -2,6 +2,7 @@
 
 use hyper::HeaderMap;
 use hyper::header::{self, HeaderName};
+use smallvec::SmallVec;
 
 const HOP_BY_HOP: [HeaderName; 9] = [
     header::CONNECTION,
@@ -43,7 +44,14 @@ fn drop_hop_by_hop(headers: &mut HeaderMap) {
         // Beside a transfer encoding the length means nothing (RFC 9112, section 6.3).
         headers.remove(header::CONTENT_LENGTH);
     }
-    for name in &HOP_BY_HOP {
+    remove(headers, &HOP_BY_HOP);
+}
+
+/// Removes headers, hardly any of which are there: a look at the few that are costs less than a search for each.
+fn remove(headers: &mut HeaderMap, names: &[HeaderName]) {
+    let found: SmallVec<[HeaderName; 4]> =
+        headers.keys().filter(|name| names.contains(name)).cloned().collect();
+    for name in found {
         headers.remove(name);
     }
 }
@@ -64,18 +72,17 @@ const OURS: [HeaderName; 9] = [
 /// The headers of an answer as the client gets them, before the router adds its own.
 pub(super) fn towards_client(headers: &mut HeaderMap) {
     drop_hop_by_hop(headers);
-    for name in &OURS {
-        headers.remove(name);
-    }
+    remove(headers, &OURS);
 }
+
+/// The body is sent whole: its length is known and its sending was already agreed to.
+const REPLACED: [HeaderName; 4] =
+    [header::CONTENT_LENGTH, header::EXPECT, header::HOST, X_TARGET_WORKER];
 
 /// The headers of a request as its worker gets them, but for `host` and `x-request-id`, which are the router's.
 pub(super) fn towards_worker(mut headers: HeaderMap) -> HeaderMap {
     drop_hop_by_hop(&mut headers);
-    // The body is sent whole: its length is known and its sending was already agreed to.
-    for name in [header::CONTENT_LENGTH, header::EXPECT, header::HOST, X_TARGET_WORKER] {
-        headers.remove(name);
-    }
+    remove(&mut headers, &REPLACED);
     headers
 }
 

@@ -3,16 +3,14 @@
 //! A request is listed under its id and under its body's `rid`, from the moment each is known until the guard is
 //! dropped. Holds at most two entries per request in flight.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 
 use futures_util::task::AtomicWaker;
+use hashbrown::HashTable;
 use parking_lot::Mutex;
-use smallvec::SmallVec;
 
 use crate::workers::Worker;
 
@@ -52,24 +50,32 @@ impl Abort {
     }
 }
 
-type Shard = Mutex<HashMap<Box<str>, SmallVec<[Arc<Abort>; 1]>>>;
+/// A request under one of its ids, by the hash of the id.
+type Entry = (Arc<str>, Arc<Abort>);
 
 #[derive(Debug, Default)]
 pub(super) struct InFlight {
     hasher: RandomState,
-    shards: [Shard; SHARDS],
+    shards: [Mutex<HashTable<Entry>>; SHARDS],
 }
 
 impl InFlight {
     /// Lists a request under this id until the guard is dropped.
-    pub(super) fn list(self: &Arc<Self>, id: &str, abort: &Arc<Abort>) -> Listed {
-        self.shard(id).lock().entry(id.into()).or_default().push(abort.clone());
-        Listed { list: self.clone(), id: id.into(), abort: abort.clone() }
+    pub(super) fn list(self: &Arc<Self>, id: &Arc<str>, abort: &Arc<Abort>) -> Listed {
+        let hash = self.hasher.hash_one(&**id);
+        let rehash = |(id, _): &Entry| self.hasher.hash_one(&**id);
+        self.shard(hash).lock().insert_unique(hash, (id.clone(), abort.clone()), rehash);
+        Listed { list: self.clone(), hash, abort: abort.clone() }
     }
 
     /// Ends all requests of this id. Returns how many there were, and the workers they were at, each once.
     pub(super) fn abort(&self, id: &str) -> (usize, Vec<Arc<Worker>>) {
-        let found = self.shard(id).lock().get(id).cloned().unwrap_or_default();
+        let hash = self.hasher.hash_one(id);
+        let found: Vec<Arc<Abort>> = {
+            let shard = self.shard(hash).lock();
+            let same_hash = shard.iter_hash(hash).filter(|(listed, _)| **listed == *id);
+            same_hash.map(|(_, abort)| abort.clone()).collect()
+        };
         let mut workers: Vec<Arc<Worker>> = Vec::new();
         for abort in &found {
             // Before the request lets go of its worker.
@@ -86,8 +92,9 @@ impl InFlight {
         self.shards.iter().all(|shard| shard.lock().is_empty())
     }
 
-    fn shard(&self, id: &str) -> &Shard {
-        &self.shards[self.hasher.hash_one(id) as usize % SHARDS]
+    fn shard(&self, hash: u64) -> &Mutex<HashTable<Entry>> {
+        // Not from the bits the shard's own table uses: the lowest and the highest.
+        &self.shards[(hash >> 32) as usize % SHARDS]
     }
 }
 
@@ -95,18 +102,16 @@ impl InFlight {
 #[derive(Debug)]
 pub(super) struct Listed {
     list: Arc<InFlight>,
-    id: Box<str>,
+    hash: u64,
     abort: Arc<Abort>,
 }
 
 impl Drop for Listed {
     fn drop(&mut self) {
-        let mut shard = self.list.shard(&self.id).lock();
-        if let Entry::Occupied(mut entry) = shard.entry(std::mem::take(&mut self.id)) {
-            entry.get_mut().retain(|abort| !Arc::ptr_eq(abort, &self.abort));
-            if entry.get().is_empty() {
-                entry.remove();
-            }
+        // Should both ids of a request have one hash, either entry goes first.
+        let is_own = |(_, abort): &Entry| Arc::ptr_eq(abort, &self.abort);
+        if let Ok(entry) = self.list.shard(self.hash).lock().find_entry(self.hash, is_own) {
+            entry.remove();
         }
     }
 }
@@ -119,8 +124,11 @@ mod tests {
     fn all_of_an_id_are_ended_and_none_of_another() {
         let list = Arc::new(InFlight::default());
         let aborts: [Arc<Abort>; 3] = std::array::from_fn(|_| Arc::default());
-        let listed: Vec<_> =
-            ["a", "a", "b"].iter().zip(&aborts).map(|(id, abort)| list.list(id, abort)).collect();
+        let listed: Vec<_> = ["a", "a", "b"]
+            .iter()
+            .zip(&aborts)
+            .map(|(id, abort)| list.list(&Arc::from(*id), abort))
+            .collect();
         assert_eq!(list.abort("a").0, 2);
         assert_eq!(aborts.each_ref().map(|abort| abort.is_said()), [true, true, false]);
         drop(listed);
@@ -132,7 +140,7 @@ mod tests {
     async fn it_is_heard_while_waiting_and_afterwards() {
         let list = Arc::new(InFlight::default());
         let abort: Arc<Abort> = Arc::default();
-        let _listed = list.list("a", &abort);
+        let _listed = list.list(&"a".into(), &abort);
         let waiting = tokio::spawn({
             let abort = abort.clone();
             async move { abort.said().await }

@@ -1,10 +1,13 @@
 //! Which id a request goes by: a header's, else the body's `rid`, else a fresh one.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use hyper::HeaderMap;
 use hyper::header::{HeaderName, HeaderValue};
+use uuid::Uuid;
+use uuid::fmt::Hyphenated;
 
 /// Longest id taken from a request.
 pub(super) const LENGTH_MAX: usize = 256;
@@ -35,19 +38,19 @@ impl RequestIds {
     }
 
     /// The first usable id among the headers.
-    pub(super) fn in_headers(&self, headers: &HeaderMap) -> Option<String> {
+    pub(super) fn in_headers(&self, headers: &HeaderMap) -> Option<Arc<str>> {
         let values = self.headers.iter().filter_map(|name| headers.get(name));
         values.map(HeaderValue::as_bytes).find_map(|value| self.usable(value))
     }
 
     /// The body's `rid`, if it is usable.
-    pub(super) fn in_rid(&self, rid: &str) -> Option<String> {
+    pub(super) fn in_rid(&self, rid: &str) -> Option<Arc<str>> {
         self.usable(rid.as_bytes())
     }
 
-    fn usable(&self, id: &[u8]) -> Option<String> {
+    fn usable(&self, id: &[u8]) -> Option<Arc<str>> {
         if (1..=LENGTH_MAX).contains(&id.len()) && id.iter().all(u8::is_ascii_graphic) {
-            return Some(String::from_utf8_lossy(id).into_owned());
+            return std::str::from_utf8(id).ok().map(Into::into);
         }
         self.warn();
         None
@@ -71,15 +74,20 @@ impl RequestIds {
     }
 }
 
-pub(super) fn generate() -> String {
-    format!("req_{}", uuid::Uuid::new_v4())
+pub(super) fn generate() -> Arc<str> {
+    const PREFIX: &[u8] = b"req_";
+    let mut id = [0; PREFIX.len() + Hyphenated::LENGTH];
+    let (prefix, rest) = id.split_at_mut(PREFIX.len());
+    prefix.copy_from_slice(PREFIX);
+    Uuid::new_v4().hyphenated().encode_lower(rest);
+    std::str::from_utf8(&id).expect("letters, digits and hyphens").into()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn from(headers: &[(&'static str, &[u8])]) -> Option<String> {
+    fn from(headers: &[(&'static str, &[u8])]) -> Option<Arc<str>> {
         let headers = headers
             .iter()
             .map(|(name, value)| {

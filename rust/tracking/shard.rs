@@ -80,8 +80,16 @@ pub(super) struct Shard {
     ended: List<ENDING>,
     names: Names,
     pub(super) counts: Counts,
-    /// Heap memory behind the records.
+    /// Heap memory behind the records; what an open one has gained is counted when it ends.
     heap_bytes: usize,
+}
+
+impl Entry {
+    /// What of this record is in [`Shard::heap_bytes`].
+    fn counted_bytes(&self) -> usize {
+        let Record { request_id, status, .. } = &self.record;
+        if status.is_ended() { self.record.heap_bytes() } else { request_id.len() }
+    }
 }
 
 impl Shard {
@@ -107,28 +115,33 @@ impl Shard {
         self.slab.len()
     }
 
-    /// Adds an open record, the newest of its id.
-    pub(super) fn insert(&mut self, seq: u64, id: &str, route: &str, unix_us: i64) -> Place {
+    /// Adds an open record, the newest of its id, which has this hash.
+    pub(super) fn insert(
+        &mut self,
+        seq: u64,
+        id: &str,
+        hash: u64,
+        route: &str,
+        unix_us: i64,
+    ) -> Place {
         let policy = self.routing_policy.clone();
         let record = Record::new(id, self.names.share(route), policy, unix_us);
         self.counts.arrives(&record.route);
-        self.heap_bytes += record.heap_bytes();
-        let slot = self.slab.insert(Entry { seq, record });
+        let entry = Entry { seq, record };
+        self.heap_bytes += entry.counted_bytes();
+        let slot = self.slab.insert(entry);
         self.by_arrival.insert(seq, slot);
         self.open.push(&mut self.slab, slot);
-        self.join_id(id, slot);
+        self.join_id(id, hash, slot);
         Place { slot, seq }
     }
 
     /// Changes a record, unless it has left.
     pub(super) fn edit(&mut self, place: Place, change: impl FnOnce(&mut Record, &mut Names)) {
-        let Some(entry) = self.slab.get_mut(place.slot).filter(|entry| entry.seq == place.seq)
-        else {
-            return;
-        };
-        self.heap_bytes -= entry.record.heap_bytes();
-        change(&mut entry.record, &mut self.names);
-        self.heap_bytes += entry.record.heap_bytes();
+        let entry = self.slab.get_mut(place.slot).filter(|entry| entry.seq == place.seq);
+        if let Some(entry) = entry {
+            change(&mut entry.record, &mut self.names);
+        }
     }
 
     /// A request got a worker, perhaps in place of an earlier one. Counts even if its record left.
@@ -159,16 +172,18 @@ impl Shard {
         had_worker: bool,
         now_us: u64,
     ) {
-        self.set_status(place, from, to);
         if !had_worker {
             self.counts.ends_unrouted();
         }
-        if !self.holds(place) {
-            return;
-        }
-        // Threads may come here out of order; the list of endings must not run backwards.
         let last_us = self.ended.last().map_or(0, |slot| self.slab.at(slot).record.ended_us);
-        self.edit(place, |record, _| record.ended_us = now_us.max(last_us));
+        let entry = self.slab.get_mut(place.slot).filter(|entry| entry.seq == place.seq);
+        self.counts.changes_status(from, to, entry.is_some());
+        let Some(entry) = entry else { return };
+        self.heap_bytes -= entry.counted_bytes();
+        entry.record.status = to;
+        // Threads may come here out of order; the list of endings must not run backwards.
+        entry.record.ended_us = now_us.max(last_us);
+        self.heap_bytes += entry.counted_bytes();
         self.open.remove(&mut self.slab, place.slot);
         self.used.push(&mut self.slab, place.slot);
         self.ended.push(&mut self.slab, place.slot);
@@ -178,11 +193,13 @@ impl Shard {
     pub(super) fn restore(&mut self, seq: u64, record: Record) {
         let (status, had_worker) = (record.status, record.worker().is_some());
         let unix_us = record.arrived_unix_us;
-        let place = self.insert(seq, &record.request_id, record.route.as_str(), unix_us);
+        let hash = self.hasher.hash_one(&*record.request_id);
+        let place = self.insert(seq, &record.request_id, hash, record.route.as_str(), unix_us);
         if let Some(worker) = record.worker() {
             self.counts.changes_worker(None, worker, true);
         }
-        self.edit(place, |held, _| *held = record);
+        // It becomes what it was when it ends.
+        self.edit(place, |held, _| *held = Record { status: Status::Queued, ..record });
         self.end(place, Status::Queued, status, had_worker, 0);
     }
 
@@ -286,8 +303,7 @@ impl Shard {
         self.record(place).is_some()
     }
 
-    fn join_id(&mut self, id: &str, slot: u32) {
-        let hash = self.hasher.hash_one(id);
+    fn join_id(&mut self, id: &str, hash: u64, slot: u32) {
         let list = match self.by_id.find_mut(hash, |list| list_id(&self.slab, list) == id) {
             Some(list) => list,
             None => {
@@ -299,7 +315,8 @@ impl Shard {
         list.push(&mut self.slab, slot);
     }
 
-    fn leave_id(&mut self, id: &str, slot: u32) {
+    fn leave_id(&mut self, slot: u32) {
+        let id = &*self.slab.at(slot).record.request_id;
         let hash = self.hasher.hash_one(id);
         let entry = self.by_id.find_entry(hash, |list| list_id(&self.slab, list) == id);
         let mut entry = entry.expect("a record is in the list of its id");
@@ -310,18 +327,17 @@ impl Shard {
     }
 
     fn remove(&mut self, slot: u32) {
-        let id = self.slab.at(slot).record.request_id.clone();
-        self.leave_id(&id, slot);
+        self.leave_id(slot);
         if self.slab.at(slot).record.status.is_ended() {
             self.used.remove(&mut self.slab, slot);
             self.ended.remove(&mut self.slab, slot);
         } else {
             self.open.remove(&mut self.slab, slot);
         }
-        let Entry { seq, record } = self.slab.remove(slot);
-        self.by_arrival.remove(&seq);
-        self.heap_bytes -= record.heap_bytes();
-        self.counts.leaves(&record);
+        let entry = self.slab.remove(slot);
+        self.by_arrival.remove(&entry.seq);
+        self.heap_bytes -= entry.counted_bytes();
+        self.counts.leaves(&entry.record);
     }
 }
 

@@ -4,10 +4,11 @@
 //! shard of the store has its own [`Counts`], changed under the shard's lock together with the
 //! record; [`Stats`] is their sum.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::mem::size_of;
 use std::sync::Arc;
 
+use hashbrown::HashMap;
 use serde::Serialize;
 
 use super::record::{Record, Status};

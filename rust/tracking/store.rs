@@ -82,19 +82,26 @@ impl Store {
 
     /// Adds an open record, the newest of its id.
     pub(super) fn open(&self, id: &str, route: &str, unix_us: i64, now_us: u64) -> Key {
-        let index = self.shard_of(id);
+        let hash = self.hasher.hash_one(id);
+        let index = self.shard_of(hash);
         loop {
             let mut shard = self.shards[index].write();
             self.expire(&mut shard, now_us);
             let has_room = self.take_room()
                 || (shard.len() >= self.share(index) && self.evict_from(&mut shard));
             if has_room {
-                return self.insert(index, &mut shard, id, route, unix_us);
+                return Key {
+                    shard: index,
+                    place: self.insert(&mut shard, id, hash, route, unix_us),
+                };
             }
             drop(shard);
             if self.evict_above_share() {
                 let mut shard = self.shards[index].write();
-                return self.insert(index, &mut shard, id, route, unix_us);
+                return Key {
+                    shard: index,
+                    place: self.insert(&mut shard, id, hash, route, unix_us),
+                };
             }
             // Others hold rooms they are about to fill; let them.
             std::thread::yield_now();
@@ -106,7 +113,7 @@ impl Store {
         let store = Store::new(records.len().max(1), u64::MAX, "");
         store.taken.store(records.len(), Ordering::Relaxed);
         for (seq, record) in (0..).zip(records) {
-            let index = store.shard_of(&record.request_id);
+            let index = store.shard_of(store.hasher.hash_one(&*record.request_id));
             store.shards[index].write().restore(seq, record);
             store.next_seq.store(seq + 1, Ordering::Relaxed);
         }
@@ -120,7 +127,7 @@ impl Store {
 
     /// The newest record with this id; looking at it is a use.
     pub(super) fn get(&self, id: &str, now_us: u64) -> Option<Trace> {
-        let mut shard = self.shards[self.shard_of(id)].write();
+        let mut shard = self.shards[self.shard_of(self.hasher.hash_one(id))].write();
         self.expire(&mut shard, now_us);
         shard.get(id)
     }
@@ -188,9 +195,10 @@ impl Store {
         removed
     }
 
-    fn shard_of(&self, id: &str) -> usize {
+    /// The shard of the ids with this hash.
+    fn shard_of(&self, hash: u64) -> usize {
         // Not from the bits the shard's own table uses: the lowest and the highest.
-        (self.hasher.hash_one(id) >> 32) as usize % self.shards.len()
+        (hash >> 32) as usize % self.shards.len()
     }
 
     /// The even share of a shard; all shares together are the capacity.
@@ -206,9 +214,9 @@ impl Store {
 
     /// Inserts into a room already taken. Arrival numbers are given under the shard's lock, so that
     /// a listing that waits for the lock sees all numbers it knows of.
-    fn insert(&self, index: usize, shard: &mut Shard, id: &str, route: &str, unix_us: i64) -> Key {
+    fn insert(&self, shard: &mut Shard, id: &str, hash: u64, route: &str, unix_us: i64) -> Place {
         let seq = self.next_seq.fetch_add(1, Ordering::Relaxed);
-        Key { shard: index, place: shard.insert(seq, id, route, unix_us) }
+        shard.insert(seq, id, hash, route, unix_us)
     }
 
     /// Makes a room, which stays taken, in the first shard that holds more than its share.

@@ -5,11 +5,12 @@
 //! bytes as well. A `CompactId` halves the usual id of 32 hex digits.
 
 use std::borrow::Borrow;
-use std::collections::HashSet;
 use std::fmt::{self, Display, Formatter};
 use std::hash::{Hash, Hasher};
 use std::mem::size_of;
 use std::sync::Arc;
+
+use hashbrown::HashSet;
 
 /// Most names one `Names` set shares; records with further ones keep a text of their own.
 const MAX_NAMES: usize = 1_024;

@@ -11,9 +11,9 @@
 //! of an earlier moment. Does not touch the bytes, does not decompress, does not measure time.
 
 use std::collections::BTreeMap;
+use std::sync::LazyLock;
 
 use memchr::memmem;
-use serde_json::value::RawValue;
 
 use super::sse::{Event, Events, MAX_EVENT_BYTES};
 use crate::json::{self, Field};
@@ -118,7 +118,7 @@ impl Reader {
 /// The facts of an answer that is no stream: one object, or a list of them.
 fn whole(json: &str) -> Facts {
     let mut items: Vec<Said> = match json::list(json) {
-        Some(items) => items.iter().map(|item| Said::of(item.get()).unwrap_or_default()).collect(),
+        Some(items) => items.iter().map(|item| Said::of(item).unwrap_or_default()).collect(),
         None => Said::of(json).into_iter().collect(),
     };
     let tokens = Tokens::sum(items.iter().map(|item| item.tokens));
@@ -259,16 +259,16 @@ impl Tokens {
     /// From OpenAI's or Anthropic's `usage`, and whether it speaks of the prompt. Anthropic does not
     /// count the tokens read from and written to the cache among its `input_tokens`; here the prompt
     /// is all of them.
-    fn of_usage(usage: &RawValue) -> Option<(Tokens, bool)> {
-        let names = ["prompt_tokens", "completion_tokens", "prompt_tokens_details"];
-        let [prompt, completion, prompt_details] = json::fields(usage.get(), names)?;
-        let names = ["input_tokens", "output_tokens", "input_tokens_details"];
-        let [input, output, input_details] = json::fields(usage.get(), names)?;
-        let names = ["cache_read_input_tokens", "cache_creation_input_tokens"];
-        let [read, written] = json::fields(usage.get(), names)?;
+    fn of_usage(usage: &str) -> Option<(Tokens, bool)> {
+        let openai = ["prompt_tokens", "completion_tokens", "prompt_tokens_details"];
+        let responses = ["input_tokens", "output_tokens", "input_tokens_details"];
+        let anthropic = ["cache_read_input_tokens", "cache_creation_input_tokens"];
+        let ([a, b, c], [d, e, f], [g, h]) = (openai, responses, anthropic);
+        let [prompt, completion, prompt_details, input, output, input_details, read, written] =
+            json::fields(usage, [a, b, c, d, e, f, g, h])?;
         let beside = |count: Field<'_>| count.map_or(Some(0), json::number);
         let details = prompt_details.or(input_details);
-        let detailed = details.and_then(|it| json::fields(it.get(), ["cached_tokens"])?[0]);
+        let detailed = details.and_then(|it| json::fields(it, ["cached_tokens"])?[0]);
         let prompt = prompt.or(input);
         let tokens = Tokens {
             prompt: prompt.and_then(|prompt| {
@@ -290,6 +290,24 @@ impl Tokens {
         }
     }
 }
+
+/// The fields of an answer or an event that are read: what wraps others, SGLang's own, and those of OpenAI and Anthropic.
+const FIELDS: [&str; 14] = [
+    "response",
+    "message",
+    "error",
+    "meta_info",
+    "index",
+    "text",
+    "output_ids",
+    "id",
+    "choices",
+    "usage",
+    "delta",
+    "stop_reason",
+    "object",
+    "status",
+];
 
 /// What one JSON object says: a whole answer, an item of one, or an event.
 #[derive(Debug, Default)]
@@ -316,24 +334,28 @@ enum Source {
 impl Said {
     /// What an event says; `None` when it is no object or an error.
     fn of_event(json: &str) -> Option<Said> {
-        let [response, message] = json::fields(json, ["response", "message"])?;
+        let fields = json::fields(json, FIELDS)?;
+        let [response, message, ..] = fields;
         match (response, message) {
             // Responses wrap the whole response, a Message's beginning what is known of it by then,
             // with a count of output tokens that means nothing yet.
-            (Some(response), _) => Some(Said { content: false, ..Said::of(response.get())? }),
+            (Some(response), _) => Some(Said { content: false, ..Said::of(response)? }),
             (None, Some(message)) => {
-                let said = Said::of(message.get())?;
+                let said = Said::of(message)?;
                 let tokens = Tokens { completion: None, ..said.tokens };
                 Some(Said { content: false, tokens, ..said })
             }
-            (None, None) => Said::of(json),
+            (None, None) => Said::of_fields(fields),
         }
     }
 
     /// What an object says by itself; `None` when it is no object or an error.
     fn of(json: &str) -> Option<Said> {
-        let names = ["error", "meta_info", "index", "text", "output_ids"];
-        let [error, meta, index, text, output_ids] = json::fields(json, names)?;
+        Said::of_fields(json::fields(json, FIELDS)?)
+    }
+
+    fn of_fields(fields: [Field<'_>; FIELDS.len()]) -> Option<Said> {
+        let [_, _, error, meta, index, text, output_ids, others @ ..] = fields;
         match (error, meta) {
             (Some(_), _) => None,
             (None, Some(meta)) => Some(Said {
@@ -341,37 +363,35 @@ impl Said {
                 content: is_filled(text) || is_filled(output_ids),
                 ..Said::of_meta(meta)
             }),
-            (None, None) => Said::of_others(json),
+            (None, None) => Some(Said::of_others(others)),
         }
     }
 
     /// What an object in OpenAI's or Anthropic's shapes says.
-    fn of_others(json: &str) -> Option<Said> {
-        let names = ["id", "choices", "usage", "delta", "stop_reason", "object", "status"];
-        let [id, choices, usage, delta, stop, object, status] = json::fields(json, names)?;
+    fn of_others([id, choices, usage, delta, stop, object, status]: [Field<'_>; 7]) -> Said {
         let (chosen, finish_reason) = of_choices(choices);
-        let stop = stop.or(delta.and_then(|delta| json::fields(delta.get(), ["stop_reason"])?[0]));
+        let stop = stop.or(delta.and_then(|delta| json::fields(delta, ["stop_reason"])?[0]));
         let ended = status.filter(|it| {
-            let response = object.is_some_and(|object| object.get() == "\"response\"");
-            response && !["\"in_progress\"", "\"queued\""].contains(&it.get())
+            let response = object.is_some_and(|object| object == "\"response\"");
+            response && !["\"in_progress\"", "\"queued\""].contains(it)
         });
         let usage = usage.and_then(Tokens::of_usage);
         let content = is_filled(delta) || any_filled(delta, ["text", "thinking", "partial_json"]);
-        Some(Said {
+        Said {
             id: id.and_then(name),
             finish_reason: finish_reason.or(stop.or(ended).and_then(name)),
             tokens: usage.map_or_else(Tokens::default, |(tokens, _)| tokens),
             source: usage.map_or(Source::Nothing, |(_, prompt_told)| Source::Usage { prompt_told }),
             content: chosen || content,
-        })
+        }
     }
 
     /// What `meta_info` says, in SGLang's native answers.
-    fn of_meta(meta: &RawValue) -> Said {
+    fn of_meta(meta: &str) -> Said {
         let names = ["id", "finish_reason", "prompt_tokens", "cached_tokens", "completion_tokens"];
         let [id, finish_reason, prompt, cached, completion] =
-            json::fields(meta.get(), names).unwrap_or_default();
-        let kind = |reason: &RawValue| json::fields(reason.get(), ["type"])?[0].and_then(name);
+            json::fields(meta, names).unwrap_or_default();
+        let kind = |reason: &str| json::fields(reason, ["type"])?[0].and_then(name);
         Said {
             id: id.and_then(name),
             finish_reason: finish_reason.and_then(|reason| name(reason).or_else(|| kind(reason))),
@@ -388,14 +408,14 @@ impl Said {
 /// Whether `choices` bring content, and why the first of them ended.
 fn of_choices(choices: Field<'_>) -> (bool, Option<Box<str>>) {
     let (mut content, mut finish_reason) = (false, None);
-    for choice in choices.and_then(|it| json::list(it.get())).unwrap_or_default() {
+    for choice in choices.and_then(|it| json::list(it)).unwrap_or_default() {
         let names = ["index", "finish_reason", "text", "delta"];
-        let Some([index, reason, text, delta]) = json::fields(choice.get(), names) else {
+        let Some([index, reason, text, delta]) = json::fields(choice, names) else {
             continue;
         };
         content |=
             is_filled(text) || any_filled(delta, ["content", "reasoning_content", "tool_calls"]);
-        if index.is_none_or(|index| index.get() == "0") {
+        if index.is_none_or(|index| index == "0") {
             finish_reason = finish_reason.or(reason.and_then(name));
         }
     }
@@ -403,13 +423,13 @@ fn of_choices(choices: Field<'_>) -> (bool, Option<Box<str>>) {
 }
 
 /// A string of a length fit to be kept.
-fn name(value: &RawValue) -> Option<Box<str>> {
+fn name(value: &str) -> Option<Box<str>> {
     json::string(value).filter(|name| name.len() <= MAX_NAME_BYTES).map(Into::into)
 }
 
 /// Whether the value is a string or a list with something in it.
 fn is_filled(value: Field<'_>) -> bool {
-    let Some(text) = value.map(RawValue::get) else {
+    let Some(text) = value else {
         return false;
     };
     let inside = |open, close| text.strip_prefix(open)?.strip_suffix(close);
@@ -418,28 +438,29 @@ fn is_filled(value: Field<'_>) -> bool {
 }
 
 fn any_filled<const N: usize>(object: Field<'_>, names: [&str; N]) -> bool {
-    let found = object.and_then(|object| json::fields(object.get(), names));
+    let found = object.and_then(|object| json::fields(object, names));
     found.is_some_and(|found| found.into_iter().any(is_filled))
 }
 
 /// The `index` and `meta_info` of a frame that ends `…,"meta_info":{…},"index":0}` or without the
 /// index, read from behind so that the text and token ids before them cost nothing. `None` for all
 /// else, also a frame with its fields in another order.
-fn frame_end(data: &[u8]) -> Option<(Option<u32>, &RawValue)> {
-    let (before, meta) = data.split_at(memmem::rfind(data, b"\"meta_info\"")?);
+fn frame_end(data: &[u8]) -> Option<(Option<u32>, &str)> {
+    static KEY: LazyLock<memmem::FinderRev<'static>> =
+        LazyLock::new(|| memmem::FinderRev::new(b"\"meta_info\""));
+    let (before, meta) = data.split_at(KEY.rfind(data)?);
     // A quote inside a string has a backslash before it, the quote of a key a comma or brace.
     if !before.trim_ascii_end().ends_with(b",") && before.trim_ascii() != b"{" {
         return None;
     }
-    let meta = after_key(meta, b"\"meta_info\"")?;
-    let mut values = serde_json::Deserializer::from_slice(meta).into_iter::<Field<'_>>();
-    let value = values.next()?.ok()??;
-    let rest = meta[values.byte_offset()..].trim_ascii().strip_suffix(b"}")?;
+    let meta = std::str::from_utf8(after_key(meta, b"\"meta_info\"")?).ok()?;
+    let (value, rest) = json::leading(meta)?;
+    let rest = rest.trim_ascii().strip_suffix('}')?;
     if rest.is_empty() {
         // The index may stand in front as well.
         return memmem::find(before, b"\"index\"").is_none().then_some((None, value));
     }
-    let index = after_key(rest.strip_prefix(b",")?.trim_ascii_start(), b"\"index\"")?;
+    let index = after_key(rest.strip_prefix(',')?.trim_ascii_start().as_bytes(), b"\"index\"")?;
     Some((Some(serde_json::from_slice(index).ok()?), value))
 }
 
@@ -451,10 +472,13 @@ fn after_key<'d>(data: &'d [u8], key: &[u8]) -> Option<&'d [u8]> {
 
 /// Whether an event gives a value, other than `null`, to a field that can hold facts.
 fn may_hold_facts(data: &[u8]) -> bool {
-    let fields: [&[u8]; 5] =
-        [b"\"usage\"", b"\"finish_reason\"", b"\"stop_reason\"", b"\"response\"", b"\"meta_info\""];
-    fields.into_iter().any(|key| {
-        let mut values = memmem::find_iter(data, key).map(|at| after_key(&data[at..], key));
+    // A search is prepared once, as it takes longer than to search one event.
+    static KEYS: LazyLock<[memmem::Finder<'static>; 5]> = LazyLock::new(|| {
+        ["usage", "finish_reason", "stop_reason", "response", "meta_info"]
+            .map(|name| memmem::Finder::new(&format!("\"{name}\"")).into_owned())
+    });
+    KEYS.iter().any(|key| {
+        let mut values = key.find_iter(data).map(|at| after_key(&data[at..], key.needle()));
         values.any(|value| value.is_some_and(|value| !value.starts_with(b"null")))
     })
 }

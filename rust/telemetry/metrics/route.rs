@@ -3,11 +3,11 @@
 //! The idea: a request finds its counters through two small maps, once. [`Route`] is made when the routes are,
 //! [`Series`] when a model is first asked for there; both keep what they have looked up in the families.
 
-use std::collections::HashMap;
 use std::hash::Hash;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use hashbrown::HashMap;
 use parking_lot::RwLock;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::{Family, MetricConstructor};
