@@ -408,7 +408,7 @@ impl Said {
 /// Whether `choices` bring content, and why the first of them ended.
 fn of_choices(choices: Field<'_>) -> (bool, Option<Box<str>>) {
     let (mut content, mut finish_reason) = (false, None);
-    for choice in choices.and_then(|it| json::list(it)).unwrap_or_default() {
+    for choice in choices.and_then(json::list).unwrap_or_default() {
         let names = ["index", "finish_reason", "text", "delta"];
         let Some([index, reason, text, delta]) = json::fields(choice, names) else {
             continue;
