@@ -1,10 +1,12 @@
 //! What the parts of the hot path cost: the scan of a body, the prefix tree, the policies, the tracker.
 //!
-//!     make bench-hot-path                    all of it, in three minutes
+//!     make bench-hot-path                    all of it, in two minutes
 //!     make bench-hot-path HOT_PATH=tree      what has this in its name
 //!
 //! Each part is measured by criterion, which compares with its own last run and keeps the figures in `target/criterion`. At the
 //! end the medians of this run stand beside the bounds they must keep; the exit status is 1 if one does not. Seeds are fixed.
+//!
+//! What others do on the machine shows, most of all in the figures of two threads: run it on one that is idle.
 //!
 //! Not here: the network and the life of a request, which `make bench-overhead` measures from outside.
 
@@ -24,6 +26,7 @@ use criterion::Criterion;
 
 fn main() -> ExitCode {
     let began = SystemTime::now();
+    let load_before = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     let figures = figures();
     let mut criterion = Criterion::default()
         .output_directory(&figures)
@@ -42,6 +45,7 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let two_over_one = threads::two_over_one();
+    println!("\nload average before the run: {}", load_before.trim_end());
     match bounds::all_held(&bounds::Medians { figures, since: began }, two_over_one) {
         true => ExitCode::SUCCESS,
         false => ExitCode::FAILURE,
