@@ -1,6 +1,6 @@
 //! What the parts of the hot path cost: the scan of a body, the prefix tree, the policies, the tracker.
 //!
-//!     make bench-hot-path                    all of it, in two minutes
+//!     make bench-hot-path                    all of it, in a minute and a half
 //!     make bench-hot-path HOT_PATH=tree      what has this in its name
 //!
 //! Each part is measured by criterion, which compares with its own last run and keeps the figures in `target/criterion`. At the

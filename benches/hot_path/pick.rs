@@ -14,7 +14,7 @@ const WORKER_COUNTS: [u32; 3] = [4, 64, 512];
 /// Requests in flight at a worker are 0 to this many.
 const IN_FLIGHT_MAX: u32 = 8;
 
-/// Sessions that requests belong to.
+/// Sessions that requests belong to, in turn: all are known after one round.
 const SESSIONS: u64 = 10_000;
 
 /// Blocks of 64 bytes in the caches that `least_ttft` looks through, all different.
