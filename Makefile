@@ -12,7 +12,7 @@ FUZZ_TARGETS := scan stream_usage tree trace_queries
 # Built and installed into .venv when a source is newer.
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help build install wheel demo test test-rust test-python check format generate bench-memory bench-overload bench-disconnects bench-truth bench-routing chaos fuzz clean
+.PHONY: help build install wheel demo test test-rust test-python check format generate bench-memory bench-hot-path bench-overload bench-disconnects bench-truth bench-routing bench-hostile chaos fuzz clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -56,6 +56,9 @@ generate: $(INSTALLED) ## write the files that are derived from the Rust sources
 bench-memory: ## memory of 100,000 traces and of a million prompts
 	cargo bench --locked --bench memory
 
+bench-hot-path: ## what scan, tree, policies and tracker cost, against their bounds; HOT_PATH=tree for some of it
+	cargo bench --locked --bench hot_path -- $(HOT_PATH)
+
 bench-overload: $(INSTALLED) ## ten times the load the workers can bear; OVERLOAD="--factor 20 …" for options
 	$(BIN)/python tools/overload.py $(OVERLOAD)
 
@@ -67,6 +70,9 @@ bench-truth: $(INSTALLED) ## does the laboratory tell the truth?; TRUTH="--reque
 
 bench-routing: $(INSTALLED) ## policies and sglang-router on one trace over HTTP; ROUTING="--trace FILE …"
 	$(BIN)/python tools/routing.py $(ROUTING)
+
+bench-hostile: $(INSTALLED) ## clients that mean harm, beside others; HOSTILE="--attacks idle …" for some of them
+	PYTHONPATH=tools $(BIN)/python benches/overhead/hostile.py $(HOSTILE)
 
 chaos: $(INSTALLED) ## five minutes of load while workers are killed, hang and refuse; CHAOS="--seconds 60 …" for options
 	$(BIN)/python tools/chaos.py $(CHAOS)
