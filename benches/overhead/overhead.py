@@ -1,0 +1,327 @@
+"""What a router costs, beside HAProxy, nginx and sglang-router 0.3.2 in the same run.
+
+    make bench-overhead                                                   all of it
+    make bench-overhead OVERHEAD="--runs requests streams --rounds 5"     some of it
+    make bench-overhead OVERHEAD="--contenders haproxy ours:cache_aware"  some contenders
+
+The runs:
+  requests      many connections, each with its next request when the last was answered: CPU time of the contender per
+                request, throughput, memory
+  latency       one connection
+  rate          a constant rate of requests; latency is counted from when a request was due, also without a router
+  streams       many streams at a time: CPU time per chunk, delay of a chunk, chunks that came together; and one stream
+                at a time: its first chunk
+  cores         ours on two cores against one
+  tracking      ours with tracking on and off, in pairs
+  instructions  the same by callgrind's count, if valgrind is there
+  memory        ours under many different requests
+
+A contender has core 0 to itself, workers and clients share core 1. Contenders take turns; a figure is the median of the
+rounds, with the least and the most. Tables are followed by what must hold; the exit status is 0 if all of it held, 1 if
+not, 2 if the run could not be made. Needed beside Rust and Python: wrk, haproxy and nginx; sglang-router is installed
+from PyPI into a virtual environment of its own. Nothing else should run on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, TypeVar
+
+import contenders as make
+from contenders import ALL, LOAD_CORE, OURS, OURS_UNTRACKED, Contender, Target, pinned
+from figures import (
+    DIRECT,
+    OFF,
+    ON,
+    ONE_CORE,
+    TWO_CORES,
+    Instructions,
+    Latency,
+    Measurement,
+    Memory,
+    Rate,
+    Requests,
+    Rows,
+    Streams,
+    Tracking,
+    Wrk,
+    judge,
+    memory_of,
+    number,
+    parse_instructions,
+    parse_wrk,
+    table,
+    unreached,
+)
+from trial import (
+    THEIRS,
+    Failure,
+    Processes,
+    Rule,
+    carry_out,
+    ended,
+    free_ports,
+    parsed,
+    parser,
+    positive,
+    stopped,
+    until_open,
+)
+
+HERE = Path(__file__).parent
+WARM_SECS = 1.0
+SAMPLE_EVERY, PRINT_EVERY = 10_000, 100_000
+# Chunks of a stream of which only the first counts, and requests of the two counts whose difference is taken.
+FEW_CHUNKS = 4
+COUNTED = (500, 2500)
+
+M = TypeVar("M", bound=Measurement)
+
+
+@dataclass
+class Bench:
+    """What every run needs."""
+
+    settings: argparse.Namespace
+    processes: Processes
+    # The program built of load.rs.
+    load: str
+    found: dict[str, Rows] = field(default_factory=dict)
+    # Makes the prompts of no two runs of wrk the same.
+    runs_of_wrk: itertools.count[int] = field(default_factory=itertools.count)
+
+    @contextlib.asynccontextmanager
+    async def running(
+        self, run: str, contenders: Sequence[Contender], *, has_direct: bool = False, streams: bool = False
+    ) -> AsyncIterator[list[Target]]:
+        """Contenders that share their workers, for the length of a run."""
+        with Processes(self.processes.directory) as processes:
+            if streams:
+                ports = await make.start_stream_workers(processes, run, self.load, self.settings.gap_ms)
+            else:
+                ports = await make.start_workers(processes, run)
+            targets = [Target(DIRECT, ports[0])] if has_direct else []
+            for who in contenders:
+                print(f"{run}: starting {who}", flush=True)
+                targets.append(await make.start(processes, run, who, self.settings.program, ports))
+            yield targets
+
+    async def wrk(self, target: Target, connections: int, secs: float) -> tuple[Wrk, float]:
+        """Requests with wrk; also the microseconds of processors that each cost the target."""
+        url = f"http://127.0.0.1:{target.port}/generate"
+        script, number_of_run = str(HERE / "prompts.lua"), str(next(self.runs_of_wrk))
+        command = ["wrk", "-t1", f"-c{connections}", f"-d{max(1, round(secs))}s", "--latency", "-s", script, url]
+        before = target.cpu_secs()
+        made = parse_wrk(await output([*pinned(LOAD_CORE, command), "--", number_of_run]))
+        return made, (target.cpu_secs() - before) * 1e6 / made.requests
+
+    async def client(self, command: str, target: Target, **options: float) -> dict[str, Any]:
+        """What a client of load.rs says at its end."""
+        text = await output(self.client_command(command, target, **options))
+        return dict(json.loads(text))
+
+    def client_command(self, command: str, target: Target, **options: float) -> list[str]:
+        """Its command line."""
+        flags = [f"--{name.replace('_', '-')}={value:g}" for name, value in options.items()]
+        return pinned(LOAD_CORE, [self.load, command, f"--port={target.port}", *flags])
+
+
+async def output(command: Sequence[str]) -> str:
+    """What a program prints; it does not outlive this."""
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        told, errors = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+    if process.returncode != 0:
+        raise Failure(f"{' '.join(command)}: exit status {process.returncode}: {errors.decode()[-500:].strip()}")
+    return told.decode()
+
+
+async def in_turn(
+    run: str, targets: Sequence[Target], rounds: int, measure: Callable[[Target, float], Awaitable[M]], secs: float
+) -> dict[str, list[M]]:
+    """The figures of each target, round by round, after a short time that is not counted."""
+    rows: dict[str, list[M]] = {target.name: [] for target in targets}
+    for target in targets:
+        await measure(target, min(WARM_SECS, secs))
+    for number_of_round in range(rounds):
+        # Every other round backwards, so that nobody always follows the same one.
+        for target in targets[:: -1 if number_of_round % 2 else 1]:
+            made = await measure(target, secs)
+            rows[target.name].append(made)
+            figures = ", ".join(f"{name} {number(value)}" for name, value in asdict(made).items())
+            print(f"{run} {number_of_round + 1}/{rounds} {target.name}: {figures}", flush=True)
+    return rows
+
+
+# --- the runs -------------------------------------------------------------------------------------------------------
+
+
+async def requests(bench: Bench) -> Rows:
+    """Many connections."""
+    settings = bench.settings
+
+    async def measure(target: Target, secs: float) -> Requests:
+        made, cpu_us = await bench.wrk(target, settings.connections, secs)
+        return Requests(cpu_us, made.per_sec, target.rss_mb())
+
+    async with bench.running("requests", settings.contenders) as targets:
+        return await in_turn("requests", targets, settings.rounds, measure, settings.seconds)
+
+
+async def latency(bench: Bench) -> Rows:
+    """One connection."""
+    settings = bench.settings
+
+    async def measure(target: Target, secs: float) -> Latency:
+        made, _ = await bench.wrk(target, 1, secs)
+        return Latency(made.p50_us, made.p99_us)
+
+    async with bench.running("latency", settings.contenders, has_direct=True) as targets:
+        return await in_turn("latency", targets, settings.rounds, measure, settings.seconds)
+
+
+async def rate(bench: Bench) -> Rows:
+    """A constant rate."""
+    settings = bench.settings
+
+    async def measure(target: Target, secs: float) -> Rate:
+        told = await bench.client(
+            "rate", target, connections=settings.connections, per_sec=settings.rate, secs=secs, seed=settings.seed
+        )
+        return Rate(**told)
+
+    async with bench.running("rate", settings.contenders, has_direct=True) as targets:
+        rows = await in_turn("rate", targets, settings.rounds, measure, settings.seconds)
+    print(*unreached(rows, settings.rate, rows), sep="\n", flush=True)
+    return rows
+
+
+async def streams(bench: Bench) -> Rows:
+    """Many streams at a time, and one."""
+    settings = bench.settings
+
+    async def measure(target: Target, secs: float) -> Streams:
+        before = target.cpu_secs()
+        many = await bench.client(
+            "streams", target, streams=settings.streams, chunks=settings.chunks, secs=secs, seed=settings.seed
+        )
+        used = target.cpu_secs() - before
+        one = await bench.client("streams", target, streams=1, chunks=FEW_CHUNKS, secs=secs / 2, seed=settings.seed)
+        names = ("delay_p50_us", "delay_p99_us", "gap_p50_us", "gap_p99_us", "crowded")
+        seen = {name: many[name] for name in names}
+        return Streams(cpu_us_per_chunk=used * 1e6 / many["chunks"], first_us=one["first_us"], **seen)
+
+    async with bench.running("streams", settings.contenders, has_direct=True, streams=True) as targets:
+        return await in_turn("streams", targets, settings.rounds, measure, settings.seconds)
+
+
+async def cores(bench: Bench) -> Rows:
+    """Ours on two cores and on one."""
+    settings = bench.settings
+
+    async def measure(target: Target, secs: float) -> Requests:
+        made, cpu_us = await bench.wrk(target, settings.connections, secs)
+        return Requests(cpu_us, made.per_sec, target.rss_mb())
+
+    wide = Contender(OURS.name, OURS.policy, cores="0,1")
+    async with bench.running("cores", [OURS, wide]) as (narrow, both):
+        targets = [Target(ONE_CORE, narrow.port, narrow.process), Target(TWO_CORES, both.port, both.process)]
+        return await in_turn("cores", targets, settings.rounds, measure, settings.seconds)
+
+
+async def tracking(bench: Bench) -> Rows:
+    """Tracking on and off in pairs, every other one in the other order."""
+    settings = bench.settings
+
+    async def measure(target: Target, secs: float) -> Tracking:
+        return Tracking((await bench.wrk(target, settings.connections, secs))[1])
+
+    async with bench.running("tracking", [OURS, OURS_UNTRACKED]) as (on, off):
+        targets = [Target(ON, on.port, on.process), Target(OFF, off.port, off.process)]
+        return await in_turn("tracking", targets, settings.pairs, measure, settings.seconds)
+
+
+async def instructions(bench: Bench) -> Rows:
+    """Tracking on and off, counted."""
+    if make.found("valgrind") is None:
+        print("instructions: there is no valgrind here; on Debian: apt-get install valgrind", flush=True)
+        return {}
+    rows = {}
+    for name, who in ((ON, OURS), (OFF, OURS_UNTRACKED)):
+        few, many = [await count(bench, f"instructions-{name}-{requests}", who, requests) for requests in COUNTED]
+        rows[name] = [Instructions((many - few) / (COUNTED[1] - COUNTED[0]))]
+        print(f"instructions {name}: {number(rows[name][0].instructions)} per request", flush=True)
+    return rows
+
+
+async def count(bench: Bench, run: str, who: Contender, requests: int) -> int:
+    """The instructions of a router's whole life with so many requests."""
+    directory, port = bench.processes.directory, free_ports(1)[0]
+    with Processes(directory) as processes:
+        workers = await make.start_workers(processes, run)
+        callgrind = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={directory / f'{run}.callgrind'}"]
+        launch = [*make.our_command(bench.settings.program, who, port, workers), "--worker-threads", "1"]
+        process = processes.start(run, pinned(make.CONTENDER_CORE, [*callgrind, *launch]))
+        await until_open(port, process)
+        await make.until_ready(port, run)
+        await bench.client(
+            "turns", Target(run, port, process), connections=1, requests=requests, seed=bench.settings.seed
+        )
+        if problems := await stopped(process):
+            raise Failure(f"{run}: {', '.join(problems)}")
+    return parse_instructions((directory / f"{run}.log").read_text())
+
+
+async def memory(bench: Bench) -> Rows:
+    """Ours under many different requests, none of which begins like another."""
+    settings = bench.settings
+    async with bench.running("memory", [OURS]) as (target,):
+        command = bench.client_command(
+            "turns", target, connections=settings.connections, requests=settings.requests, seed=settings.seed
+        )
+        samples = [(0, target.rss_mb())]
+        process = await asyncio.create_subprocess_exec(*command, "--distinct", stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        try:
+            async for line in process.stdout:
+                if (text := line.decode().strip()).isdigit():
+                    samples.append((int(text), target.rss_mb()))
+                    if samples[-1][0] % PRINT_EVERY == 0:
+                        print(f"memory: {samples[-1][1]:.1f} MB after {samples[-1][0]:,} requests", flush=True)
+            status = await process.wait()
+        finally:
+            if process.returncode is None:
+                process.kill()
+        if status != 0:
+            raise Failure(f"{' '.join(command)}: exit status {status}")
+        samples.append((settings.requests, target.rss_mb()))
+        return {target.name: [memory_of(samples)]}
+
+
+RUNS: dict[str, Callable[[Bench], Awaitable[Rows]]] = {
+    "requests": requests,
+    "latency": latency,
+    "rate": rate,
+    "streams": streams,
+    "cores": cores,
+    "tracking": tracking,
+    "instructions": instructions,
+    "memory": memory,
+}
