@@ -12,7 +12,7 @@ FUZZ_TARGETS := scan stream_usage tree trace_queries
 # Built and installed into .venv when a source is newer.
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help build install wheel demo test test-rust test-python check format generate bench-memory bench-overload bench-disconnects bench-truth bench-routing chaos fuzz clean
+.PHONY: help build install wheel demo test test-rust test-python check format generate bench-memory bench-overload bench-disconnects bench-truth bench-routing bench-overhead chaos fuzz clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -67,6 +67,9 @@ bench-truth: $(INSTALLED) ## does the laboratory tell the truth?; TRUTH="--reque
 
 bench-routing: $(INSTALLED) ## policies and sglang-router on one trace over HTTP; ROUTING="--trace FILE …"
 	$(BIN)/python tools/routing.py $(ROUTING)
+
+bench-overhead: $(INSTALLED) build ## what a router costs, beside HAProxy and sglang-router; OVERHEAD="--runs requests …"
+	PYTHONPATH=tools $(BIN)/python benches/overhead/overhead.py $(OVERHEAD)
 
 chaos: $(INSTALLED) ## five minutes of load while workers are killed, hang and refuse; CHAOS="--seconds 60 …" for options
 	$(BIN)/python tools/chaos.py $(CHAOS)

@@ -1,10 +1,9 @@
-"""What the trials under load share: programs that do not outlive them, the router that ours replaces, what is read of a
-router, and the verdict.
+"""What the trials under load share: programs that do not outlive them, what is read of a router, and the verdict.
 
 A trial starts a router and simulated workers, each in a process of its own, sends them requests, and says what had to
 hold in a table. Its exit status is 0 if all of it held, 1 if not, 2 if the trial could not be made.
 
-Not here: the load, and what must hold of it.
+Here too is how sglang-router, which ours replaces, is installed and started. Not here: the load, and what must hold of it.
 """
 
 from __future__ import annotations

@@ -219,7 +219,11 @@ async def start(processes: Processes, run: str, who: Contender, program: str, wo
         process = processes.start(name, pinned(who.cores, ["haproxy", "-db", "-f", str(path)]))
     else:
         is_ours = who.name == "ours"
-        command = our_command(program, who, port, workers) if is_ours else await their_command(port, who.policy, urls(workers))
+        command = (
+            our_command(program, who, port, workers)
+            if is_ours
+            else await their_command(port, who.policy, urls(workers))
+        )
         process = processes.start(name, pinned(who.cores, command))
     await until_open(port, process)
     if who.name in ("ours", "sglang-router"):

@@ -1,4 +1,4 @@
-"""The figures of the overhead bench: what is measured, how rounds are summed up and printed, and what must hold of them.
+"""The figures of the overhead bench: what is measured, how rounds are summed up and printed, and what must hold.
 
 A measurement is one contender's in one round. Ratios are those of two contenders in the same round, and then summed up.
 """
@@ -327,9 +327,7 @@ def judge_memory(rows: Rows) -> list[Rule]:
     """Many different requests."""
     made = []
     for who in rows:
-        end, half, growth = (
-            Summary.of(rounds_of(rows, who, name)) for name in ("most_mb", "half_mb", "growth_mb")
-        )
+        end, half, growth = (Summary.of(rounds_of(rows, who, name)) for name in ("most_mb", "half_mb", "growth_mb"))
         count = f"{rounds_of(rows, who, 'requests')[0]:,.0f} different requests"
         limit = GROWTH_SHARE * half.median
         made += [

@@ -219,8 +219,7 @@ impl Connection {
     async fn open(port: u16) -> Result<Self> {
         let stream = TcpStream::connect(("127.0.0.1", port)).await.context("connecting")?;
         stream.set_nodelay(true)?;
-        let (received, body) = Default::default();
-        Ok(Self { stream, next: Next::Head, received, body })
+        Ok(Self { stream, next: Next::Head, received: BytesMut::new(), body: BytesMut::new() })
     }
 
     async fn send(&mut self, request: &[u8]) -> Result<()> {
@@ -378,7 +377,7 @@ async fn rate(options: Rate) -> Result<Value> {
     }
     let took = began.elapsed().as_secs_f64().max(options.secs);
     let reached = latencies.len() as f64 / took;
-    let latencies = Sorted::of(&latencies);
+    let latencies = Sorted::of(latencies)?;
     Ok(json!({
         "reached_per_sec": reached,
         "p50_us": latencies.at(50.0),
@@ -387,20 +386,20 @@ async fn rate(options: Rate) -> Result<Value> {
     }))
 }
 
-/// Times in order.
+/// Times in order; there is one at least.
 struct Sorted(Vec<Duration>);
 
 impl Sorted {
-    fn of(times: &[Duration]) -> Self {
-        let mut sorted = times.to_vec();
-        sorted.sort_unstable();
-        Self(sorted)
+    fn of(mut times: Vec<Duration>) -> Result<Self> {
+        ensure!(!times.is_empty(), "nothing was answered");
+        times.sort_unstable();
+        Ok(Self(times))
     }
 
-    /// The nearest-rank percentile in microseconds; null without any.
-    fn at(&self, percent: f64) -> Option<f64> {
+    /// The nearest-rank percentile in microseconds.
+    fn at(&self, percent: f64) -> f64 {
         let rank = (self.0.len() as f64 * percent / 100.0).ceil() as usize;
-        self.0.get(rank.saturating_sub(1)).map(|time| time.as_secs_f64() * 1e6)
+        self.0[rank.saturating_sub(1)].as_secs_f64() * 1e6
     }
 }
 
@@ -500,7 +499,7 @@ async fn streams(options: Streams) -> Result<Value> {
         seen.add(ended??);
     }
     let (first, delays, gaps) =
-        (Sorted::of(&seen.first), Sorted::of(&seen.delays), Sorted::of(&seen.gaps));
+        (Sorted::of(seen.first)?, Sorted::of(seen.delays)?, Sorted::of(seen.gaps)?);
     Ok(json!({
         "streams": seen.streams,
         "chunks": delays.0.len(),

@@ -50,7 +50,6 @@ from figures import (
     Instructions,
     Latency,
     Measurement,
-    Memory,
     Rate,
     Requests,
     Rows,
@@ -71,7 +70,6 @@ from trial import (
     Processes,
     Rule,
     carry_out,
-    ended,
     free_ports,
     parsed,
     parser,
@@ -134,7 +132,7 @@ class Bench:
 
     def client_command(self, command: str, target: Target, **options: float) -> list[str]:
         """Its command line."""
-        flags = [f"--{name.replace('_', '-')}={value:g}" for name, value in options.items()]
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
         return pinned(LOAD_CORE, [self.load, command, f"--port={target.port}", *flags])
 
 
@@ -325,3 +323,109 @@ RUNS: dict[str, Callable[[Bench], Awaitable[Rows]]] = {
     "instructions": instructions,
     "memory": memory,
 }
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+async def build() -> str:
+    """The program of load.rs, built; its name has a hash in it that only cargo knows."""
+    print("building the load", flush=True)
+    told = await output(
+        ["cargo", "build", "--locked", "--profile=load", "--bench=overhead", "--message-format=json-render-diagnostics"]
+    )
+    for line in told.splitlines():
+        message = json.loads(line)
+        if message.get("executable") and message["target"]["name"] == "overhead":
+            return str(message["executable"])
+    raise Failure("cargo built no load")
+
+
+async def machine() -> dict[str, str]:
+    """What the figures were measured on, and with."""
+    lines = (await output(["cat", "/proc/cpuinfo"])).splitlines()
+    models = [line for line in lines if line.startswith("model name")]
+    versions = [["haproxy", "-v"], ["sh", "-c", "nginx -v 2>&1"], ["sh", "-c", "wrk -v || true"]]
+    told = [
+        (await output([make.found(command[0]) or command[0], *command[1:]])).splitlines()[0]
+        for command in versions
+        if make.found(command[0])
+    ]
+    return {
+        "CPU": models[0].partition(":")[2].strip() if models else platform.machine(),
+        "cores": str(os.cpu_count()),
+        "kernel": f"{platform.system()} {platform.release()}",
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "programs": "; ".join([*told, THEIRS]),
+    }
+
+
+def check(settings: argparse.Namespace) -> None:
+    """Say what is missing before anything is measured."""
+    if (os.cpu_count() or 1) < 2:
+        raise Failure("a contender and its load need a core each, and there is one")
+    needed = {"nginx", *(who.name for who in settings.contenders if who.name in ("haproxy", "nginx"))}
+    if {"requests", "latency", "cores", "tracking"} & set(settings.runs):
+        needed.add("wrk")
+    make.check_installed([*needed])
+
+
+async def run(settings: argparse.Namespace, processes: Processes) -> list[Rule]:
+    """Make the runs and judge them."""
+    check(settings)
+    bench = Bench(settings, processes, await build())
+    about = await machine()
+    for name in settings.runs:
+        if rows := await RUNS[name](bench):
+            bench.found[name] = rows
+    print("\n" + "\n".join(f"{name:<9} {value}" for name, value in about.items()))
+    for name, rows in bench.found.items():
+        print("", *table(name, rows), sep="\n")
+    rules = judge(bench.found, settings.rate)
+    if settings.json is not None:
+        settings.json.write_text(json.dumps(report(about, bench.found, rules), indent=2) + "\n")
+    return rules
+
+
+def report(about: dict[str, str], found: dict[str, Rows], rules: Sequence[Rule]) -> dict[str, Any]:
+    """All of it for programs."""
+    return {
+        "machine": about,
+        "runs": {
+            name: {who: [asdict(it) for it in made] for who, made in rows.items()} for name, rows in found.items()
+        },
+        "must_hold": [{"name": it.name, "held": not it.against, "measured": it.note} for it in rules],
+    }
+
+
+def count_of(text: str) -> int:
+    """A whole number above 0."""
+    value = int(text)
+    if not 0 < value <= 100_000_000:
+        raise argparse.ArgumentTypeError(f"{text} is not between 1 and 100000000")
+    return value
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    made = parser(__doc__)
+    made.set_defaults(program="target/release/sglang-router-rs")
+    add = made.add_argument
+    add("--runs", nargs="+", choices=RUNS, default=[*RUNS], help="what to measure", metavar="RUN")
+    add("--contenders", nargs="+", type=make.contender, default=[*ALL], help="of the first four runs", metavar="NAME")
+    add("--rounds", type=count_of, default=3, help="how often each contender is measured")
+    add("--pairs", type=count_of, default=10, help="how often tracking is measured on and off")
+    add("--seconds", type=positive, default=5, help="how long each measurement lasts; wrk knows whole ones only")
+    add("--connections", type=count_of, default=64, help="connections of the clients")
+    add("--rate", type=positive, default=8000, help="requests per second at a constant rate")
+    add("--streams", type=count_of, default=64, help="streams at a time")
+    add("--chunks", type=count_of, default=200, help="chunks of a stream")
+    add("--gap-ms", type=positive, default=5, help="time between two chunks of a stream")
+    add("--requests", type=count_of, default=1_000_000, help="different requests of the memory run")
+    add("--seed", type=int, default=1, help="decides the prompts that are not wrk's")
+    add("--json", type=Path, metavar="FILE", help="also write the figures there")
+    return parsed(made)
+
+
+if __name__ == "__main__":
+    sys.exit(carry_out("overhead", parse(), run))
