@@ -3,7 +3,8 @@
 A trial starts a router and simulated workers, each in a process of its own, sends them requests, and says what had to
 hold in a table. Its exit status is 0 if all of it held, 1 if not, 2 if the trial could not be made.
 
-Here too is how sglang-router, which ours replaces, is installed and started. Not here: the load, and what must hold of it.
+Here too is how sglang-router, which ours replaces, is installed and started. Not here: the load, and what must hold of
+it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ SETTLE_SECS = 10.0
 # How long programs may take to start and to end.
 START_SECS = 30.0
 LINES_SHOWN = 10
-THEIRS = "sglang-router==0.3.2"
+THEIR_PACKAGE = "sglang-router==0.3.2"
 THEIR_VENV = Path("target/venv-sglang-router")
 
 
@@ -124,9 +125,9 @@ async def their_python() -> Path:
     """The interpreter that has sglang-router; installs it if it is not there."""
     python = THEIR_VENV / "bin" / "python"
     if not (THEIR_VENV / ".installed").exists():
-        print(f"installing {THEIRS} into {THEIR_VENV}", file=sys.stderr)
+        print(f"installing {THEIR_PACKAGE} into {THEIR_VENV}", file=sys.stderr)
         make = [sys.executable, "-m", "venv", str(THEIR_VENV)]
-        for command in (make, [str(python), "-m", "pip", "install", "-q", THEIRS]):
+        for command in (make, [str(python), "-m", "pip", "install", "-q", THEIR_PACKAGE]):
             process = await asyncio.create_subprocess_exec(*command)
             if await process.wait() != 0:
                 raise Failure(f"{' '.join(command)} failed")

@@ -65,7 +65,7 @@ NGINX_PROXY = """
     }}
   }}
 """
-HAPROXY = """
+HAPROXY_CONFIG = """
 global
   nbthread 1
   maxconn 8000
@@ -73,6 +73,8 @@ defaults
   mode http
   option http-keep-alive
   http-reuse always
+  # Without it chunks of a stream are held back to be sent together.
+  option http-no-delay
   timeout connect 5s
   timeout client 600s
   timeout server 600s
@@ -106,12 +108,12 @@ class Contender:
         return str(self).replace(":", "-").replace(" ", "-").replace(",", "-")
 
 
-HAPROXY_ONE = Contender("haproxy")
-THEIRS_ONE = Contender("sglang-router", "cache_aware")
+HAPROXY = Contender("haproxy")
+THEIRS = Contender("sglang-router", "cache_aware")
 OURS = Contender("ours", "cache_aware")
 OURS_TTFT = Contender("ours", "least_ttft")
 OURS_UNTRACKED = Contender("ours", "cache_aware", is_tracking=False)
-ALL = (HAPROXY_ONE, Contender("nginx"), THEIRS_ONE, OURS, OURS_TTFT, OURS_UNTRACKED)
+ALL = (HAPROXY, Contender("nginx"), THEIRS, OURS, OURS_TTFT, OURS_UNTRACKED)
 
 
 def contender(text: str) -> Contender:
@@ -215,7 +217,7 @@ async def start(processes: Processes, run: str, who: Contender, program: str, wo
     elif who.name == "haproxy":
         path = processes.directory / f"{name}.cfg"
         servers = "\n".join(f"  server worker{it} 127.0.0.1:{it}" for it in workers)
-        path.write_text(HAPROXY.format(servers=servers, port=port))
+        path.write_text(HAPROXY_CONFIG.format(servers=servers, port=port))
         process = processes.start(name, pinned(who.cores, ["haproxy", "-db", "-f", str(path)]))
     else:
         is_ours = who.name == "ours"

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from contenders import HAPROXY_ONE, OURS, OURS_TTFT, THEIRS_ONE
+from contenders import HAPROXY, OURS, OURS_TTFT, THEIRS
 from trial import Failure, Rule
 
 DIRECT = "direct"
@@ -67,13 +67,6 @@ class Streams:
 
 
 @dataclass(frozen=True)
-class Tracking:
-    """One side of a pair, tracking on or off."""
-
-    cpu_us: float
-
-
-@dataclass(frozen=True)
 class Instructions:
     """What a request costs by callgrind's count."""
 
@@ -91,7 +84,7 @@ class Memory:
     growth_mb: float
 
 
-Measurement = Requests | Latency | Rate | Streams | Tracking | Instructions | Memory
+Measurement = Requests | Latency | Rate | Streams | Instructions | Memory
 # The rounds of each contender.
 Rows = Mapping[str, Sequence[Measurement]]
 
@@ -106,8 +99,8 @@ class Summary:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Summary:
-        """Of the values that are numbers; not a number if none is."""
-        numbers = [value for value in values if math.isfinite(value)]
+        """Not a number if there are no values."""
+        numbers = list(values)
         if not numbers:
             return cls(math.nan, math.nan, math.nan)
         return cls(statistics.median(numbers), min(numbers), max(numbers))
@@ -132,7 +125,7 @@ def rounds_of(rows: Rows, who: str, field: str) -> list[float]:
 def ratios(rows: Rows, field: str, who: str, base: str) -> Summary:
     """One figure in parts of another contender's in the same round."""
     pairs = zip(rounds_of(rows, who, field), rounds_of(rows, base, field), strict=False)
-    return Summary.of(value / other if other > 0 else math.nan for value, other in pairs)
+    return Summary.of(value / other if other > 0 else math.inf for value, other in pairs)
 
 
 def added(rows: Rows, field: str, who: str) -> Summary:
@@ -184,154 +177,86 @@ def memory_of(samples: Sequence[tuple[int, float]]) -> Memory:
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
-def more_columns(run: str, rows: Rows) -> dict[str, dict[str, Summary]]:
-    """The comparisons that belong into a run's table: by heading, then by contender."""
-    haproxy, theirs = str(HAPROXY_ONE), str(THEIRS_ONE)
-    compared: dict[str, dict[str, Summary]] = {}
-    bases = {
-        "requests": [("cpu_us", haproxy), ("cpu_us", theirs)],
-        "latency": [("p50_us", haproxy)],
-        "streams": [("cpu_us_per_chunk", theirs)],
-        "cores": [("cpu_us", ONE_CORE)],
-        "tracking": [("cpu_us", OFF)],
-        "instructions": [("instructions", OFF)],
-    }
-    for field, base in bases.get(run, []):
-        if base in rows:
-            compared[f"{field} x {base}"] = {who: ratios(rows, field, who, base) for who in rows}
-    added_fields = {"latency": ["p50_us"], "rate": ["p99_us"], "streams": ["first_us"]}
-    for field in added_fields.get(run, []):
-        if DIRECT in rows:
-            compared[f"added {field}"] = {who: added(rows, field, who) for who in rows if who != DIRECT}
-    return compared
+# What a run's table compares: a field with a contender's, and a field with the same without a router.
+COMPARED = {
+    "requests": [("cpu_us", str(HAPROXY)), ("cpu_us", str(THEIRS))],
+    "latency": [("p50_us", str(HAPROXY))],
+    "streams": [("cpu_us_per_chunk", str(THEIRS))],
+    "cores": [("cpu_us", ONE_CORE)],
+    "tracking": [("cpu_us", OFF)],
+    "instructions": [("instructions", OFF)],
+}
+ADDED = {"latency": "p50_us", "rate": "p99_us", "streams": "first_us"}
 
 
 def table(run: str, rows: Rows) -> list[str]:
     """The lines of a run's table."""
     names = [field.name for field in fields(next(iter(rows.values()))[0])]
-    more = more_columns(run, rows)
-    head = [run, *names, *more]
-    lines = [head]
-    for who in rows:
-        figures = [str(Summary.of(rounds_of(rows, who, name))) for name in names]
-        compared = [str(column[who]) if who in column else "" for column in more.values()]
-        lines.append([who, *figures, *compared])
-    widths = [max(len(line[at]) for line in lines) for at in range(len(head))]
-    return ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
+    columns = {name: [Summary.of(rounds_of(rows, who, name)) for who in rows] for name in names}
+    for name, base in COMPARED.get(run, []):
+        if base in rows:
+            columns[f"{name} / {base.partition(':')[0]}"] = [ratios(rows, name, who, base) for who in rows]
+    if DIRECT in rows:
+        columns[f"added {ADDED[run]}"] = [added(rows, ADDED[run], who) for who in rows]
+    cells = [[run, *rows], *([head, *map(str, column)] for head, column in columns.items())]
+    widths = [max(map(len, column)) for column in cells]
+    lines = zip(*cells, strict=True)
+    return ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
 
 
 # --- what must hold -------------------------------------------------------------------------------------------------
 
 
-def rule(name: str, figure: Summary, most: float, wrong: Sequence[str] = ()) -> Rule:
-    """A figure that must not be above a bound; one that could not be measured does not hold."""
-    against = [] if figure.median <= most else [f"{figure} > {number(most)}"]
-    return Rule(name, [*against, *wrong], f"{figure}")
-
-
-def unreached(rows: Rows, rate: float, names: Iterable[str]) -> list[str]:
+def unreached(rows: Rows, rate: float) -> list[str]:
     """Who did not reach the rate that was asked for."""
-    reached = {who: Summary.of(rounds_of(rows, who, "reached_per_sec")) for who in names if who in rows}
+    reached = {who: Summary.of(rounds_of(rows, who, "reached_per_sec")).median for who in rows}
     return [
-        f"{who} reached {number(it.median)} of {number(rate)} requests/s"
+        f"{who} reached {number(it)} of {number(rate)} requests/s"
         for who, it in reached.items()
-        if not it.median >= REACHED_SHARE * rate
+        if it < REACHED_SHARE * rate
     ]
 
 
 def judge(found: Mapping[str, Rows], rate: float) -> list[Rule]:
     """Each bound whose figures were measured."""
-    judges = {
-        "requests": judge_requests,
-        "latency": judge_latency,
-        "rate": lambda rows: judge_rate(rows, rate),
-        "streams": judge_streams,
-        "cores": judge_cores,
-        "instructions": judge_instructions,
-        "tracking": judge_tracking,
-        "memory": judge_memory,
-    }
-    return [made for run, rows in found.items() for made in judges[run](rows)]
+    ours, ttft, haproxy, theirs = map(str, (OURS, OURS_TTFT, HAPROXY, THEIRS))
 
+    def ratio(run: str, field: str, who: str, base: str) -> Summary:
+        return ratios(found.get(run, {}), field, who, base)
 
-def judge_requests(rows: Rows) -> list[Rule]:
-    """Time of processors."""
-    ours, ttft, haproxy, theirs = map(str, (OURS, OURS_TTFT, HAPROXY_ONE, THEIRS_ONE))
+    def more(run: str, field: str, who: str) -> Summary:
+        return added(found.get(run, {}), field, who)
+
+    def memory(field: str) -> Summary:
+        return Summary.of(rounds_of(found.get("memory", {}), ours, field))
+
+    their_p99 = 2 * more("rate", "p99_us", haproxy).median
+    growth = GROWTH_SHARE * memory("half_mb").median
     bounds = [
-        ("CPU per request is at most 2.0 x HAProxy's", ours, haproxy, 2.0),
-        ("CPU per request is at most 0.30 x sglang-router's", ours, theirs, 0.30),
-        ("CPU per request with least_ttft is at most 1.15 x cache_aware's", ttft, ours, 1.15),
+        ("CPU per request, x HAProxy's", ratio("requests", "cpu_us", ours, haproxy), 2.0),
+        ("CPU per request, x sglang-router's", ratio("requests", "cpu_us", ours, theirs), 0.30),
+        ("CPU per request with least_ttft, x cache_aware's", ratio("requests", "cpu_us", ttft, ours), 1.15),
+        ("p50 of one connection, x HAProxy's", ratio("latency", "p50_us", ours, haproxy), 1.3),
+        (f"added p99 at {number(rate)}/s, us (2 x HAProxy's)", more("rate", "p99_us", ours), their_p99),
+        ("added time to a stream's first chunk, us", more("streams", "first_us", ours), 500.0),
+        ("CPU per chunk, x sglang-router's", ratio("streams", "cpu_us_per_chunk", ours, theirs), 0.85),
+        ("share of reads with two chunks, above direct", more("streams", "crowded", ours), CROWDED_MORE),
+        ("CPU per request on two cores, x one core's", ratio("cores", "cpu_us", TWO_CORES, ONE_CORE), 1.15),
+        ("instructions with tracking, x without", ratio("instructions", "instructions", ON, OFF), 1.03),
+        ("CPU per request with tracking, x without", ratio("tracking", "cpu_us", ON, OFF), 1.03),
+        ("memory of many different requests, MB", memory("most_mb"), 180.0),
+        (f"its growth over the last half, MB ({GROWTH_SHARE:.0%})", memory("growth_mb"), growth),
     ]
-    return [
-        rule(name, ratios(rows, "cpu_us", who, base), most)
-        for name, who, base, most in bounds
-        if who in rows and base in rows
+    rules = [
+        Rule(
+            f"{name} <= {number(most)}",
+            [] if figure.median <= most else [f"{figure} is above {number(most)}"],
+            str(figure),
+        )
+        for name, figure, most in bounds
+        if not math.isnan(figure.median)
     ]
-
-
-def judge_latency(rows: Rows) -> list[Rule]:
-    """One connection."""
-    ours, haproxy = str(OURS), str(HAPROXY_ONE)
-    if ours not in rows or haproxy not in rows:
-        return []
-    return [rule("p50 of one connection is at most 1.3 x HAProxy's", ratios(rows, "p50_us", ours, haproxy), 1.3)]
-
-
-def judge_rate(rows: Rows, rate: float) -> list[Rule]:
-    """A constant rate."""
-    ours, haproxy = str(OURS), str(HAPROXY_ONE)
-    if not {ours, haproxy, DIRECT} <= set(rows):
-        return []
-    limit = 2 * added(rows, "p99_us", haproxy).median
-    name = f"added p99 at {number(rate)} requests/s is at most 2 x HAProxy's, in us"
-    made = rule(name, added(rows, "p99_us", ours), limit, unreached(rows, rate, (DIRECT, haproxy, ours)))
-    made.note += f"; 2 x HAProxy's is {number(limit)}"
-    return [made]
-
-
-def judge_streams(rows: Rows) -> list[Rule]:
-    """Streams."""
-    ours, theirs = str(OURS), str(THEIRS_ONE)
-    made = []
-    if {ours, DIRECT} <= set(rows):
-        more = Summary.of([added(rows, "crowded", ours).median])
-        made += [
-            rule("the first byte of a stream is at most 500 us after direct", added(rows, "first_us", ours), 500.0),
-            rule(f"reads with two chunks: at most {CROWDED_MORE:.1%} more than direct", more, CROWDED_MORE),
-        ]
-    if {ours, theirs} <= set(rows):
-        figure = ratios(rows, "cpu_us_per_chunk", ours, theirs)
-        made.append(rule("CPU per chunk is at most 0.85 x sglang-router's", figure, 0.85))
-    return made
-
-
-def judge_cores(rows: Rows) -> list[Rule]:
-    """Two cores against one."""
-    figure = ratios(rows, "cpu_us", TWO_CORES, ONE_CORE)
-    return [rule("CPU per request on two cores is at most 1.15 x that on one", figure, 1.15)]
-
-
-def judge_instructions(rows: Rows) -> list[Rule]:
-    """Tracking, by count."""
-    figure = ratios(rows, "instructions", ON, OFF)
-    return [rule("tracking costs at most 1.03 x the instructions of a request", figure, 1.03)]
-
-
-def judge_tracking(rows: Rows) -> list[Rule]:
-    """Tracking, by time."""
-    figure = ratios(rows, "cpu_us", ON, OFF)
-    return [rule(f"and at most 1.03 x the CPU time, in {len(rows[ON])} pairs", figure, 1.03)]
-
-
-def judge_memory(rows: Rows) -> list[Rule]:
-    """Many different requests."""
-    made = []
-    for who in rows:
-        end, half, growth = (Summary.of(rounds_of(rows, who, name)) for name in ("most_mb", "half_mb", "growth_mb"))
-        count = f"{rounds_of(rows, who, 'requests')[0]:,.0f} different requests"
-        limit = GROWTH_SHARE * half.median
-        made += [
-            rule(f"at most 180 MB after {count}", end, 180.0),
-            rule(f"at most {GROWTH_SHARE:.0%} growth over their last half, in MB", growth, limit),
-        ]
-    return made
+    rows = {who: made for who, made in found.get("rate", {}).items() if who in (DIRECT, haproxy, ours)}
+    if rows:
+        rules.append(Rule(f"{number(rate)}/s was reached, by ours, HAProxy and direct", unreached(rows, rate)))
+    return rules

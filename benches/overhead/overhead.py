@@ -40,32 +40,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import contenders as make
+import figures
 from contenders import ALL, LOAD_CORE, OURS, OURS_UNTRACKED, Contender, Target, pinned
-from figures import (
-    DIRECT,
-    OFF,
-    ON,
-    ONE_CORE,
-    TWO_CORES,
-    Instructions,
-    Latency,
-    Measurement,
-    Rate,
-    Requests,
-    Rows,
-    Streams,
-    Tracking,
-    Wrk,
-    judge,
-    memory_of,
-    number,
-    parse_instructions,
-    parse_wrk,
-    table,
-    unreached,
-)
+from figures import DIRECT, OFF, ON, ONE_CORE, TWO_CORES, Measurement, Rows, number
 from trial import (
-    THEIRS,
+    THEIR_PACKAGE,
     Failure,
     Processes,
     Rule,
@@ -80,7 +59,7 @@ from trial import (
 
 HERE = Path(__file__).parent
 WARM_SECS = 1.0
-SAMPLE_EVERY, PRINT_EVERY = 10_000, 100_000
+PRINT_EVERY = 100_000
 # Chunks of a stream of which only the first counts, and requests of the two counts whose difference is taken.
 FEW_CHUNKS = 4
 COUNTED = (500, 2500)
@@ -116,24 +95,25 @@ class Bench:
                 targets.append(await make.start(processes, run, who, self.settings.program, ports))
             yield targets
 
-    async def wrk(self, target: Target, connections: int, secs: float) -> tuple[Wrk, float]:
+    async def wrk(self, target: Target, connections: int, secs: float) -> tuple[figures.Wrk, float]:
         """Requests with wrk; also the microseconds of processors that each cost the target."""
         url = f"http://127.0.0.1:{target.port}/generate"
         script, number_of_run = str(HERE / "prompts.lua"), str(next(self.runs_of_wrk))
         command = ["wrk", "-t1", f"-c{connections}", f"-d{max(1, round(secs))}s", "--latency", "-s", script, url]
         before = target.cpu_secs()
-        made = parse_wrk(await output([*pinned(LOAD_CORE, command), "--", number_of_run]))
+        made = figures.parse_wrk(await output([*pinned(LOAD_CORE, command), "--", number_of_run]))
         return made, (target.cpu_secs() - before) * 1e6 / made.requests
 
-    async def client(self, command: str, target: Target, **options: float) -> dict[str, Any]:
-        """What a client of load.rs says at its end."""
-        text = await output(self.client_command(command, target, **options))
-        return dict(json.loads(text))
+    async def busy(self, target: Target, secs: float) -> figures.Requests:
+        """What a target does with as many connections as are asked for."""
+        made, cpu_us = await self.wrk(target, self.settings.connections, secs)
+        return figures.Requests(cpu_us, made.per_sec, target.rss_mb())
 
-    def client_command(self, command: str, target: Target, **options: float) -> list[str]:
-        """Its command line."""
-        flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-        return pinned(LOAD_CORE, [self.load, command, f"--port={target.port}", *flags])
+    def client(self, command: str, target: Target, connections: int, **options: float) -> list[str]:
+        """The command line of a client of load.rs."""
+        given = {"port": target.port, "connections": connections, "seed": self.settings.seed, **options}
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+        return pinned(LOAD_CORE, [self.load, command, *flags])
 
 
 async def output(command: Sequence[str]) -> str:
@@ -163,8 +143,8 @@ async def in_turn(
         for target in targets[:: -1 if number_of_round % 2 else 1]:
             made = await measure(target, secs)
             rows[target.name].append(made)
-            figures = ", ".join(f"{name} {number(value)}" for name, value in asdict(made).items())
-            print(f"{run} {number_of_round + 1}/{rounds} {target.name}: {figures}", flush=True)
+            told = ", ".join(f"{name} {number(value)}" for name, value in asdict(made).items())
+            print(f"{run} {number_of_round + 1}/{rounds} {target.name}: {told}", flush=True)
     return rows
 
 
@@ -174,22 +154,17 @@ async def in_turn(
 async def requests(bench: Bench) -> Rows:
     """Many connections."""
     settings = bench.settings
-
-    async def measure(target: Target, secs: float) -> Requests:
-        made, cpu_us = await bench.wrk(target, settings.connections, secs)
-        return Requests(cpu_us, made.per_sec, target.rss_mb())
-
     async with bench.running("requests", settings.contenders) as targets:
-        return await in_turn("requests", targets, settings.rounds, measure, settings.seconds)
+        return await in_turn("requests", targets, settings.rounds, bench.busy, settings.seconds)
 
 
 async def latency(bench: Bench) -> Rows:
     """One connection."""
     settings = bench.settings
 
-    async def measure(target: Target, secs: float) -> Latency:
+    async def measure(target: Target, secs: float) -> figures.Latency:
         made, _ = await bench.wrk(target, 1, secs)
-        return Latency(made.p50_us, made.p99_us)
+        return figures.Latency(made.p50_us, made.p99_us)
 
     async with bench.running("latency", settings.contenders, has_direct=True) as targets:
         return await in_turn("latency", targets, settings.rounds, measure, settings.seconds)
@@ -199,15 +174,14 @@ async def rate(bench: Bench) -> Rows:
     """A constant rate."""
     settings = bench.settings
 
-    async def measure(target: Target, secs: float) -> Rate:
-        told = await bench.client(
-            "rate", target, connections=settings.connections, per_sec=settings.rate, secs=secs, seed=settings.seed
-        )
-        return Rate(**told)
+    async def measure(target: Target, secs: float) -> figures.Rate:
+        told = await output(bench.client("rate", target, settings.connections, per_sec=settings.rate, secs=secs))
+        return figures.Rate(**json.loads(told))
 
     async with bench.running("rate", settings.contenders, has_direct=True) as targets:
         rows = await in_turn("rate", targets, settings.rounds, measure, settings.seconds)
-    print(*unreached(rows, settings.rate, rows), sep="\n", flush=True)
+    for line in figures.unreached(rows, settings.rate):
+        print(line, flush=True)
     return rows
 
 
@@ -215,16 +189,15 @@ async def streams(bench: Bench) -> Rows:
     """Many streams at a time, and one."""
     settings = bench.settings
 
-    async def measure(target: Target, secs: float) -> Streams:
+    async def measure(target: Target, secs: float) -> figures.Streams:
         before = target.cpu_secs()
-        many = await bench.client(
-            "streams", target, streams=settings.streams, chunks=settings.chunks, secs=secs, seed=settings.seed
-        )
-        used = target.cpu_secs() - before
-        one = await bench.client("streams", target, streams=1, chunks=FEW_CHUNKS, secs=secs / 2, seed=settings.seed)
-        names = ("delay_p50_us", "delay_p99_us", "gap_p50_us", "gap_p99_us", "crowded")
-        seen = {name: many[name] for name in names}
-        return Streams(cpu_us_per_chunk=used * 1e6 / many["chunks"], first_us=one["first_us"], **seen)
+        many = await watch(target, settings.streams, settings.chunks, secs)
+        cpu_us = (target.cpu_secs() - before) * 1e6 / many.pop("chunks")
+        one = await watch(target, 1, FEW_CHUNKS, secs / 2)
+        return figures.Streams(cpu_us_per_chunk=cpu_us, **(many | {"first_us": one["first_us"]}))
+
+    async def watch(target: Target, streams: int, chunks: int, secs: float) -> dict[str, float]:
+        return dict(json.loads(await output(bench.client("streams", target, streams, chunks=chunks, secs=secs))))
 
     async with bench.running("streams", settings.contenders, has_direct=True, streams=True) as targets:
         return await in_turn("streams", targets, settings.rounds, measure, settings.seconds)
@@ -233,27 +206,18 @@ async def streams(bench: Bench) -> Rows:
 async def cores(bench: Bench) -> Rows:
     """Ours on two cores and on one."""
     settings = bench.settings
-
-    async def measure(target: Target, secs: float) -> Requests:
-        made, cpu_us = await bench.wrk(target, settings.connections, secs)
-        return Requests(cpu_us, made.per_sec, target.rss_mb())
-
     wide = Contender(OURS.name, OURS.policy, cores="0,1")
     async with bench.running("cores", [OURS, wide]) as (narrow, both):
         targets = [Target(ONE_CORE, narrow.port, narrow.process), Target(TWO_CORES, both.port, both.process)]
-        return await in_turn("cores", targets, settings.rounds, measure, settings.seconds)
+        return await in_turn("cores", targets, settings.rounds, bench.busy, settings.seconds)
 
 
 async def tracking(bench: Bench) -> Rows:
     """Tracking on and off in pairs, every other one in the other order."""
     settings = bench.settings
-
-    async def measure(target: Target, secs: float) -> Tracking:
-        return Tracking((await bench.wrk(target, settings.connections, secs))[1])
-
     async with bench.running("tracking", [OURS, OURS_UNTRACKED]) as (on, off):
         targets = [Target(ON, on.port, on.process), Target(OFF, off.port, off.process)]
-        return await in_turn("tracking", targets, settings.pairs, measure, settings.seconds)
+        return await in_turn("tracking", targets, settings.pairs, bench.busy, settings.seconds)
 
 
 async def instructions(bench: Bench) -> Rows:
@@ -263,13 +227,13 @@ async def instructions(bench: Bench) -> Rows:
         return {}
     rows = {}
     for name, who in ((ON, OURS), (OFF, OURS_UNTRACKED)):
-        few, many = [await count(bench, f"instructions-{name}-{requests}", who, requests) for requests in COUNTED]
-        rows[name] = [Instructions((many - few) / (COUNTED[1] - COUNTED[0]))]
+        few, many = [await count(bench, f"instructions-{name}-{total}", who, total) for total in COUNTED]
+        rows[name] = [figures.Instructions((many - few) / (COUNTED[1] - COUNTED[0]))]
         print(f"instructions {name}: {number(rows[name][0].instructions)} per request", flush=True)
     return rows
 
 
-async def count(bench: Bench, run: str, who: Contender, requests: int) -> int:
+async def count(bench: Bench, run: str, who: Contender, total: int) -> int:
     """The instructions of a router's whole life with so many requests."""
     directory, port = bench.processes.directory, free_ports(1)[0]
     with Processes(directory) as processes:
@@ -279,21 +243,17 @@ async def count(bench: Bench, run: str, who: Contender, requests: int) -> int:
         process = processes.start(run, pinned(make.CONTENDER_CORE, [*callgrind, *launch]))
         await until_open(port, process)
         await make.until_ready(port, run)
-        await bench.client(
-            "turns", Target(run, port, process), connections=1, requests=requests, seed=bench.settings.seed
-        )
+        await output(bench.client("turns", Target(run, port, process), 1, requests=total))
         if problems := await stopped(process):
             raise Failure(f"{run}: {', '.join(problems)}")
-    return parse_instructions((directory / f"{run}.log").read_text())
+    return figures.parse_instructions((directory / f"{run}.log").read_text())
 
 
 async def memory(bench: Bench) -> Rows:
     """Ours under many different requests, none of which begins like another."""
     settings = bench.settings
     async with bench.running("memory", [OURS]) as (target,):
-        command = bench.client_command(
-            "turns", target, connections=settings.connections, requests=settings.requests, seed=settings.seed
-        )
+        command = bench.client("turns", target, settings.connections, requests=settings.requests)
         samples = [(0, target.rss_mb())]
         process = await asyncio.create_subprocess_exec(*command, "--distinct", stdout=subprocess.PIPE)
         assert process.stdout is not None
@@ -310,7 +270,7 @@ async def memory(bench: Bench) -> Rows:
         if status != 0:
             raise Failure(f"{' '.join(command)}: exit status {status}")
         samples.append((settings.requests, target.rss_mb()))
-        return {target.name: [memory_of(samples)]}
+        return {target.name: [figures.memory_of(samples)]}
 
 
 RUNS: dict[str, Callable[[Bench], Awaitable[Rows]]] = {
@@ -330,7 +290,7 @@ RUNS: dict[str, Callable[[Bench], Awaitable[Rows]]] = {
 
 async def build() -> str:
     """The program of load.rs, built; its name has a hash in it that only cargo knows."""
-    print("building the load", flush=True)
+    print("building the load, which takes minutes the first time", flush=True)
     told = await output(
         ["cargo", "build", "--locked", "--profile=load", "--bench=overhead", "--message-format=json-render-diagnostics"]
     )
@@ -356,7 +316,7 @@ async def machine() -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "kernel": f"{platform.system()} {platform.release()}",
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "programs": "; ".join([*told, THEIRS]),
+        "programs": "; ".join([*told, THEIR_PACKAGE]),
     }
 
 
@@ -380,8 +340,8 @@ async def run(settings: argparse.Namespace, processes: Processes) -> list[Rule]:
             bench.found[name] = rows
     print("\n" + "\n".join(f"{name:<9} {value}" for name, value in about.items()))
     for name, rows in bench.found.items():
-        print("", *table(name, rows), sep="\n")
-    rules = judge(bench.found, settings.rate)
+        print("", *figures.table(name, rows), sep="\n")
+    rules = figures.judge(bench.found, settings.rate)
     if settings.json is not None:
         settings.json.write_text(json.dumps(report(about, bench.found, rules), indent=2) + "\n")
     return rules
