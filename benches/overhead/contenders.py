@@ -121,9 +121,9 @@ def contender(text: str) -> Contender:
     name, *rest = text.split(":")
     if name in ("haproxy", "nginx") and not rest:
         return Contender(name)
-    if name == "sglang-router" and len(rest) == 1:
+    if name == "sglang-router" and len(rest) == 1 and rest[0]:
         return Contender(name, rest[0])
-    if name == "ours" and rest and rest[1:] in ([], ["untracked"]):
+    if name == "ours" and rest and rest[0] and rest[1:] in ([], ["untracked"]):
         return Contender(name, rest[0], is_tracking=len(rest) == 1)
     raise argparse.ArgumentTypeError(
         f"{text} is not haproxy, nginx, sglang-router:POLICY, ours:POLICY or ours:POLICY:untracked"

@@ -315,6 +315,7 @@ async def machine() -> dict[str, str]:
         "CPU": models[0].partition(":")[2].strip() if models else platform.machine(),
         "cores": str(os.cpu_count()),
         "kernel": f"{platform.system()} {platform.release()}",
+        "load": f"{os.getloadavg()[0]:.2f} before it began",
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "programs": "; ".join([*told, THEIR_PACKAGE]),
     }
