@@ -12,7 +12,7 @@ FUZZ_TARGETS := scan stream_usage tree trace_queries
 # Built and installed into .venv when a source is newer.
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help build install wheel demo test test-rust test-python check format generate bench-memory bench-hot-path bench-overload bench-disconnects bench-truth bench-routing bench-hostile chaos fuzz clean
+.PHONY: help build install wheel demo test test-rust test-python check format generate bench-memory bench-hot-path bench-overload bench-disconnects bench-truth bench-routing bench-hostile bench-overhead chaos fuzz clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -73,6 +73,9 @@ bench-routing: $(INSTALLED) ## policies and sglang-router on one trace over HTTP
 
 bench-hostile: $(INSTALLED) ## clients that mean harm, beside others; HOSTILE="--attacks idle …" for some of them
 	PYTHONPATH=tools $(BIN)/python benches/overhead/hostile.py $(HOSTILE)
+
+bench-overhead: $(INSTALLED) build ## what a router costs, beside HAProxy and sglang-router; OVERHEAD="--runs requests …"
+	PYTHONPATH=tools $(BIN)/python benches/overhead/overhead.py $(OVERHEAD)
 
 chaos: $(INSTALLED) ## five minutes of load while workers are killed, hang and refuse; CHAOS="--seconds 60 …" for options
 	$(BIN)/python tools/chaos.py $(CHAOS)

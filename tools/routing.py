@@ -35,10 +35,8 @@ from sglang_router_rs.routing_test.options import OptionError
 from sglang_router_rs.routing_test.results import Results, hit_rate, save_csv, succeeded
 from sglang_router_rs.routing_test.run import attribute, measure
 from sglang_router_rs.routing_test.service import Service, prepare
-from trial import Failure, Help, positive, request_log
+from trial import Failure, Help, positive, request_log, their_command
 
-THEIRS = "sglang-router==0.3.2"
-VENV = Path("target/venv-sglang-router")
 READY_SECS = 60.0
 # Workers do not cost more of the machine than they must: pages and frames of one token would.
 COARSE = ("--page-tokens", "16", "--stream-interval", "16")
@@ -158,19 +156,6 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 # --- a contender ----------------------------------------------------------------------------------------------------
 
 
-async def their_python() -> Path:
-    """The interpreter that has sglang-router; installs it if it is not there."""
-    python = VENV / "bin" / "python"
-    if not (VENV / ".installed").exists():
-        print(f"installing {THEIRS} into {VENV}", file=sys.stderr)
-        for command in ([sys.executable, "-m", "venv", str(VENV)], [str(python), "-m", "pip", "install", "-q", THEIRS]):
-            process = await asyncio.create_subprocess_exec(*command)
-            if await process.wait() != 0:
-                raise Failure(f"{' '.join(command)} failed")
-        (VENV / ".installed").touch()
-    return python
-
-
 async def start_router(
     cluster: Cluster, who: Contender, workers: Sequence[Worker], options: dict[str, object]
 ) -> Service:
@@ -180,10 +165,7 @@ async def start_router(
     if who.is_ours:
         await cluster.start_router(port, workers, {"policy": who.policy, **options})
     else:
-        metrics = free_ports(1)[0]
-        command = [str(await their_python()), "-m", "sglang_router.launch_router", "--host", HOST, "--port", str(port)]
-        command += ["--policy", who.policy, "--prometheus-port", str(metrics), "--log-level", "warn"]
-        command += ["--worker-startup-check-interval", "1", "--worker-urls", *(worker.url for worker in workers)]
+        command = await their_command(port, who.policy, [worker.url for worker in workers])
         process = cluster.start(who.stem, command)
         await process.until_answers(url, "/readiness", READY_SECS)
     return Service(url, has_traces=who.is_ours)

@@ -3,7 +3,8 @@
 A trial starts a router and simulated workers, each in a process of its own, sends them requests, and says what had to
 hold in a table. Its exit status is 0 if all of it held, 1 if not, 2 if the trial could not be made.
 
-Not here: the load, and what must hold of it.
+Here too is how sglang-router, which ours replaces, is installed and started. Not here: the load, and what must hold of
+it.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ SETTLE_SECS = 10.0
 # How long programs may take to start and to end.
 START_SECS = 30.0
 LINES_SHOWN = 10
+THEIR_PACKAGE = "sglang-router==0.3.2"
+THEIR_VENV = Path("target/venv-sglang-router")
 
 
 class Failure(Exception):
@@ -113,6 +116,30 @@ async def stopped(router: subprocess.Popen[bytes]) -> list[str]:
     if not await ended(router):
         return [f"it has not ended {START_SECS:.0f} s after SIGTERM"]
     return [f"its exit status is {router.returncode}"] if router.returncode != 0 else []
+
+
+# --- the router that ours replaces ------------------------------------------------------------------------------------
+
+
+async def their_python() -> Path:
+    """The interpreter that has sglang-router; installs it if it is not there."""
+    python = THEIR_VENV / "bin" / "python"
+    if not (THEIR_VENV / ".installed").exists():
+        print(f"installing {THEIR_PACKAGE} into {THEIR_VENV}", file=sys.stderr)
+        make = [sys.executable, "-m", "venv", str(THEIR_VENV)]
+        for command in (make, [str(python), "-m", "pip", "install", "-q", THEIR_PACKAGE]):
+            process = await asyncio.create_subprocess_exec(*command)
+            if await process.wait() != 0:
+                raise Failure(f"{' '.join(command)} failed")
+        (THEIR_VENV / ".installed").touch()
+    return python
+
+
+async def their_command(port: int, policy: str, worker_urls: Sequence[str]) -> list[str]:
+    """The command line of sglang-router; installs it if it is not there."""
+    command = [str(await their_python()), "-m", "sglang_router.launch_router", "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--policy", policy, "--prometheus-port", str(free_ports(1)[0])]
+    return [*command, "--log-level", "warn", "--worker-startup-check-interval", "1", "--worker-urls", *worker_urls]
 
 
 # --- what router and workers say of themselves ------------------------------------------------------------------------
