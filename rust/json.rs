@@ -20,8 +20,7 @@ pub(crate) fn fields<'a, const N: usize>(
     names: [&str; N],
 ) -> Option<[Field<'a>; N]> {
     let mut found = [None; N];
-    let mut text = Text { json, at: 0 };
-    text.space();
+    let mut text = Text::new(json);
     text.members(|key, value| {
         let place = names.iter().position(|name| key == *name).or_else(|| {
             let key = unescaped(key)?;
@@ -51,8 +50,7 @@ pub(crate) fn plain_string(value: &str) -> Option<&str> {
 /// The items of the list `json`; `None` when it is something else. 16 bytes are held per item.
 pub(crate) fn list(json: &str) -> Option<Vec<&str>> {
     let mut items = Vec::new();
-    let mut text = Text { json, at: 0 };
-    text.space();
+    let mut text = Text::new(json);
     text.items(|item| items.push(item))?;
     text.ends().then_some(items)
 }
@@ -60,8 +58,7 @@ pub(crate) fn list(json: &str) -> Option<Vec<&str>> {
 /// The first item of the list `json`; `None` when it is empty or something else. Holds nothing of the others.
 pub(crate) fn first(json: &str) -> Option<&str> {
     let mut first = None;
-    let mut text = Text { json, at: 0 };
-    text.space();
+    let mut text = Text::new(json);
     text.items(|item| first = first.or(Some(item)))?;
     first.filter(|_| text.ends())
 }
@@ -73,8 +70,7 @@ pub(crate) fn number(value: &str) -> Option<u32> {
 
 /// The value that `json` begins with, and what follows it.
 pub(crate) fn leading(json: &str) -> Option<(&str, &str)> {
-    let mut text = Text { json, at: 0 };
-    text.space();
+    let mut text = Text::new(json);
     let value = text.value()?;
     Some((value, &json[text.at..]))
 }
@@ -103,34 +99,45 @@ struct Text<'a> {
 }
 
 impl<'a> Text<'a> {
+    /// At its first value.
+    fn new(json: &'a str) -> Self {
+        let mut text = Self { json, at: 0 };
+        text.space();
+        text
+    }
+
     /// An object's members: each key as it stands between its quotes, and its value.
     fn members(&mut self, mut each: impl FnMut(&'a str, &'a str)) -> Option<()> {
-        self.take(b'{')?;
-        self.space();
-        if self.take(b'}').is_some() {
-            return Some(());
-        }
-        loop {
-            let key = self.key()?;
-            self.space();
-            each(key, self.value()?);
-            if !self.goes_on(b'}')? {
-                return Some(());
-            }
-        }
+        self.parts(b'{', b'}', |text| {
+            let key = text.key()?;
+            each(key, text.value()?);
+            Some(())
+        })
     }
 
     /// A list's items.
     fn items(&mut self, mut each: impl FnMut(&'a str)) -> Option<()> {
-        self.take(b'[')?;
+        self.parts(b'[', b']', |text| {
+            each(text.value()?);
+            Some(())
+        })
+    }
+
+    /// What stands between two brackets, with commas between its parts.
+    fn parts(
+        &mut self,
+        open: u8,
+        close: u8,
+        mut part: impl FnMut(&mut Self) -> Option<()>,
+    ) -> Option<()> {
+        self.take(open)?;
         self.space();
-        if self.take(b']').is_some() {
+        if self.take(close).is_some() {
             return Some(());
         }
         loop {
-            self.space();
-            each(self.value()?);
-            if !self.goes_on(b']')? {
+            part(self)?;
+            if !self.goes_on(close)? {
                 return Some(());
             }
         }
@@ -149,7 +156,6 @@ impl<'a> Text<'a> {
                     if self.take(b'}').is_none() {
                         open.push(b'}');
                         self.key()?;
-                        self.space();
                         continue;
                     }
                 }
@@ -174,7 +180,6 @@ impl<'a> Text<'a> {
                     if close == b'}' {
                         self.key()?;
                     }
-                    self.space();
                     break;
                 }
                 open.pop();
@@ -182,20 +187,23 @@ impl<'a> Text<'a> {
         }
     }
 
-    /// Behind a member or an item: whether another one follows. Passes over the comma or `close`.
+    /// Behind a member or an item: whether another one follows. Passes over `close`, or the comma and to what follows.
     fn goes_on(&mut self, close: u8) -> Option<bool> {
         self.space();
-        let next = self.peek().filter(|next| *next == b',' || *next == close)?;
-        self.at += 1;
-        Some(next == b',')
+        if self.take(close).is_some() {
+            return Some(false);
+        }
+        self.take(b',')?;
+        self.space();
+        Some(true)
     }
 
-    /// A key and its colon.
+    /// A key and its colon; leads to the value.
     fn key(&mut self) -> Option<&'a str> {
-        self.space();
         let key = self.string()?;
         self.space();
         self.take(b':')?;
+        self.space();
         Some(key)
     }
 

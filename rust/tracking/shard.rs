@@ -138,8 +138,7 @@ impl Shard {
 
     /// Changes a record, unless it has left.
     pub(super) fn edit(&mut self, place: Place, change: impl FnOnce(&mut Record, &mut Names)) {
-        let entry = self.slab.get_mut(place.slot).filter(|entry| entry.seq == place.seq);
-        if let Some(entry) = entry {
+        if let Some(entry) = entry_at(&mut self.slab, place) {
             change(&mut entry.record, &mut self.names);
         }
     }
@@ -176,7 +175,7 @@ impl Shard {
             self.counts.ends_unrouted();
         }
         let last_us = self.ended.last().map_or(0, |slot| self.slab.at(slot).record.ended_us);
-        let entry = self.slab.get_mut(place.slot).filter(|entry| entry.seq == place.seq);
+        let entry = entry_at(&mut self.slab, place);
         self.counts.changes_status(from, to, entry.is_some());
         let Some(entry) = entry else { return };
         self.heap_bytes -= entry.counted_bytes();
@@ -189,11 +188,10 @@ impl Shard {
         self.ended.push(&mut self.slab, place.slot);
     }
 
-    /// Adds the record of a request that has ended elsewhere, the newest of its id.
-    pub(super) fn restore(&mut self, seq: u64, record: Record) {
+    /// Adds the record of a request that has ended elsewhere, the newest of its id, which has this hash.
+    pub(super) fn restore(&mut self, seq: u64, hash: u64, record: Record) {
         let (status, had_worker) = (record.status, record.worker().is_some());
         let unix_us = record.arrived_unix_us;
-        let hash = self.hasher.hash_one(&*record.request_id);
         let place = self.insert(seq, &record.request_id, hash, record.route.as_str(), unix_us);
         if let Some(worker) = record.worker() {
             self.counts.changes_worker(None, worker, true);
@@ -209,9 +207,8 @@ impl Shard {
         entry.map(|entry| &entry.record)
     }
 
-    /// The newest record with this id; looking at it is a use.
-    pub(super) fn get(&mut self, id: &str) -> Option<Trace> {
-        let hash = self.hasher.hash_one(id);
+    /// The newest record with this id, which has this hash; looking at it is a use.
+    pub(super) fn get(&mut self, id: &str, hash: u64) -> Option<Trace> {
         let list = self.by_id.find(hash, |list| list_id(&self.slab, list) == id)?;
         let (slot, same_id) = (list.last()?, list.len());
         let record = &self.slab.at(slot).record;
@@ -339,6 +336,11 @@ impl Shard {
         self.heap_bytes -= entry.counted_bytes();
         self.counts.leaves(&entry.record);
     }
+}
+
+/// A request's own record, unless it has left.
+fn entry_at(slab: &mut Slab<Entry>, place: Place) -> Option<&mut Entry> {
+    slab.get_mut(place.slot).filter(|entry| entry.seq == place.seq)
 }
 
 /// The id that all records of a list have.

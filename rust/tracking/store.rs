@@ -90,18 +90,12 @@ impl Store {
             let has_room = self.take_room()
                 || (shard.len() >= self.share(index) && self.evict_from(&mut shard));
             if has_room {
-                return Key {
-                    shard: index,
-                    place: self.insert(&mut shard, id, hash, route, unix_us),
-                };
+                return self.insert(index, &mut shard, id, hash, route, unix_us);
             }
             drop(shard);
             if self.evict_above_share() {
                 let mut shard = self.shards[index].write();
-                return Key {
-                    shard: index,
-                    place: self.insert(&mut shard, id, hash, route, unix_us),
-                };
+                return self.insert(index, &mut shard, id, hash, route, unix_us);
             }
             // Others hold rooms they are about to fill; let them.
             std::thread::yield_now();
@@ -113,8 +107,8 @@ impl Store {
         let store = Store::new(records.len().max(1), u64::MAX, "");
         store.taken.store(records.len(), Ordering::Relaxed);
         for (seq, record) in (0..).zip(records) {
-            let index = store.shard_of(store.hasher.hash_one(&*record.request_id));
-            store.shards[index].write().restore(seq, record);
+            let hash = store.hasher.hash_one(&*record.request_id);
+            store.shards[store.shard_of(hash)].write().restore(seq, hash, record);
             store.next_seq.store(seq + 1, Ordering::Relaxed);
         }
         store
@@ -127,9 +121,10 @@ impl Store {
 
     /// The newest record with this id; looking at it is a use.
     pub(super) fn get(&self, id: &str, now_us: u64) -> Option<Trace> {
-        let mut shard = self.shards[self.shard_of(self.hasher.hash_one(id))].write();
+        let hash = self.hasher.hash_one(id);
+        let mut shard = self.shards[self.shard_of(hash)].write();
         self.expire(&mut shard, now_us);
-        shard.get(id)
+        shard.get(id, hash)
     }
 
     /// A page of what the query asks for. Records that arrive meanwhile are not on it.
@@ -214,9 +209,17 @@ impl Store {
 
     /// Inserts into a room already taken. Arrival numbers are given under the shard's lock, so that
     /// a listing that waits for the lock sees all numbers it knows of.
-    fn insert(&self, shard: &mut Shard, id: &str, hash: u64, route: &str, unix_us: i64) -> Place {
+    fn insert(
+        &self,
+        index: usize,
+        shard: &mut Shard,
+        id: &str,
+        hash: u64,
+        route: &str,
+        unix_us: i64,
+    ) -> Key {
         let seq = self.next_seq.fetch_add(1, Ordering::Relaxed);
-        shard.insert(seq, id, hash, route, unix_us)
+        Key { shard: index, place: shard.insert(seq, id, hash, route, unix_us) }
     }
 
     /// Makes a room, which stays taken, in the first shard that holds more than its share.

@@ -260,12 +260,18 @@ impl Tokens {
     /// count the tokens read from and written to the cache among its `input_tokens`; here the prompt
     /// is all of them.
     fn of_usage(usage: &str) -> Option<(Tokens, bool)> {
-        let openai = ["prompt_tokens", "completion_tokens", "prompt_tokens_details"];
-        let responses = ["input_tokens", "output_tokens", "input_tokens_details"];
-        let anthropic = ["cache_read_input_tokens", "cache_creation_input_tokens"];
-        let ([a, b, c], [d, e, f], [g, h]) = (openai, responses, anthropic);
+        let names = [
+            "prompt_tokens",
+            "completion_tokens",
+            "prompt_tokens_details",
+            "input_tokens",
+            "output_tokens",
+            "input_tokens_details",
+            "cache_read_input_tokens",
+            "cache_creation_input_tokens",
+        ];
         let [prompt, completion, prompt_details, input, output, input_details, read, written] =
-            json::fields(usage, [a, b, c, d, e, f, g, h])?;
+            json::fields(usage, names)?;
         let beside = |count: Field<'_>| count.map_or(Some(0), json::number);
         let details = prompt_details.or(input_details);
         let detailed = details.and_then(|it| json::fields(it, ["cached_tokens"])?[0]);
