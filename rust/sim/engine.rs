@@ -29,6 +29,9 @@ use super::kv_cache::KvCache;
 /// Steps within which a token counts as made: far below a step, far above the clock's rounding
 /// error.
 const STEP_TOLERANCE: f64 = 1e-6;
+/// Endings on the decode clock are whole multiples of this part of a step, and one that is not later than a prefill's by
+/// as many seconds comes before it: what happens at the same time has an order, whatever the rounding error.
+const SAME_TIME: f64 = 1.0 / (1 << 30) as f64;
 
 /// How fast and how large the simulated worker is.
 #[derive(Clone, Debug, PartialEq)]
@@ -99,6 +102,12 @@ pub struct Load {
 /// A point on the decode clock, in steps.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Steps(f64);
+
+impl Steps {
+    fn rounded(steps: f64) -> Self {
+        Self((steps / SAME_TIME).round() * SAME_TIME)
+    }
+}
 
 impl Eq for Steps {}
 
@@ -216,7 +225,7 @@ impl Engine {
     pub fn advance(&mut self, to: f64, events: &mut Vec<Event>) {
         while let Some(at) = self.next_event().filter(|at| *at <= to) {
             // Before the clock moves: rounding must not make the two endings change places.
-            let finished = self.first_ending().filter(|(ending, _, _)| *ending <= at);
+            let finished = self.first_ending().filter(|(ending, _, _)| *ending <= at + SAME_TIME);
             self.move_to(at);
             events.push(match finished {
                 Some((_, ends, id)) => self.finish_decode(ends, id),
@@ -319,7 +328,7 @@ impl Engine {
         let Sequence { pages, prompt_tokens, output_tokens } = &request.sequence;
         let whole_pages = prompt_tokens / self.config.page_tokens.max(1);
         self.cache.insert(&pages[..whole_pages.min(pages.len())]);
-        let ends = Steps(self.clock + *output_tokens as f64);
+        let ends = Steps::rounded(self.clock + *output_tokens as f64);
         request.ends = Some(ends);
         self.decoding.insert((ends, id));
         self.start_prefill();
@@ -556,6 +565,29 @@ mod tests {
             .collect();
         ends.sort_by_key(|(id, _)| *id);
         ends
+    }
+
+    #[test]
+    fn endings_at_the_same_time_have_an_order() {
+        let (mut lazy, mut eager) = (Engine::new(config()), Engine::new(config()));
+        // The second and the third end together, and what the fifth finds cached depends on which goes first.
+        for (kind, prompt_tokens, output_tokens) in
+            [(2, 12, 6), (2, 107, 5), (0, 125, 4), (0, 1, 4), (0, 127, 0)]
+        {
+            lazy.submit(sequence(kind, prompt_tokens, output_tokens));
+            eager.submit(sequence(kind, prompt_tokens, output_tokens));
+        }
+        let (mut once, mut often) = (Vec::new(), Vec::new());
+        eager.advance(1.0949567475548518, &mut often);
+        eager.advance(2.264406438065415, &mut often);
+        lazy.advance(1e6, &mut once);
+        eager.advance(1e6, &mut often);
+        let order =
+            |events: &[Event]| ends(events).into_iter().map(|(id, _)| id).collect::<Vec<_>>();
+        assert_eq!(order(&once), order(&often));
+        for (a, b) in ends(&once).iter().zip(&ends(&often)) {
+            assert!((a.1 - b.1).abs() < 1e-6, "{a:?} {b:?}");
+        }
     }
 
     proptest! {
