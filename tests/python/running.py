@@ -57,6 +57,11 @@ def ask(url: str, body: object = None, headers: dict[str, str] | None = None) ->
             return Answer(error.code, error.headers, error.read())
 
 
+def until_healthy(url: str, workers: int) -> None:
+    """Wait until a router may pick any of so many workers; one that is ready may pick one of them."""
+    until(lambda: ask(f"{url}/readiness").json().get("healthy_workers") == workers, f"{workers} healthy workers")
+
+
 def generate(url: str, request_id: str | None = None, text: str = "hello") -> Answer:
     """One short request through the router at the URL."""
     body = {"text": text, "sampling_params": {"max_new_tokens": 1}}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from running import Sim, generate, module, until
+from running import Sim, generate, module, until, until_healthy
 from sglang_router_rs import Router, RouterTraceClient
 
 
@@ -13,7 +13,7 @@ def test_a_trace_tells_what_the_policy_chose_among(sim: Sim, tmp_path: Path) -> 
     path = tmp_path / "traces.jsonl"
     options = {"port": 0, "enable_request_tracking": True, "log_level": "off", "trace_log": path}
     with Router(sim.urls, "cache_aware", trace_candidates=-1, **options) as router:
-        assert router.wait_ready()
+        until_healthy(router.url, 2)
         for request_id in ("first", "again"):
             assert generate(router.url, request_id, "The same words in both requests.").status == 200
             until(lambda each=request_id: (router.trace(each) or {}).get("latency_ms"), "the end")

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from running import DEADLINE_SECS, ROOT, Program, Sim, ask, generate, in_threads, module, until
+from running import DEADLINE_SECS, ROOT, Program, Sim, ask, generate, in_threads, module, until, until_healthy
 from sglang_router_rs import RequestView, Router, WorkerView, own_policy
 
 QUIET: dict[str, Any] = {"port": 0, "log_level": "off"}
@@ -41,7 +41,7 @@ def last(_request: RequestView, workers: Sequence[WorkerView]) -> int:
 
 def test_a_function_chooses(sim: Sim) -> None:
     with Router(sim.urls, last, **TRACED) as router:
-        assert router.wait_ready()
+        until_healthy(router.url, 2)
         for number in range(4):
             assert generate(router.url, f"r{number}").status == 200
         traces = router.traces()
@@ -60,7 +60,7 @@ def test_it_sees_what_the_routers_own_rules_see(sim: Sim) -> None:
         return 0
 
     with Router(sim.urls, look, worker_weights={sim.urls[0]: 2.5}, **TRACED) as router:
-        assert router.wait_ready()
+        until_healthy(router.url, 2)
         text = "a prompt of some length " * 100
         headers = {"x-request-id": "first", "x-smg-routing-key": "key"}
         body = {"text": text, "model": "m", "sampling_params": {"max_new_tokens": 1}}
@@ -187,7 +187,7 @@ def test_a_worker_is_no_place_of_one(sim: Sim) -> None:
 def test_a_numpy_index_will_do(sim: Sim) -> None:
     numpy = pytest.importorskip("numpy")
     with Router(sim.urls, answers(numpy.argmin([2, 1])), **TRACED) as router:
-        assert router.wait_ready()
+        until_healthy(router.url, 2)
         assert generate(router.url, "a").status == 200
         assert router.trace("a")["worker_url"] == sim.urls[1]
 
@@ -374,7 +374,7 @@ def test_each_attempt_is_routed_at_its_own_time(sim: Sim, refusing: str) -> None
         return 0
 
     with Router([refusing, sim.urls[0]], choose, **TRACED) as router:
-        until(lambda: ask(f"{router.url}/readiness").json().get("healthy_workers") == 2)
+        until_healthy(router.url, 2)
         assert generate(router.url).status == 200
     (first, refused_by), (second, answered_by) = seen
     assert (refused_by, answered_by) == (refusing, sim.urls[0])
@@ -414,7 +414,7 @@ def test_routers_may_share_a_policy_or_have_their_own(sim: Sim) -> None:
     mine, other = Router(sim.urls, last, **TRACED), Router(sim.urls, answers(0), **TRACED)
     with mine, Router(sim.urls, last, **TRACED) as shared, other:
         for router, expected in ((mine, 1), (shared, 1), (other, 0)):
-            assert router.wait_ready()
+            until_healthy(router.url, 2)
             assert generate(router.url, "a").status == 200
             assert router.trace("a")["worker_url"] == sim.urls[expected]
 
@@ -525,7 +525,7 @@ def test_a_function_beats_the_file_of_a_configuration(sim: Sim, mine: Path, tmp_
     config = tmp_path / "router.json"
     config.write_text(json.dumps({"policy": f"{mine}:Chosen"}))
     with Router(sim.urls, last, config=config, **TRACED) as router:
-        assert router.wait_ready()
+        until_healthy(router.url, 2)
         assert generate(router.url, "a").status == 200
         trace = router.trace("a")
         assert (trace["worker_url"], trace["routing_policy"]) == (sim.urls[1], "last")
