@@ -69,13 +69,13 @@ impl Running {
         let metrics_orders = watch::Sender::new(Order::Serve);
         if let Some(listener) = metrics_listener {
             tracing::info!("metrics on http://{}/metrics too", listener.local_addr()?);
-            let router = routes::metrics_only(&app);
+            let front = routes::metrics_only(&app);
             let orders = metrics_orders.subscribe();
-            tokio::spawn(server::serve(listener, router, orders, request_timeout));
+            tokio::spawn(server::serve(listener, front, orders, request_timeout));
         }
         let ended = Arc::new(Ended::default());
-        let router = routes::router(&app);
-        let serving = server::serve(listener, router, orders.subscribe(), request_timeout);
+        let front = routes::front(&app);
+        let serving = server::serve(listener, front, orders.subscribe(), request_timeout);
         tokio::spawn(ring_when_ended(serving, metrics_orders, app.clone(), ended.clone()));
         drop(in_runtime);
         let threads = Mutex::new(Some((runtime, log.clone(), log_writers)));

@@ -65,12 +65,13 @@ pub(super) async fn ask(
     question: &Question,
 ) -> Result<hyper::Response<Bytes>, String> {
     let exchange = async {
-        let answer = worker.connections.send(question.towards(worker)).await.map_err(|error| {
-            if error.is_unconnected() {
-                app.workers.unreachable(worker);
-            }
-            error.to_string()
-        })?;
+        let answer =
+            worker.connections.send(|| question.towards(worker)).await.map_err(|error| {
+                if error.is_unconnected() {
+                    app.workers.unreachable(worker);
+                }
+                error.to_string()
+            })?;
         let (head, body) = answer.into_parts();
         let body = Limited::new(body, ANSWER_BYTES_MAX).collect().await;
         let body = body.map_err(|error| format!("the answer broke off: {error}"))?;

@@ -164,19 +164,31 @@ fn bearer(given: &HeaderValue) -> Option<&[u8]> {
 /// Stands before all routes.
 pub(super) async fn ask_for_key(
     State(app): State<Arc<App>>,
-    mut request: Request,
+    request: Request,
     next: Next,
 ) -> Response {
     let door = routes::door(request.extensions().get::<MatchedPath>().map(MatchedPath::as_str));
-    let entered = app.doors.check_origin(door, &request);
-    if let Err(error) = entered.and_then(|()| app.doors.enter(door, request.headers_mut())) {
-        app.metrics.unauthorized.inc();
-        tracing::debug!("refused: {error}");
-        let (head, body) = request.into_parts();
-        body::refuse(&head.headers, body).await;
-        return error.into_response();
+    match enter(&app, door, request).await {
+        Ok(request) => next.run(request).await,
+        Err(refusal) => refusal,
     }
-    next.run(request).await
+}
+
+/// Lets a request through a door; else what it is answered.
+pub(super) async fn enter(
+    app: &App,
+    door: Door,
+    mut request: Request,
+) -> Result<Request, Response> {
+    let entered = app.doors.check_origin(door, &request);
+    let Err(error) = entered.and_then(|()| app.doors.enter(door, request.headers_mut())) else {
+        return Ok(request);
+    };
+    app.metrics.unauthorized.inc();
+    tracing::debug!("refused: {error}");
+    let (head, body) = request.into_parts();
+    body::refuse(&head.headers, body).await;
+    Err(error.into_response())
 }
 
 #[cfg(test)]

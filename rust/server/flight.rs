@@ -596,7 +596,6 @@ impl Drop for Flight {
             return;
         }
         self.id();
-        let timeout = self.app.options.request_timeout();
         let is_stopped = self.is_cut();
         self.count_abort(match (is_stopped, self.abort.is_said()) {
             (true, _) => "stopped",
@@ -610,15 +609,21 @@ impl Drop for Flight {
             let Error { origin, message, .. } = super::aborted();
             (origin, message)
         } else if now() >= self.deadline {
-            let message =
-                format!("the client had not read the answer after {} s", timeout.as_secs());
-            (Origin::Client, message)
+            (Origin::Client, unread(self.app.options.request_timeout()))
         } else {
             (Origin::Client, "client disconnected".to_owned())
         };
         let status = self.status.filter(|_| self.is_relayed);
         self.fail(status, Kind::Aborted.status(), origin, &message, None);
     }
+}
+
+/// What is said of a client that left its answer unread until the request had to be over.
+pub(super) fn unread(timeout: Duration) -> String {
+    format!(
+        "the client had not read the answer after {} s (request_timeout_secs)",
+        timeout.as_secs()
+    )
 }
 
 fn log_failure(id: Option<&str>, worker: Option<&Worker>, origin: Origin, message: &str) {

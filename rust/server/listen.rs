@@ -1,23 +1,22 @@
 //! Listens, serves connections, and ends in steps: told to drain it still accepts for as long as load balancers need to
 //! notice; then no more, and what is open drains; at the end of the grace period or when told to, what is left is cut.
 
+use std::convert::Infallible;
 use std::io;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
 use axum::response::IntoResponse;
 use futures_util::FutureExt;
 use futures_util::future::ready;
 use hyper::body::Incoming;
 use hyper::header::HOST;
 use hyper::server::conn::http1;
-use hyper::service::{Service, service_fn};
+use hyper::service::service_fn;
 use hyper::{Request, Version};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
-use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::watch;
@@ -26,6 +25,7 @@ use tokio::time::Instant;
 
 use super::client_stream::ClientStream;
 use super::exchange::Exchange;
+use super::front::Front;
 use super::now;
 use crate::error::{Error, Kind};
 
@@ -97,7 +97,7 @@ pub(crate) async fn listen(host: &str, port: u16) -> io::Result<TcpListener> {
 /// connections that are left; dropping them cuts them.
 pub(crate) async fn serve(
     listener: TcpListener,
-    router: Router,
+    front: Front,
     mut orders: watch::Receiver<Order>,
     request_timeout: Duration,
 ) -> JoinSet<()> {
@@ -122,7 +122,7 @@ pub(crate) async fn serve(
             Some(_) = connections.join_next() => {}
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => {
-                    accept(stream, router.clone(), &graceful, request_timeout, &mut connections);
+                    accept(stream, front.clone(), &graceful, request_timeout, &mut connections);
                 }
                 Err(error) => refused(&error, &mut warned_at).await,
             },
@@ -152,14 +152,14 @@ pub(crate) async fn serve(
 
 fn accept(
     stream: TcpStream,
-    router: Router,
+    front: Front,
     graceful: &GracefulShutdown,
     request_timeout: Duration,
     connections: &mut JoinSet<()>,
 ) {
     match stream.set_nodelay(true) {
         Ok(()) => {
-            connections.spawn(serve_connection(stream, router, graceful, request_timeout));
+            connections.spawn(serve_connection(stream, front, graceful, request_timeout));
         }
         Err(error) => tracing::debug!("a client was gone before it was served: {error}"),
     }
@@ -168,7 +168,7 @@ fn accept(
 /// Serves one client until it leaves, or until its connection is idle after `graceful` was shut down.
 pub(crate) fn serve_connection<S>(
     stream: S,
-    router: Router,
+    front: Front,
     graceful: &GracefulShutdown,
     request_timeout: Duration,
 ) -> impl Future<Output = ()> + use<S>
@@ -177,21 +177,21 @@ where
 {
     let stream = ClientStream::new(stream);
     let exchanges = stream.exchanges();
-    let router = TowerToHyperService::new(router);
     let service = service_fn(move |mut request: Request<Incoming>| {
         let exchange = Exchange { deadline: now() + request_timeout, abort: Arc::default() };
         exchanges.begin(exchange.clone());
         request.extensions_mut().insert(exchange);
         if let Err(error) = check_head(&request) {
-            return ready(Ok(error.into_response())).left_future();
+            return ready(error.into_response()).left_future().map(Ok::<_, Infallible>);
         }
-        let mut answering = Box::pin(router.call(request));
+        let mut answering = front.answer(request);
         // Begun before hyper looks whether the client is still there: a request that came has a trace, also if its
         // client left behind it. hyper polls it again, with a waker, or drops it.
-        match (&mut answering).now_or_never() {
+        let answering = match (&mut answering).now_or_never() {
             Some(answer) => ready(answer).left_future(),
             None => answering.right_future(),
-        }
+        };
+        answering.map(Ok)
     });
     let watched = stream.watch();
     let connection = http1::Builder::new()
@@ -235,6 +235,7 @@ async fn refused(error: &io::Error, warned_at: &mut Option<Instant>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use axum::Router;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 
     const STEP: Duration = Duration::from_secs(10);
@@ -247,7 +248,7 @@ mod tests {
             let (mut client, server) = duplex(1 << 16);
             let graceful = GracefulShutdown::new();
             let timeout = Duration::from_secs(1800);
-            tokio::spawn(serve_connection(server, Router::new(), &graceful, timeout));
+            tokio::spawn(serve_connection(server, Router::new().into(), &graceful, timeout));
             client.write_all(before).await.expect("open");
             let began = Instant::now();
             let head = b"GET /x HTTP/1.1\r\nx-slow: ".iter().chain(std::iter::repeat(&b'x'));

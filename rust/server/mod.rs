@@ -13,6 +13,7 @@ mod error_response;
 mod exchange;
 mod fan_out;
 mod flight;
+mod front;
 mod headers;
 mod in_flight;
 mod listen;
@@ -47,12 +48,12 @@ use body::Budget;
 pub use doors::Door;
 use doors::Doors;
 use in_flight::InFlight;
-#[cfg(test)]
-pub(crate) use listen::serve_connection;
 pub(crate) use listen::{Order, listen, serve};
 pub use options::{Options, WorkerHeaders};
 use request_id::RequestIds;
 pub use secret::Secret;
+#[cfg(test)]
+pub(crate) use {front::Front, listen::serve_connection};
 
 /// The moment by the clock of the runtime, which tests may pause.
 fn now() -> Instant {

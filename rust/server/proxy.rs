@@ -48,8 +48,9 @@ pub(super) async fn proxy(app: Arc<App>, route: Arc<Route>, request: Request) ->
     let abort = flight.abort();
     let answer = tokio::select! {
         biased;
-        answer = serve(&app, &mut flight, head, body) => Some(answer),
+        // Before the answer: an error can still be told in its place.
         () = abort.said() => Some(Err(aborted())),
+        answer = serve(&app, &mut flight, head, body) => Some(answer),
         () = tokio::time::sleep_until(deadline.into()) => None,
     };
     let answer = answer.unwrap_or_else(|| Err(timed_out(&app, &flight)));
@@ -187,7 +188,7 @@ async fn attempt(
         }
         let worker = picked.worker.clone();
         flight.picked(picked, scan_took);
-        let answered = send(flight, &worker, outgoing.towards(&worker)).await;
+        let answered = send(flight, &worker, outgoing).await;
         wish.failed_on.push(worker.index);
         last = match answered {
             Ok(answer) if !retry::is_retryable(answer.status()) => return Ok(answer),
@@ -238,9 +239,9 @@ async fn pick(
 async fn send(
     flight: &mut Flight,
     worker: &Worker,
-    request: hyper::Request<Full<Bytes>>,
+    outgoing: &Outgoing,
 ) -> Result<hyper::Response<Answer>, SendError> {
-    let mut answer = worker.connections.send(request).await?;
+    let mut answer = worker.connections.send(|| outgoing.towards(worker)).await?;
     flight.answered(answer.status());
     answer.body_mut().begin().await?;
     flight.begun(answer.status(), answer.headers());

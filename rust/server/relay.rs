@@ -8,7 +8,7 @@
 
 use std::error::Error as StdError;
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -17,7 +17,7 @@ use hyper::{HeaderMap, Response, header};
 use tokio::time::{Instant, Sleep};
 
 use super::error_response;
-use super::flight::Flight;
+use super::flight::{Flight, unread};
 use crate::error::{Error, Kind, Origin, with_causes};
 use crate::upstream::Answer;
 use crate::upstream::answer::{Reader, is_stream};
@@ -44,6 +44,8 @@ pub(super) struct Relay {
     excerpt: Option<Vec<u8>>,
     /// For an answer that can still say that it broke off.
     events: Option<Events>,
+    /// Why the connection is to be cut.
+    cut: Option<Box<dyn StdError + Send + Sync>>,
     has_begun: bool,
     patience: Patience,
     deadline: Instant,
@@ -91,6 +93,7 @@ impl Relay {
             reader,
             excerpt,
             events,
+            cut: None,
             has_begun: false,
             patience,
             deadline,
@@ -101,10 +104,10 @@ impl Relay {
 
     /// Notes a chunk, unless it comes too late.
     fn passed(&mut self, data: &Bytes) -> Result<(), Error> {
-        self.waiting_since = None;
+        let was_awaited = self.waiting_since.take().is_some();
         let now = Instant::now();
         if now >= self.deadline {
-            return Err(self.too_long());
+            return Err(if was_awaited { self.too_long() } else { self.unread() });
         }
         if data.is_empty() {
             return Ok(());
@@ -149,6 +152,11 @@ impl Relay {
         Error::new(Kind::Timeout, message).by(Origin::Router)
     }
 
+    /// The worker was ahead of its client.
+    fn unread(&self) -> Error {
+        Error::new(Kind::Timeout, unread(self.patience.whole)).by(Origin::Client)
+    }
+
     fn stalled(&self) -> Error {
         let secs = self.patience.stall.as_secs();
         let message =
@@ -163,23 +171,21 @@ impl Relay {
         self.flight.relayed(&one_line(&excerpt));
     }
 
-    /// Gives the answer up, which closes its connection, and says so to the client.
-    fn broke(&mut self, error: &Error) -> Result<Frame<Bytes>, Box<dyn StdError + Send + Sync>> {
+    /// Gives the answer up, which closes its connection. The event that tells the client, or None where it is cut.
+    fn broke(&mut self, error: &Error) -> Option<Bytes> {
         self.answer = None;
         self.tell();
         self.flight.broke(error);
-        match &self.events {
-            Some(events) => {
-                let event = error_response::event(error, self.flight.route());
-                let data = if events.is_between_two() {
-                    event
-                } else {
-                    [b"\n\n", &event[..]].concat().into()
-                };
-                Ok(Frame::data(data))
-            }
-            None => Err(error.message.as_str().into()),
-        }
+        let events = self.events.as_ref()?;
+        let event = error_response::event(error, self.flight.route());
+        Some(if events.is_between_two() { event } else { [b"\n\n", &event[..]].concat().into() })
+    }
+
+    /// Ends the client's connection at the next poll: what hyper has not written yet when a body fails, it forgets.
+    fn cut<T>(&mut self, cx: &Context<'_>, why: &str) -> Poll<T> {
+        self.cut = Some(why.into());
+        cx.waker().wake_by_ref();
+        Poll::Pending
     }
 
     /// Also of an answer that is not whole it is known what it said so far.
@@ -212,42 +218,48 @@ impl Body for Relay {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         let this = &mut *self;
-        let Some(answer) = &mut this.answer else { return Poll::Ready(None) };
-        if this.flight.poll_aborted(cx).is_ready() {
-            return Poll::Ready(Some(this.broke(&super::aborted())));
-        }
-        let error = match Pin::new(answer).poll_frame(cx) {
-            Poll::Ready(Some(Ok(frame))) => {
-                match frame.data_ref().map_or(Ok(()), |data| this.passed(data)) {
-                    Ok(()) => {
-                        if this.is_end_stream() {
-                            this.ended();
-                        }
-                        return Poll::Ready(Some(Ok(frame)));
-                    }
-                    Err(error) => error,
+        let Some(answer) = &mut this.answer else { return Poll::Ready(this.cut.take().map(Err)) };
+        let answered = if this.flight.poll_aborted(cx).is_ready() {
+            Poll::Ready(Some(Err(super::aborted())))
+        } else {
+            match Pin::new(answer).poll_frame(cx) {
+                Poll::Ready(Some(Err(_))) if this.flight.is_cut() => {
+                    this.answer = None;
+                    return this.cut(cx, "the router was stopped");
                 }
+                Poll::Ready(Some(Ok(frame))) => {
+                    let passed = frame.data_ref().map_or(Ok(()), |data| this.passed(data));
+                    Poll::Ready(Some(passed.map(|()| frame)))
+                }
+                Poll::Ready(Some(Err(error))) => {
+                    let causes = with_causes(&error);
+                    let message = format!("the worker's answer broke off: {causes}");
+                    Poll::Ready(Some(Err(Error::new(Kind::WorkerUnreachable, message))))
+                }
+                Poll::Ready(None) => Poll::Ready(None),
+                Poll::Pending => this.poll_patience(cx).map(|error| Some(Err(error))),
             }
-            Poll::Ready(Some(Err(_))) if this.flight.is_cut() => {
-                this.answer = None;
-                return Poll::Ready(Some(Err("the router was stopped".into())));
-            }
-            Poll::Ready(Some(Err(error))) => {
-                let causes = with_causes(&error);
-                let message = format!("the worker's answer broke off: {causes}");
-                Error::new(Kind::WorkerUnreachable, message)
-            }
-            Poll::Ready(None) => {
-                this.ended();
-                return Poll::Ready(None);
-            }
-            Poll::Pending => std::task::ready!(this.poll_patience(cx)),
         };
-        Poll::Ready(Some(this.broke(&error)))
+        match ready!(answered) {
+            Some(Ok(frame)) => {
+                if this.is_end_stream() {
+                    this.ended();
+                }
+                Poll::Ready(Some(Ok(frame)))
+            }
+            Some(Err(error)) => match this.broke(&error) {
+                Some(event) => Poll::Ready(Some(Ok(Frame::data(event)))),
+                None => this.cut(cx, &error.message),
+            },
+            None => {
+                this.ended();
+                Poll::Ready(None)
+            }
+        }
     }
 
     fn is_end_stream(&self) -> bool {
-        self.answer.as_ref().is_none_or(Answer::is_end_stream)
+        self.cut.is_none() && self.answer.as_ref().is_none_or(Answer::is_end_stream)
     }
 
     fn size_hint(&self) -> SizeHint {

@@ -6,9 +6,11 @@ use axum::Router;
 use axum::extract::{Request, State};
 use axum::middleware::from_fn_with_state;
 use axum::routing::{MethodFilter, MethodRouter, get, on};
+use hashbrown::HashMap;
 use hyper::Method;
 
 use super::doors::{self, Door};
+use super::front::Front;
 use super::{App, cors, endpoints, fan_out, membership, proxy, traces};
 use crate::error::{Error, Kind, shown};
 use crate::telemetry::metrics::Route;
@@ -136,22 +138,24 @@ pub const ROUTES: &[(Method, &str, Purpose)] = &[
     (Method::GET, "/v1/traces/{*id}", Purpose::Trace),
 ];
 
-/// The routes as axum serves them.
-pub(crate) fn router(app: &Arc<App>) -> Router {
+/// All routes.
+pub(crate) fn front(app: &Arc<App>) -> Front {
     let mut router = Router::new();
-    for (method, path, purpose) in ROUTES {
-        router = router.route(path, handler(app, method, path, *purpose));
-    }
-    for path in &app.options.extra_routes {
-        router = router.route(path, handler(app, &Method::POST, path, Purpose::Routed));
+    let mut routed = HashMap::new();
+    let extra =
+        app.options.extra_routes.iter().map(|path| (&Method::POST, &**path, Purpose::Routed));
+    for (method, path, purpose) in
+        ROUTES.iter().map(|(method, path, purpose)| (method, *path, *purpose)).chain(extra)
+    {
+        router = router.route(path, handler(app, method, path, purpose, &mut routed));
     }
     router = router.fallback(not_found).method_not_allowed_fallback(not_allowed);
     router = router.layer(from_fn_with_state(app.clone(), doors::ask_for_key));
     // Outermost: a preflight has no key, and a page may read why it was refused.
     if let Some(cors) = cors::layer(&app.options.cors_allowed_origins) {
-        router = router.layer(cors);
+        return router.layer(cors).with_state(app.clone()).into();
     }
-    router.with_state(app.clone())
+    Front::new(app, router.with_state(app.clone()), routed)
 }
 
 /// The door before a route's path. All methods of a path have the same; other paths are as `extra_routes`.
@@ -161,18 +165,23 @@ pub(super) fn door(path: Option<&str>) -> Door {
 }
 
 /// What the second listener serves.
-pub(crate) fn metrics_only(app: &Arc<App>) -> Router {
-    Router::new()
-        .route("/metrics", get(endpoints::metrics))
-        .fallback(not_found)
-        .with_state(app.clone())
+pub(crate) fn metrics_only(app: &Arc<App>) -> Front {
+    let router = Router::new().route("/metrics", get(endpoints::metrics)).fallback(not_found);
+    router.with_state(app.clone()).into()
 }
 
-fn handler(app: &App, method: &Method, path: &str, purpose: Purpose) -> MethodRouter<Arc<App>> {
+fn handler(
+    app: &App,
+    method: &Method,
+    path: &str,
+    purpose: Purpose,
+    routed: &mut HashMap<String, Arc<Route>>,
+) -> MethodRouter<Arc<App>> {
     let method = MethodFilter::try_from(method.clone()).expect("axum knows GET, POST and DELETE");
     match purpose {
         Purpose::Routed => {
             let route = Route::new(&app.metrics, path);
+            routed.insert(path.to_owned(), route.clone());
             on(method, move |State(app): State<Arc<App>>, request: Request| {
                 proxy::proxy(app, route.clone(), request)
             })

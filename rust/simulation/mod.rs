@@ -28,7 +28,7 @@ use crate::routing::candidates::Weighed;
 use crate::routing::own::load_nothing;
 use crate::routing::{self, Pick, PickError, Policy, Target, Underway, WorkerId};
 use crate::running;
-use crate::server::{App, routes, serve_connection};
+use crate::server::{App, Front, routes, serve_connection};
 use crate::workers::{Joining, Snapshot, State, Workers, breaker};
 use clients::{Answers, Seen};
 use plan::{Ask, Manner, Plan, What};
@@ -92,7 +92,7 @@ fn run(seed: u64) {
 struct Simulation {
     cluster: Arc<Cluster>,
     app: Arc<App>,
-    router: axum::Router,
+    front: Front,
     request_timeout: Duration,
     watched: Arc<Watched>,
 }
@@ -120,8 +120,8 @@ impl Simulation {
         let app = Arc::new(app.expect("no trace log to open"));
         watched.workers.set(app.workers().clone()).ok().expect("only here");
         app.workers().start_checks();
-        let router = routes::router(&app);
-        Self { cluster, app, router, request_timeout, watched }
+        let front = routes::front(&app);
+        Self { cluster, app, front, request_timeout, watched }
     }
 
     /// Plays the whole plan; what each client has seen, in the order of the asks.
@@ -132,8 +132,8 @@ impl Simulation {
         let mut served = JoinSet::new();
         let connect = |served: &mut JoinSet<()>| -> DuplexStream {
             let (near, far) = duplex(PIPE_BYTES);
-            let router = self.router.clone();
-            served.spawn(serve_connection(far, router, &graceful, self.request_timeout));
+            let front = self.front.clone();
+            served.spawn(serve_connection(far, front, &graceful, self.request_timeout));
             near
         };
         let streams: Vec<DuplexStream> = plan.asks.iter().map(|_| connect(&mut served)).collect();

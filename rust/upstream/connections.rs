@@ -5,11 +5,11 @@
 //! reused connection ended before any byte of the answer is sent once more, on a new one. A new connection that
 //! fails does speak about the worker, and the caller hears of it.
 //!
-//! Framing and parsing are hyper's. A connection that was dropped in the middle of an answer is closed: SGLang takes
-//! that as the request's abort.
+//! Framing and parsing are hyper's; [`Driver`] runs its connection in the task of the request that is on it. A
+//! connection that was dropped in the middle of an answer is closed: SGLang takes that as the request's abort.
 
 use std::io;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
@@ -25,14 +25,13 @@ use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Instant;
 
+use super::driver::Driver;
 use super::has_known_coding;
 use super::network::{Network, Stream};
 use crate::error::with_causes;
 
 /// uvicorn, SGLang's server, closes a connection that was idle for 5 s; ours are gone before.
 const IDLE_MAX: Duration = Duration::from_millis(2500);
-/// How long is waited for connections whose answers have ended to be ready for the next request.
-const READY_WITHIN: Duration = Duration::from_millis(5);
 /// How much of a body's head is shown to who asks before it is relayed.
 const BEGUN_BYTES_MAX: usize = 400;
 
@@ -106,13 +105,14 @@ pub struct Connections {
 #[derive(Debug)]
 struct Connection {
     sender: SendRequest<Full<Bytes>>,
+    driver: Driver<http1::Connection<TokioIo<Wire>, Full<Bytes>>>,
     /// Bytes the worker has sent on it so far.
     received: Arc<AtomicU64>,
 }
 
 #[derive(Debug)]
 struct Idle {
-    connection: Connection,
+    connection: Box<Connection>,
     since: Instant,
 }
 
@@ -125,21 +125,22 @@ impl Connections {
 
     /// Sends a request and waits for the head of the answer.
     ///
-    /// A reused connection that ends before any byte of the answer is replaced by a new one, once.
+    /// A reused connection that ends before any byte of the answer is replaced by a new one, once; the request is made
+    /// anew for it.
     pub async fn send(
         self: &Arc<Self>,
-        request: Request<Full<Bytes>>,
+        request: impl Fn() -> Request<Full<Bytes>>,
     ) -> Result<Response<Answer>, SendError> {
-        if let Some(connection) = self.reusable().await {
+        if let Some(connection) = self.reusable() {
             let received = connection.received.clone();
             let before = received.load(Ordering::Relaxed);
-            match self.send_on(connection, request.clone()).await {
+            match self.send_on(connection, request()).await {
                 Err(_) if received.load(Ordering::Relaxed) == before => {}
                 answered => return self.final_answer(answered),
             }
         }
         let connection = self.connect().await?;
-        self.final_answer(self.send_on(connection, request).await)
+        self.final_answer(self.send_on(connection, request()).await)
     }
 
     fn final_answer(
@@ -161,7 +162,7 @@ impl Connections {
     /// Closes what has been idle for too long. Called every second or so.
     pub fn close_idle(&self) {
         if let Some(idle) = &mut *self.idle.lock() {
-            idle.retain(Idle::is_usable);
+            idle.retain_mut(Idle::is_usable);
         }
     }
 
@@ -172,10 +173,14 @@ impl Connections {
 
     async fn send_on(
         self: &Arc<Self>,
-        mut connection: Connection,
+        mut connection: Box<Connection>,
         request: Request<Full<Bytes>>,
     ) -> Result<Response<Answer>, hyper::Error> {
-        let mut response = connection.sender.send_request(request).await?;
+        let Connection { sender, driver, .. } = &mut *connection;
+        let mut answering = pin!(sender.send_request(request));
+        let answered =
+            std::future::poll_fn(|cx| driver.poll_beside(cx, |cx| answering.as_mut().poll(cx)));
+        let mut response = answered.await?;
         // The version is a matter of one connection; the client's is another one.
         *response.version_mut() = Version::HTTP_11;
         let connections = self.clone();
@@ -184,41 +189,25 @@ impl Connections {
     }
 
     /// The connection that was given back last among those that can take a request.
-    async fn reusable(&self) -> Option<Connection> {
-        let until = Instant::now() + READY_WITHIN;
+    fn reusable(&self) -> Option<Box<Connection>> {
         loop {
-            let mut connection = self.newest_usable()?;
-            if connection.sender.is_ready() {
-                return Some(connection);
-            }
-            // It was given back when the last byte of its answer was read, which may be a moment before hyper has
-            // declared it ready, or closed. One whose request is still being sent, though it was answered, is dropped.
-            let ready = tokio::time::timeout_at(until, connection.sender.ready()).await;
-            if ready.is_ok_and(|ready| ready.is_ok()) {
-                return Some(connection);
-            }
-        }
-    }
-
-    fn newest_usable(&self) -> Option<Connection> {
-        let mut idle = self.idle.lock();
-        loop {
-            let newest = idle.as_mut()?.pop()?;
+            let mut newest = self.idle.lock().as_mut()?.pop()?;
             if newest.is_usable() {
                 return Some(newest.connection);
             }
         }
     }
 
-    fn give_back(&self, connection: Connection) {
-        if !connection.sender.is_closed()
+    fn give_back(&self, mut connection: Box<Connection>) {
+        // One that the worker wants closed, or whose request is still being sent though it was answered, is of no use.
+        if connection.is_ready()
             && let Some(idle) = &mut *self.idle.lock()
         {
             idle.push(Idle { connection, since: Instant::now() });
         }
     }
 
-    async fn connect(&self) -> Result<Connection, SendError> {
+    async fn connect(&self) -> Result<Box<Connection>, SendError> {
         let dialling = self.network.dial(&self.address);
         let stream = tokio::time::timeout(self.connect_timeout, dialling)
             .await
@@ -231,10 +220,7 @@ impl Connections {
         let io = TokioIo::new(Wire { stream, received: received.clone(), is_gone: false });
         let (sender, connection) =
             http1::handshake(io).await.map_err(|source| self.no_answer(source))?;
-        // Ends when the worker closes the connection or when the sender is dropped. Its error reaches
-        // the request that was on it.
-        tokio::spawn(connection);
-        Ok(Connection { sender, received })
+        Ok(Box::new(Connection { sender, driver: Driver::new(connection), received }))
     }
 
     fn no_answer(&self, source: hyper::Error) -> SendError {
@@ -242,9 +228,16 @@ impl Connections {
     }
 }
 
+impl Connection {
+    /// Whether it would take a request now.
+    fn is_ready(&mut self) -> bool {
+        self.driver.is_alive() && self.sender.is_ready()
+    }
+}
+
 impl Idle {
-    fn is_usable(&self) -> bool {
-        !self.connection.sender.is_closed() && self.since.elapsed() < IDLE_MAX
+    fn is_usable(&mut self) -> bool {
+        self.since.elapsed() < IDLE_MAX && self.connection.is_ready()
     }
 }
 
@@ -261,7 +254,7 @@ pub struct Answer {
 #[derive(Debug)]
 struct Lease {
     connections: Arc<Connections>,
-    connection: Connection,
+    connection: Box<Connection>,
 }
 
 impl Answer {
@@ -296,7 +289,13 @@ impl Body for Answer {
         if let Some(held) = self.held.take() {
             return Poll::Ready(Some(Ok(held)));
         }
-        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        let Self { body, lease, .. } = &mut *self;
+        let frame = match lease {
+            Some(Lease { connection, .. }) => {
+                ready!(connection.driver.poll_beside(cx, |cx| Pin::new(&mut *body).poll_frame(cx)))
+            }
+            None => ready!(Pin::new(body).poll_frame(cx)),
+        };
         // Trailers are hop-by-hop here, as is the header that announces them; nothing follows them.
         let frame = frame.filter(|frame| !frame.as_ref().is_ok_and(Frame::is_trailers));
         if frame.is_none() || self.body.is_end_stream() {

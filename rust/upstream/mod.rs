@@ -5,6 +5,7 @@
 
 pub mod answer;
 mod connections;
+mod driver;
 mod network;
 mod sse;
 

@@ -141,7 +141,7 @@ async fn get(workers: &Workers, worker: &Worker, path: &str) -> Result<Bytes, Ch
     let timeout = workers.options.check_timeout();
     let path_and_query: PathAndQuery = path.parse().map_err(|error| format!("{path}: {error}"))?;
     let headers = HeaderMap::from_iter([(CHECKED_BY, workers.id().clone())]);
-    let request = worker.request(Method::GET, &path_and_query, headers, Bytes::new());
+    let request = || worker.request(Method::GET, &path_and_query, headers.clone(), Bytes::new());
     let exchange = async {
         let answer = worker
             .connections
