@@ -3,13 +3,13 @@
 //! A request is listed under its id and under its body's `rid`, from the moment each is known until the guard is
 //! dropped. Holds at most two entries per request in flight.
 
-use std::hash::{BuildHasher, RandomState};
+use std::hash::BuildHasher;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 
 use futures_util::task::AtomicWaker;
-use hashbrown::HashTable;
+use hashbrown::{DefaultHashBuilder, HashTable};
 use parking_lot::Mutex;
 
 use crate::workers::Worker;
@@ -55,7 +55,7 @@ type Entry = (Arc<str>, Arc<Abort>);
 
 #[derive(Debug, Default)]
 pub(super) struct InFlight {
-    hasher: RandomState,
+    hasher: DefaultHashBuilder,
     shards: [Mutex<HashTable<Entry>>; SHARDS],
 }
 

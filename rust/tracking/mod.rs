@@ -13,6 +13,7 @@
 //! has expired is never read; all counts are exact; at most `max_trace_entries` records are held.
 //! No HTTP, no async and no timers here: the server calls [`Tracker::remove_expired`] now and then.
 
+mod arrivals;
 mod log;
 mod mooncake;
 mod open;
@@ -192,9 +193,14 @@ impl Tracker {
 
     /// Begins a record, `queued`. The caller bounds the length of ids (256) and the number of
     /// routes.
-    pub fn open(self: &Arc<Self>, arrived: Arrived, request_id: &str, route: &str) -> OpenTrace {
+    pub fn open(
+        self: &Arc<Self>,
+        arrived: Arrived,
+        request_id: impl Into<Arc<str>>,
+        route: &str,
+    ) -> OpenTrace {
         let now_us = self.micros_at(arrived.at);
-        let key = self.store.open(request_id, route, arrived.unix_us, now_us);
+        let key = self.store.open(request_id.into(), route, arrived.unix_us, now_us);
         OpenTrace::new(Arc::clone(self), key, arrived.at)
     }
 

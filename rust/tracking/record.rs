@@ -14,7 +14,7 @@ use smallvec::SmallVec;
 
 use super::WorkerName;
 use super::prompt_blocks::PromptBlocks;
-use super::text::{CompactId, Names, Text, hex, parse_hex};
+use super::text::{ARC_COUNTS_BYTES, CompactId, Names, Text, hex, parse_hex};
 use super::trace::{AttemptView, CandidateView, Timestamp, Trace};
 
 /// Attempts kept of one request; beyond it the oldest go.
@@ -149,7 +149,8 @@ pub struct Candidate {
 /// What is kept of one request.
 #[derive(Debug, Clone)]
 pub(super) struct Record {
-    pub(super) request_id: Box<str>,
+    /// Shared with the request while it runs.
+    pub(super) request_id: Arc<str>,
     pub(super) arrived_unix_us: i64,
     /// Since the store's start; 0 while open.
     pub(super) ended_us: u64,
@@ -186,13 +187,13 @@ pub(super) struct Record {
 impl Record {
     /// A record of a request that has just arrived.
     pub(super) fn new(
-        request_id: &str,
+        request_id: Arc<str>,
         route: Text,
         routing_policy: Text,
         arrived_unix_us: i64,
     ) -> Record {
         Record {
-            request_id: request_id.into(),
+            request_id,
             arrived_unix_us,
             ended_us: 0,
             routing_policy,
@@ -252,12 +253,17 @@ impl Record {
         let candidates = self.candidates.as_ref().map_or(0, |candidates| {
             size_of::<Vec<Candidate>>() + candidates.capacity() * size_of::<Candidate>()
         });
-        self.request_id.len()
+        self.id_bytes()
             + candidates
             + self.prompt_blocks.as_ref().map_or(0, PromptBlocks::heap_bytes)
             + self.worker_request_id.as_ref().map_or(0, CompactId::heap_bytes)
             + own.flatten().map(Text::own_bytes).sum::<usize>()
             + spilled
+    }
+
+    /// Heap memory of its id.
+    pub(super) fn id_bytes(&self) -> usize {
+        ARC_COUNTS_BYTES + self.request_id.len()
     }
 
     /// The record as people read it.
@@ -408,7 +414,7 @@ mod tests {
 
     #[test]
     fn the_oldest_attempts_go_beyond_the_bound() {
-        let mut record = Record::new("id", Text::new("/generate"), Text::new("random"), 0);
+        let mut record = Record::new("id".into(), Text::new("/generate"), Text::new("random"), 0);
         assert!(record.worker().is_none());
         for index in 0..MAX_ATTEMPTS as u32 + 3 {
             let node_id = format!("gpu_{index}").into();

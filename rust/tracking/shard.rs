@@ -8,14 +8,13 @@
 //! Invariant: each record held is in `by_arrival`, in the list of its id, and either in `open` or
 //! in both `used` and `ended`; `counts` agrees with the records after each call.
 
-use std::collections::BTreeMap;
-use std::hash::{BuildHasher, RandomState};
 use std::mem::size_of;
 use std::sync::Arc;
 
 use hashbrown::HashTable;
 
 use super::WorkerName;
+use super::arrivals::Arrivals;
 use super::query::Query;
 use super::record::{Record, Status};
 use super::slab::{List, Slab};
@@ -26,10 +25,6 @@ use super::trace::{Timestamp, Trace};
 /// Most records one call of [`Shard::newest_before`] looks at, so that a listing never holds the
 /// lock for long.
 const MAX_SCANNED: usize = 256;
-
-/// Rough cost of a record in a `BTreeMap<u64, u32>`: nodes of 11 are a little over half full when
-/// keys come in ascending order.
-const BY_ARRIVAL_BYTES: usize = 28;
 
 /// Open records by arrival; ended ones by last use.
 const ORDER: usize = 0;
@@ -42,6 +37,8 @@ const SAME_ID: usize = 2;
 struct Entry {
     /// Arrival number, unique in the store: it also tells a record from a later one in its slot.
     seq: u64,
+    /// Of its id.
+    hash: u64,
     record: Record,
 }
 
@@ -65,13 +62,12 @@ pub(super) struct Found {
 
 #[derive(Debug)]
 pub(super) struct Shard {
-    hasher: RandomState,
     /// Of the records inserted.
     routing_policy: Text,
     slab: Slab<Entry>,
     /// One list for each id, oldest record first.
     by_id: HashTable<List<SAME_ID>>,
-    by_arrival: BTreeMap<u64, u32>,
+    by_arrival: Arrivals,
     /// Open records, oldest first.
     open: List<ORDER>,
     /// Ended records, least recently used first.
@@ -87,21 +83,20 @@ pub(super) struct Shard {
 impl Entry {
     /// What of this record is in [`Shard::heap_bytes`].
     fn counted_bytes(&self) -> usize {
-        let Record { request_id, status, .. } = &self.record;
-        if status.is_ended() { self.record.heap_bytes() } else { request_id.len() }
+        let is_ended = self.record.status.is_ended();
+        if is_ended { self.record.heap_bytes() } else { self.record.id_bytes() }
     }
 }
 
 impl Shard {
-    /// An empty shard, which hashes ids as the store does.
-    pub(super) fn new(hasher: RandomState, routing_policy: &str) -> Shard {
+    /// An empty shard.
+    pub(super) fn new(routing_policy: &str) -> Shard {
         let mut names = Names::default();
         Shard {
-            hasher,
             routing_policy: names.share(routing_policy),
             slab: Slab::new(),
             by_id: HashTable::new(),
-            by_arrival: BTreeMap::new(),
+            by_arrival: Arrivals::default(),
             open: List::new(),
             used: List::new(),
             ended: List::new(),
@@ -119,20 +114,20 @@ impl Shard {
     pub(super) fn insert(
         &mut self,
         seq: u64,
-        id: &str,
+        id: Arc<str>,
         hash: u64,
         route: &str,
         unix_us: i64,
     ) -> Place {
         let policy = self.routing_policy.clone();
-        let record = Record::new(id, self.names.share(route), policy, unix_us);
-        self.counts.arrives(&record.route);
-        let entry = Entry { seq, record };
+        let route = self.counts.arrives(route, &mut self.names);
+        let record = Record::new(id, route, policy, unix_us);
+        let entry = Entry { seq, hash, record };
         self.heap_bytes += entry.counted_bytes();
         let slot = self.slab.insert(entry);
-        self.by_arrival.insert(seq, slot);
+        self.by_arrival.push(seq, slot);
         self.open.push(&mut self.slab, slot);
-        self.join_id(id, hash, slot);
+        self.join_id(slot);
         Place { slot, seq }
     }
 
@@ -192,7 +187,8 @@ impl Shard {
     pub(super) fn restore(&mut self, seq: u64, hash: u64, record: Record) {
         let (status, had_worker) = (record.status, record.worker().is_some());
         let unix_us = record.arrived_unix_us;
-        let place = self.insert(seq, &record.request_id, hash, record.route.as_str(), unix_us);
+        let id = record.request_id.clone();
+        let place = self.insert(seq, id, hash, record.route.as_str(), unix_us);
         if let Some(worker) = record.worker() {
             self.counts.changes_worker(None, worker, true);
         }
@@ -225,13 +221,14 @@ impl Shard {
     /// `max_found` of them, out of a bounded number looked at.
     pub(super) fn newest_before(&self, before: u64, query: &Query, max_found: usize) -> Found {
         let mut found = Found { traces: Vec::new(), before, is_exhausted: false };
-        let mut older = self.by_arrival.range(..before).rev();
+        let mut older = self.by_arrival.before(before);
         for _ in 0..MAX_SCANNED {
-            let Some((&seq, &slot)) = older.next() else {
+            let Some((seq, slot)) = older.next() else {
                 found.is_exhausted = true;
                 break;
             };
             found.before = seq;
+            let Some(slot) = slot else { continue };
             let record = &self.slab.at(slot).record;
             if query.matches(record) {
                 found.traces.push((seq, record.view()));
@@ -277,12 +274,10 @@ impl Shard {
 
     /// Arrival of the oldest and of the newest record, each with its number.
     pub(super) fn arrivals(&self) -> Option<[(u64, Timestamp); 2]> {
-        let arrival = |(&seq, &slot): (&u64, &u32)| {
+        let arrival = |(seq, slot): (u64, u32)| {
             (seq, Timestamp::from_unix_us(self.slab.at(slot).record.arrived_unix_us))
         };
-        let oldest = self.by_arrival.first_key_value().map(arrival)?;
-        let newest = self.by_arrival.last_key_value().map(arrival)?;
-        Some([oldest, newest])
+        self.by_arrival.ends().map(|ends| ends.map(arrival))
     }
 
     /// Estimate of all memory the shard has taken.
@@ -290,7 +285,7 @@ impl Shard {
         size_of::<Shard>()
             + self.slab.memory_bytes()
             + self.by_id.allocation_size()
-            + self.by_arrival.len() * BY_ARRIVAL_BYTES
+            + self.by_arrival.memory_bytes()
             + self.names.memory_bytes()
             + self.counts.memory_bytes()
             + self.heap_bytes
@@ -300,22 +295,21 @@ impl Shard {
         self.record(place).is_some()
     }
 
-    fn join_id(&mut self, id: &str, hash: u64, slot: u32) {
-        let list = match self.by_id.find_mut(hash, |list| list_id(&self.slab, list) == id) {
-            Some(list) => list,
-            None => {
-                let rehash = |list: &List<SAME_ID>| self.hasher.hash_one(list_id(&self.slab, list));
-                let list = List::new();
-                self.by_id.insert_unique(hash, list, rehash).into_mut()
-            }
-        };
-        list.push(&mut self.slab, slot);
+    fn join_id(&mut self, slot: u32) {
+        let Entry { hash, record, .. } = self.slab.at(slot);
+        let is_same = |list: &List<SAME_ID>| *list_id(&self.slab, list) == *record.request_id;
+        let rehash = |list: &List<SAME_ID>| list.first().map_or(0, |slot| self.slab.at(slot).hash);
+        let list = self.by_id.entry(*hash, is_same, rehash).or_insert(List::new());
+        list.into_mut().push(&mut self.slab, slot);
     }
 
     fn leave_id(&mut self, slot: u32) {
-        let id = &*self.slab.at(slot).record.request_id;
-        let hash = self.hasher.hash_one(id);
-        let entry = self.by_id.find_entry(hash, |list| list_id(&self.slab, list) == id);
+        let Entry { hash, record, .. } = self.slab.at(slot);
+        // The oldest leaves first, and is found without a look at its id.
+        let is_same = |list: &List<SAME_ID>| {
+            list.first() == Some(slot) || *list_id(&self.slab, list) == *record.request_id
+        };
+        let entry = self.by_id.find_entry(*hash, is_same);
         let mut entry = entry.expect("a record is in the list of its id");
         entry.get_mut().remove(&mut self.slab, slot);
         if entry.get().len() == 0 {
@@ -332,7 +326,7 @@ impl Shard {
             self.open.remove(&mut self.slab, slot);
         }
         let entry = self.slab.remove(slot);
-        self.by_arrival.remove(&entry.seq);
+        self.by_arrival.remove(entry.seq);
         self.heap_bytes -= entry.counted_bytes();
         self.counts.leaves(&entry.record);
     }

@@ -12,7 +12,7 @@ use hashbrown::HashMap;
 use serde::Serialize;
 
 use super::record::{Record, Status};
-use super::text::Text;
+use super::text::{Names, Text};
 use super::trace::Timestamp;
 use super::{Options, WorkerName};
 
@@ -46,8 +46,8 @@ impl Tally {
 #[derive(Debug, Default)]
 pub(super) struct Counts {
     statuses: [Tally; Status::ALL.len()],
-    // Bounded by the routes the server knows.
-    routes: HashMap<Text, Tally>,
+    // Bounded by the routes the server knows, and hardly ever more than one or two.
+    routes: Vec<(Text, Tally)>,
     /// By worker index; at most [`MAX_NODES`] + 1.
     nodes: HashMap<u32, (Arc<WorkerName>, Tally)>,
     unrouted: u64,
@@ -56,10 +56,17 @@ pub(super) struct Counts {
 }
 
 impl Counts {
-    /// A request arrived; its record is held.
-    pub(super) fn arrives(&mut self, route: &Text) {
+    /// A request arrived, and its record is held; the name of its route.
+    pub(super) fn arrives(&mut self, route: &str, names: &mut Names) -> Text {
         self.statuses[Status::Queued as usize].add(true);
-        self.routes.entry(route.clone()).or_default().add(true);
+        let known = self.routes.iter().position(|(name, _)| name.as_str() == route);
+        let place = known.unwrap_or_else(|| {
+            self.routes.push((names.share(route), Tally::default()));
+            self.routes.len() - 1
+        });
+        let (name, tally) = &mut self.routes[place];
+        tally.add(true);
+        name.clone()
     }
 
     /// A request came further, or went back for a retry.
@@ -89,7 +96,9 @@ impl Counts {
     /// A record is no longer held.
     pub(super) fn leaves(&mut self, record: &Record) {
         self.statuses[record.status as usize].held -= 1;
-        self.routes.entry(record.route.clone()).or_default().held -= 1;
+        if let Some((_, tally)) = self.routes.iter_mut().find(|(name, _)| *name == record.route) {
+            tally.held -= 1;
+        }
         if let Some(worker) = record.worker() {
             self.node(worker).held -= 1;
         }

@@ -10,9 +10,11 @@
 //! expired one. Time is an argument: microseconds since the store's start.
 
 use std::collections::VecDeque;
-use std::hash::{BuildHasher, RandomState};
+use std::hash::BuildHasher;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
+use hashbrown::DefaultHashBuilder;
 use parking_lot::{RwLock, RwLockWriteGuard};
 
 use super::query::{Cursor, Query};
@@ -49,7 +51,7 @@ pub(super) struct Key {
 #[derive(Debug)]
 pub(super) struct Store {
     shards: Box<[RwLock<Shard>]>,
-    hasher: RandomState,
+    hasher: DefaultHashBuilder,
     capacity: usize,
     ttl_us: u64,
     /// Records held, and rooms taken for records about to be inserted: never above `capacity`.
@@ -67,11 +69,10 @@ impl Store {
 
     /// `shards` is at most `capacity`, so that each has a share.
     fn with_shards(shards: usize, capacity: usize, ttl_us: u64, routing_policy: &str) -> Store {
-        let hasher = RandomState::new();
-        let shard = |_| RwLock::new(Shard::new(hasher.clone(), routing_policy));
+        let shard = |_| RwLock::new(Shard::new(routing_policy));
         Store {
             shards: (0..shards).map(shard).collect(),
-            hasher,
+            hasher: DefaultHashBuilder::default(),
             capacity,
             ttl_us,
             taken: AtomicUsize::new(0),
@@ -81,8 +82,8 @@ impl Store {
     }
 
     /// Adds an open record, the newest of its id.
-    pub(super) fn open(&self, id: &str, route: &str, unix_us: i64, now_us: u64) -> Key {
-        let hash = self.hasher.hash_one(id);
+    pub(super) fn open(&self, id: Arc<str>, route: &str, unix_us: i64, now_us: u64) -> Key {
+        let hash = self.hasher.hash_one(&*id);
         let index = self.shard_of(hash);
         loop {
             let mut shard = self.shards[index].write();
@@ -213,7 +214,7 @@ impl Store {
         &self,
         index: usize,
         shard: &mut Shard,
-        id: &str,
+        id: Arc<str>,
         hash: u64,
         route: &str,
         unix_us: i64,

@@ -16,7 +16,7 @@ use hashbrown::HashSet;
 const MAX_NAMES: usize = 1_024;
 
 /// What an `Arc` adds to its content: two counts.
-const ARC_COUNTS_BYTES: usize = 2 * size_of::<usize>();
+pub(super) const ARC_COUNTS_BYTES: usize = 2 * size_of::<usize>();
 
 /// The longest head of `text` that has at most `max_bytes` bytes and ends between characters.
 pub(super) fn capped(text: &str, max_bytes: usize) -> &str {
@@ -63,7 +63,7 @@ impl Text {
 
 impl PartialEq for Text {
     fn eq(&self, other: &Text) -> bool {
-        self.as_str() == other.as_str()
+        Arc::ptr_eq(&self.0, &other.0) || self.as_str() == other.as_str()
     }
 }
 
@@ -144,12 +144,24 @@ impl Display for CompactId {
 
 /// The 16 bytes that 32 lower-case hex digits stand for; `None` for any other text.
 pub(super) fn parse_hex(text: &str) -> Option<[u8; 16]> {
-    let lower_hex = |digit: u8| matches!(digit, b'0'..=b'9' | b'a'..=b'f');
-    if text.len() != 32 || !text.bytes().all(lower_hex) {
-        return None;
-    }
-    u128::from_str_radix(text, 16).ok().map(u128::to_be_bytes)
+    let (pairs, []) = text.as_bytes().as_chunks() else { return None };
+    let pairs: &[[u8; 2]; 16] = pairs.try_into().ok()?;
+    let values = pairs.map(|pair| pair.map(|digit| HEX_VALUE[usize::from(digit)]));
+    let is_hex = values.as_flattened().iter().fold(0, |all, value| all | value) < 16;
+    is_hex.then(|| values.map(|[high, low]| high << 4 | low))
 }
+
+/// What a lower-case hex digit stands for; all bits of any other byte.
+const HEX_VALUE: [u8; 256] = {
+    let mut values = [u8::MAX; 256];
+    let digits = b"0123456789abcdef";
+    let mut value = 0;
+    while value < digits.len() {
+        values[digits[value] as usize] = value as u8;
+        value += 1;
+    }
+    values
+};
 
 /// 32 lower-case hex digits.
 pub(super) fn hex(bytes: [u8; 16]) -> String {
