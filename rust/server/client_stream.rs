@@ -230,7 +230,7 @@ mod tests {
         let (client, server) = duplex(1 << 10);
         let mut stream = ClientStream::new(server);
         let until = Instant::now() + Duration::from_secs(5);
-        let exchange = Exchange { deadline: until.into_std(), abort: Arc::default() };
+        let exchange = Exchange { deadline: until.into_std(), ..Exchange::begin(Duration::ZERO) };
         stream.exchanges().begin(exchange);
         let error = stream.write_all(&[0; 4 << 10]).await.expect_err("nobody reads");
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);

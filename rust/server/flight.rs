@@ -22,8 +22,7 @@ use crate::error::{Error, Kind, Origin};
 use crate::request::Scan;
 use crate::routing::{InFlight, Told};
 use crate::telemetry::metrics::labels::{
-    BackoffLabels, CauseLabels, Http, ReasonLabels, Regular, ResultLabels, UpstreamLabels,
-    WorkerErrorLabels,
+    BackoffLabels, CauseLabels, Http, ReasonLabels, Regular, ResultLabels, WorkerErrorLabels,
 };
 use crate::telemetry::metrics::{Route, Series};
 use crate::tracking::{AnswerFacts, Arrived, OpenTrace, PromptBlocks, RequestFacts};
@@ -84,8 +83,7 @@ impl Flight {
         header_id: Option<Arc<str>>,
     ) -> Self {
         route.arrived();
-        let arrived = Arrived { at: now(), ..Arrived::now() };
-        let Exchange { deadline, abort } = exchange;
+        let Exchange { arrived, deadline, abort } = exchange;
         let mut flight = Self {
             app,
             route,
@@ -192,7 +190,7 @@ impl Flight {
     pub(super) fn admitted(&mut self, slot: Slot, since: Instant) {
         self.slot = Some(slot);
         let now = now();
-        self.count_admission("allowed");
+        self.route.allowed();
         self.app.metrics.queue_wait.observe((now - since).as_secs_f64());
         if let Some(trace) = &mut self.trace {
             trace.admitted(now);
@@ -201,11 +199,8 @@ impl Flight {
 
     /// There was no room for the request, or not in time.
     pub(super) fn rejected(&self) {
-        self.count_admission("rejected");
-    }
-
-    fn count_admission(&self, result: &'static str) {
-        self.app.metrics.rate_limit.get_or_create(&ResultLabels { result }).inc();
+        let labels = ResultLabels { result: "rejected" };
+        self.app.metrics.rate_limit.get_or_create(&labels).inc();
     }
 
     /// A worker was picked, after the body was scanned for as long.
@@ -221,10 +216,11 @@ impl Flight {
             took,
         } = picked;
         let decision = scan_took + took;
+        let sent_at = now();
         if let (Some(trace), Some(name)) = (&mut self.trace, worker.name()) {
             trace.routed(name, reason, matched_tokens, decision, candidates);
             trace.estimated(input_tokens);
-            trace.sent(now());
+            trace.sent(sent_at);
         }
         if let (Some(error), Some(failed)) = (self.untold.take(), &self.worker) {
             tracing::warn!(
@@ -237,7 +233,6 @@ impl Flight {
             decision_us = decision.as_nanos() as f64 / 1e3, "picked"
         );
         self.abort.move_to(Some(&worker));
-        let sent_at = now();
         self.attempt = Some(Attempt { in_flight, pass, sent_at, answered_at: None });
         self.status = None;
         self.worker = Some(worker);
@@ -313,8 +308,7 @@ impl Flight {
     /// The head of the worker's answer came.
     pub(super) fn answered(&mut self, status: StatusCode) {
         self.status = Some(status);
-        let labels = UpstreamLabels { router_type: Http, status_code: status.as_u16() };
-        self.app.metrics.upstream_responses.get_or_create(&labels).inc();
+        self.route.answered(status.as_u16());
         if let Some(trace) = &mut self.trace {
             trace.headers(status.as_u16());
         }

@@ -4,7 +4,6 @@
 use std::convert::Infallible;
 use std::io;
 use std::pin::pin;
-use std::sync::Arc;
 use std::time::Duration;
 
 use axum::response::IntoResponse;
@@ -26,7 +25,6 @@ use tokio::time::Instant;
 use super::client_stream::ClientStream;
 use super::exchange::Exchange;
 use super::front::Front;
-use super::now;
 use crate::error::{Error, Kind};
 
 /// Connections that wait to be accepted; a burst of clients arrives faster than threads wake up.
@@ -178,7 +176,7 @@ where
     let stream = ClientStream::new(stream);
     let exchanges = stream.exchanges();
     let service = service_fn(move |mut request: Request<Incoming>| {
-        let exchange = Exchange { deadline: now() + request_timeout, abort: Arc::default() };
+        let exchange = Exchange::begin(request_timeout);
         exchanges.begin(exchange.clone());
         request.extensions_mut().insert(exchange);
         if let Err(error) = check_head(&request) {

@@ -37,10 +37,8 @@ const LARGE_BODY_BYTES: usize = 256 << 10;
 /// Serves one request on a routed route.
 pub(super) async fn proxy(app: Arc<App>, route: Arc<Route>, request: Request) -> Response {
     let (mut head, body) = request.into_parts();
-    let exchange = head.extensions.remove().unwrap_or_else(|| Exchange {
-        deadline: now() + app.options.request_timeout(),
-        abort: Arc::default(),
-    });
+    let begin = || Exchange::begin(app.options.request_timeout());
+    let exchange = head.extensions.remove().unwrap_or_else(begin);
     let header_id = app.request_ids.in_headers(&head.headers);
     let mut flight = Flight::begin(app.clone(), route, exchange, header_id);
 

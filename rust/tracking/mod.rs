@@ -135,9 +135,14 @@ pub struct Arrived {
 impl Arrived {
     /// Now.
     pub fn now() -> Arrived {
+        Arrived::at(Instant::now())
+    }
+
+    /// Now, which is this moment by the clock that durations are measured by.
+    pub fn at(at: Instant) -> Arrived {
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let unix_us = i64::try_from(since_epoch.as_micros()).unwrap_or(i64::MAX);
-        Arrived { unix_us, at: Instant::now() }
+        Arrived { unix_us, at }
     }
 }
 
@@ -199,9 +204,10 @@ impl Tracker {
         request_id: impl Into<Arc<str>>,
         route: &str,
     ) -> OpenTrace {
-        let now_us = self.micros_at(arrived.at);
-        let key = self.store.open(request_id.into(), route, arrived.unix_us, now_us);
-        OpenTrace::new(Arc::clone(self), key, arrived.at)
+        let arrived_ns = self.nanos_at(arrived.at);
+        let (unix_us, now_us) = (arrived.unix_us, arrived_ns / 1_000);
+        let key = self.store.open(request_id.into(), route, unix_us, now_us);
+        OpenTrace::new(Arc::clone(self), key, arrived_ns)
     }
 
     /// The newest trace with this id. Counts as a use of it.
@@ -266,8 +272,13 @@ impl Tracker {
     }
 
     fn micros_at(&self, at: Instant) -> u64 {
+        self.nanos_at(at) / 1_000
+    }
+
+    fn nanos_at(&self, at: Instant) -> u64 {
         let since_start: Duration = at.saturating_duration_since(self.started_at);
-        u64::try_from(since_start.as_micros()).unwrap_or(u64::MAX)
+        // Half a thousand years fit.
+        since_start.as_nanos() as u64
     }
 }
 

@@ -54,31 +54,32 @@ pub struct AnswerFacts<'a> {
     pub worker_request_id: Option<&'a str>,
 }
 
-/// The record of a running request. See the module's documentation.
+/// The record of a running request. See the module's documentation. Its moments are in nanoseconds since the tracker's
+/// start.
 #[derive(Debug)]
 pub struct OpenTrace {
     tracker: Arc<Tracker>,
     /// Where the record is.
     key: Key,
-    arrived_at: Instant,
+    arrived_ns: u64,
     status: Status,
     worker: Option<Arc<WorkerName>>,
     is_attempt_open: bool,
-    sent_at: Option<Instant>,
+    sent_ns: Option<u64>,
     /// The answer's status; kept here too because it decides how the request ends.
     http_status: Option<u16>,
 }
 
 impl OpenTrace {
-    pub(super) fn new(tracker: Arc<Tracker>, key: Key, arrived_at: Instant) -> OpenTrace {
+    pub(super) fn new(tracker: Arc<Tracker>, key: Key, arrived_ns: u64) -> OpenTrace {
         OpenTrace {
             tracker,
             key,
-            arrived_at,
+            arrived_ns,
             status: Status::Queued,
             worker: None,
             is_attempt_open: false,
-            sent_at: None,
+            sent_ns: None,
             http_status: None,
         }
     }
@@ -128,12 +129,10 @@ impl OpenTrace {
         let from_worker = self.worker.replace(Arc::clone(worker));
         let from = std::mem::replace(&mut self.status, Status::Routed);
         self.is_attempt_open = true;
-        self.sent_at = None;
+        self.sent_ns = None;
         self.http_status = None;
         self.at_home(|shard, place| {
-            shard.route(place, from_worker.as_ref(), worker);
-            shard.set_status(place, from, Status::Routed);
-            shard.edit(place, |record, names| {
+            shard.route(place, (from_worker.as_ref(), from), worker, |record, names| {
                 record.reason = Some(names.share(capped(reason, MAX_REASON_BYTES)));
                 record.http_status = None;
                 record.matched_tokens = matched_tokens.into();
@@ -152,13 +151,13 @@ impl OpenTrace {
 
     /// The request is being sent to the worker; the attempt's own clock starts.
     pub fn sent(&mut self, at: Instant) {
-        self.sent_at = Some(at);
+        self.sent_ns = Some(self.tracker.nanos_at(at));
     }
 
     /// The attempt came to nothing, with the worker's status if it answered. Another one may follow;
     /// if not, [`OpenTrace::fail`] or [`OpenTrace::complete`] must.
     pub fn attempt_failed(&mut self, at: Instant, http_status: Option<u16>, error: &str) {
-        let attempt = self.take_attempt(at);
+        let attempt = self.take_attempt(self.tracker.nanos_at(at));
         self.edit(|record, _| close_attempt(record, attempt, http_status, Some(error)));
     }
 
@@ -167,8 +166,7 @@ impl OpenTrace {
         self.http_status = Some(http_status);
         let from = std::mem::replace(&mut self.status, Status::Processing);
         self.at_home(|shard, place| {
-            shard.set_status(place, from, Status::Processing);
-            shard.edit(place, |record, _| {
+            shard.advance(place, (from, Status::Processing), |record| {
                 if let Some(attempt) = record.attempts.last_mut() {
                     attempt.http_status = Some(http_status);
                 }
@@ -230,10 +228,10 @@ impl OpenTrace {
 
     /// Writes all that the ending says and ends the record, in one step for readers.
     fn end(&mut self, at: Instant, to: Status, http_status: Option<u16>, error: Option<&str>) {
-        let attempt = self.take_attempt(at);
-        let latency_us = self.since_arrival(at);
+        let now_ns = self.tracker.nanos_at(at);
+        let attempt = self.take_attempt(now_ns);
+        let latency_us = micros_between(self.arrived_ns, now_ns);
         let from = std::mem::replace(&mut self.status, to);
-        let now_us = self.tracker.micros_at(at);
         let place = self.key.place;
         let mut shard = self.tracker.store.shard(self.key);
         shard.edit(place, |record, _| {
@@ -242,7 +240,7 @@ impl OpenTrace {
             record.http_status = http_status;
             record.error_message = error.map(error_text);
         });
-        shard.end(place, from, to, self.worker.is_some(), now_us);
+        shard.end(place, from, to, self.worker.is_some(), now_ns / 1_000);
         let (log, told) = (&self.tracker.log, self.tracker.told.get());
         if log.is_none() && told.is_none() {
             return;
@@ -258,9 +256,9 @@ impl OpenTrace {
     }
 
     /// Ends the attempt that is under way: its latency, which is none if it was never sent.
-    fn take_attempt(&mut self, at: Instant) -> Option<OptionalU64> {
-        let latency = |sent_at| OptionalU64::micros(at.saturating_duration_since(sent_at));
-        let latency_us = self.sent_at.take().map_or(OptionalU64::NONE, latency);
+    fn take_attempt(&mut self, now_ns: u64) -> Option<OptionalU64> {
+        let latency = |sent_ns| micros_between(sent_ns, now_ns);
+        let latency_us = self.sent_ns.take().map_or(OptionalU64::NONE, latency);
         std::mem::take(&mut self.is_attempt_open).then_some(latency_us)
     }
 
@@ -274,7 +272,7 @@ impl OpenTrace {
     }
 
     fn since_arrival(&self, at: Instant) -> OptionalU64 {
-        OptionalU64::micros(at.saturating_duration_since(self.arrived_at))
+        micros_between(self.arrived_ns, self.tracker.nanos_at(at))
     }
 }
 
@@ -298,6 +296,11 @@ fn close_attempt(
         attempt.http_status = http_status.or(attempt.http_status);
         attempt.error = error.map(error_text);
     }
+}
+
+/// Whole microseconds.
+fn micros_between(from_ns: u64, to_ns: u64) -> OptionalU64 {
+    OptionalU64::some(to_ns.saturating_sub(from_ns) / 1_000)
 }
 
 fn error_text(error: &str) -> Text {

@@ -97,11 +97,6 @@ impl OptionalU32 {
 }
 
 impl OptionalU64 {
-    /// Whole microseconds.
-    pub(super) fn micros(duration: Duration) -> OptionalU64 {
-        OptionalU64::some(u64::try_from(duration.as_micros()).unwrap_or(u64::MAX))
-    }
-
     /// Whole nanoseconds.
     pub(super) fn nanos(duration: Duration) -> OptionalU64 {
         OptionalU64::some(u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX))
@@ -408,7 +403,7 @@ mod tests {
         assert_eq!(OptionalU32::NONE.get(), None);
         assert_eq!(OptionalU32::some(0).get(), Some(0));
         assert_eq!(OptionalU32::some(u32::MAX).get(), Some(u32::MAX - 1));
-        assert_eq!(OptionalU64::micros(Duration::MAX).get(), Some(u64::MAX - 1));
+        assert_eq!(OptionalU64::nanos(Duration::MAX).get(), Some(u64::MAX - 1));
         assert_eq!(OptionalU64::nanos(Duration::from_nanos(3_100)).thousandths(), Some(3.1));
     }
 

@@ -5,8 +5,8 @@
 //! of records and however often an id repeats. Time is an argument: microseconds since the store's
 //! start.
 //!
-//! Invariant: each record held is in `by_arrival`, in the list of its id, and either in `open` or
-//! in both `used` and `ended`; `counts` agrees with the records after each call.
+//! Invariant: each record held is in `by_arrival`, in the list of its id, and once it has
+//! ended in both `used` and `ended`; `counts` agrees with the records after each call.
 
 use std::mem::size_of;
 use std::sync::Arc;
@@ -26,8 +26,8 @@ use super::trace::{Timestamp, Trace};
 /// lock for long.
 const MAX_SCANNED: usize = 256;
 
-/// Open records by arrival; ended ones by last use.
-const ORDER: usize = 0;
+/// Ended records by last use.
+const USE: usize = 0;
 /// Ended records by their ending.
 const ENDING: usize = 1;
 /// Records with one id by arrival.
@@ -68,10 +68,8 @@ pub(super) struct Shard {
     /// One list for each id, oldest record first.
     by_id: HashTable<List<SAME_ID>>,
     by_arrival: Arrivals,
-    /// Open records, oldest first.
-    open: List<ORDER>,
     /// Ended records, least recently used first.
-    used: List<ORDER>,
+    used: List<USE>,
     /// Ended records, first ended first.
     ended: List<ENDING>,
     names: Names,
@@ -97,7 +95,6 @@ impl Shard {
             slab: Slab::new(),
             by_id: HashTable::new(),
             by_arrival: Arrivals::default(),
-            open: List::new(),
             used: List::new(),
             ended: List::new(),
             names,
@@ -126,7 +123,6 @@ impl Shard {
         self.heap_bytes += entry.counted_bytes();
         let slot = self.slab.insert(entry);
         self.by_arrival.push(seq, slot);
-        self.open.push(&mut self.slab, slot);
         self.join_id(slot);
         Place { slot, seq }
     }
@@ -138,23 +134,37 @@ impl Shard {
         }
     }
 
-    /// A request got a worker, perhaps in place of an earlier one. Counts even if its record left.
+    /// A request got a worker, perhaps in place of an earlier one, and its record is changed. Counts even if that left.
     pub(super) fn route(
         &mut self,
         place: Place,
-        from: Option<&Arc<WorkerName>>,
-        to: &Arc<WorkerName>,
+        (from_worker, from): (Option<&Arc<WorkerName>>, Status),
+        worker: &Arc<WorkerName>,
+        change: impl FnOnce(&mut Record, &mut Names),
     ) {
-        let is_held = self.holds(place);
-        self.counts.changes_worker(from, to, is_held);
-        self.edit(place, |record, _| record.attempt(to));
+        let entry = entry_at(&mut self.slab, place);
+        self.counts.changes_worker(from_worker, worker, entry.is_some());
+        self.counts.changes_status(from, Status::Routed, entry.is_some());
+        if let Some(Entry { record, .. }) = entry {
+            record.status = Status::Routed;
+            record.attempt(worker);
+            change(record, &mut self.names);
+        }
     }
 
-    /// An open request came further without ending. Counts even if its record left.
-    pub(super) fn set_status(&mut self, place: Place, from: Status, to: Status) {
-        let is_held = self.holds(place);
-        self.counts.changes_status(from, to, is_held);
-        self.edit(place, |record, _| record.status = to);
+    /// An open request came further without ending, and its record is changed. Counts even if that left.
+    pub(super) fn advance(
+        &mut self,
+        place: Place,
+        (from, to): (Status, Status),
+        change: impl FnOnce(&mut Record),
+    ) {
+        let entry = entry_at(&mut self.slab, place);
+        self.counts.changes_status(from, to, entry.is_some());
+        if let Some(Entry { record, .. }) = entry {
+            record.status = to;
+            change(record);
+        }
     }
 
     /// A request ended. Counts even if its record left.
@@ -178,7 +188,6 @@ impl Shard {
         // Threads may come here out of order; the list of endings must not run backwards.
         entry.record.ended_us = now_us.max(last_us);
         self.heap_bytes += entry.counted_bytes();
-        self.open.remove(&mut self.slab, place.slot);
         self.used.push(&mut self.slab, place.slot);
         self.ended.push(&mut self.slab, place.slot);
     }
@@ -264,9 +273,9 @@ impl Shard {
     /// Removes the least recently used ended record, else the oldest open one; says if there was
     /// any.
     pub(super) fn evict(&mut self) -> bool {
-        let Some(slot) = self.used.first().or_else(|| self.open.first()) else {
-            return false;
-        };
+        // Where none has ended, all are open.
+        let oldest = || self.by_arrival.ends().map(|[(_, oldest), _]| oldest);
+        let Some(slot) = self.used.first().or_else(oldest) else { return false };
         self.remove(slot);
         self.counts.evicted += 1;
         true
@@ -289,10 +298,6 @@ impl Shard {
             + self.names.memory_bytes()
             + self.counts.memory_bytes()
             + self.heap_bytes
-    }
-
-    fn holds(&self, place: Place) -> bool {
-        self.record(place).is_some()
     }
 
     fn join_id(&mut self, slot: u32) {
@@ -322,8 +327,6 @@ impl Shard {
         if self.slab.at(slot).record.status.is_ended() {
             self.used.remove(&mut self.slab, slot);
             self.ended.remove(&mut self.slab, slot);
-        } else {
-            self.open.remove(&mut self.slab, slot);
         }
         let entry = self.slab.remove(slot);
         self.by_arrival.remove(entry.seq);

@@ -2,8 +2,8 @@
 //!
 //! A value sits in up to three doubly linked lists at once without any allocation of its own: each
 //! node carries one pair of links per chain. A [`List`] is only its two ends, so joining and
-//! leaving one are O(1). Each value is boxed on its own: removing it gives its memory back, and
-//! growing moves pointers, never values.
+//! leaving one are O(1). Values stand in chunks, in the order in which they came as long as none leaves, so that those
+//! of one time are neighbours; a chunk that is empty gives its memory back. Growing moves chunks, never values.
 
 use std::mem::size_of;
 
@@ -27,49 +27,77 @@ struct Node<T> {
     value: T,
 }
 
+/// Values in a chunk.
+const CHUNK: usize = 128;
+
+#[derive(Debug)]
+struct Chunk<T> {
+    /// [`CHUNK`] of them; none while no slot is in use.
+    nodes: Box<[Option<Node<T>>]>,
+    used: usize,
+}
+
+impl<T> Chunk<T> {
+    fn empty() -> Chunk<T> {
+        Chunk { nodes: Box::default(), used: 0 }
+    }
+}
+
 /// Values by slot number. A slot is reused once its value is removed.
 #[derive(Debug)]
 pub(super) struct Slab<T> {
     // Bounded by its owner, which removes a value before it inserts one too many.
-    nodes: Vec<Option<Box<Node<T>>>>,
+    chunks: Vec<Chunk<T>>,
+    /// The slots without a value.
     free: Vec<u32>,
 }
 
 impl<T> Slab<T> {
     pub(super) fn new() -> Slab<T> {
-        Slab { nodes: Vec::new(), free: Vec::new() }
+        Slab { chunks: Vec::new(), free: Vec::new() }
     }
 
     pub(super) fn len(&self) -> usize {
-        self.nodes.len() - self.free.len()
+        self.chunks.len() * CHUNK - self.free.len()
     }
 
     pub(super) fn insert(&mut self, value: T) -> u32 {
-        let node = Some(Box::new(Node { links: [UNLINKED; CHAINS], value }));
-        if let Some(slot) = self.free.pop() {
-            self.nodes[slot as usize] = node;
-            return slot;
+        if self.free.is_empty() {
+            let first = self.chunks.len() * CHUNK;
+            let end = u32::try_from(first + CHUNK).expect("capacity is at most 2^31");
+            self.free.extend((first as u32..end).rev());
+            self.chunks.push(Chunk::empty());
         }
-        let slot = u32::try_from(self.nodes.len()).expect("capacity is at most 2^31");
-        self.nodes.push(node);
+        let slot = self.free.pop().expect("a chunk of them, if there were none");
+        let chunk = &mut self.chunks[slot as usize / CHUNK];
+        if chunk.used == 0 {
+            chunk.nodes = (0..CHUNK).map(|_| None).collect();
+        }
+        chunk.used += 1;
+        chunk.nodes[slot as usize % CHUNK] = Some(Node { links: [UNLINKED; CHAINS], value });
         slot
     }
 
     /// Takes the value out of a slot that no list runs through any more.
     pub(super) fn remove(&mut self, slot: u32) -> T {
-        let node = self.nodes[slot as usize].take().expect("a slot in use holds a value");
+        let chunk = &mut self.chunks[slot as usize / CHUNK];
+        let node = chunk.nodes[slot as usize % CHUNK].take().expect("a slot in use holds a value");
+        chunk.used -= 1;
+        if chunk.used == 0 {
+            *chunk = Chunk::empty();
+        }
         self.free.push(slot);
         node.value
     }
 
     pub(super) fn get(&self, slot: u32) -> Option<&T> {
-        let node = self.nodes.get(slot as usize)?.as_ref()?;
+        let chunk = self.chunks.get(slot as usize / CHUNK)?;
+        let node = chunk.nodes.get(slot as usize % CHUNK)?.as_ref()?;
         Some(&node.value)
     }
 
     pub(super) fn get_mut(&mut self, slot: u32) -> Option<&mut T> {
-        let node = self.nodes.get_mut(slot as usize)?.as_mut()?;
-        Some(&mut node.value)
+        Some(&mut self.node(slot)?.value)
     }
 
     /// The value in a slot known to be in use.
@@ -79,13 +107,19 @@ impl<T> Slab<T> {
 
     /// Heap memory of the slab, without what the values themselves point to.
     pub(super) fn memory_bytes(&self) -> usize {
-        self.nodes.capacity() * size_of::<Option<Box<Node<T>>>>()
+        let chunks_used = self.chunks.iter().filter(|chunk| chunk.used > 0).count();
+        self.chunks.capacity() * size_of::<Chunk<T>>()
             + self.free.capacity() * size_of::<u32>()
-            + self.len() * size_of::<Node<T>>()
+            + chunks_used * CHUNK * size_of::<Option<Node<T>>>()
+    }
+
+    fn node(&mut self, slot: u32) -> Option<&mut Node<T>> {
+        let chunk = self.chunks.get_mut(slot as usize / CHUNK)?;
+        chunk.nodes.get_mut(slot as usize % CHUNK)?.as_mut()
     }
 
     fn link(&mut self, chain: usize, slot: u32) -> &mut Link {
-        let node = self.nodes[slot as usize].as_mut().expect("a listed slot holds a value");
+        let node = self.node(slot).expect("a listed slot holds a value");
         &mut node.links[chain]
     }
 }
@@ -165,6 +199,24 @@ mod tests {
             previous = slab.link(CHAIN, previous).previous;
         }
         slots
+    }
+
+    #[test]
+    fn an_empty_chunk_gives_its_memory_back_and_is_used_again() {
+        let mut slab = Slab::new();
+        let slots: Vec<u32> = (0..10 * CHUNK as u32).map(|value| slab.insert(value)).collect();
+        let full = slab.memory_bytes();
+        for slot in &slots[CHUNK..] {
+            slab.remove(*slot);
+        }
+        assert_eq!(slab.len(), CHUNK);
+        assert!(slab.memory_bytes() < full / 2);
+        for value in 0..9 * CHUNK as u32 {
+            let slot = slab.insert(value);
+            assert!(slots[CHUNK..].contains(&slot));
+            assert_eq!(slab.at(slot), &value);
+        }
+        assert_eq!(slab.chunks.len(), 10);
     }
 
     proptest! {

@@ -144,24 +144,23 @@ impl Display for CompactId {
 
 /// The 16 bytes that 32 lower-case hex digits stand for; `None` for any other text.
 pub(super) fn parse_hex(text: &str) -> Option<[u8; 16]> {
-    let (pairs, []) = text.as_bytes().as_chunks() else { return None };
-    let pairs: &[[u8; 2]; 16] = pairs.try_into().ok()?;
-    let values = pairs.map(|pair| pair.map(|digit| HEX_VALUE[usize::from(digit)]));
-    let is_hex = values.as_flattened().iter().fold(0, |all, value| all | value) < 16;
-    is_hex.then(|| values.map(|[high, low]| high << 4 | low))
+    let digits: &[u8; 32] = text.as_bytes().try_into().ok()?;
+    // Without branches, so that all digits are read at once.
+    let value = |digit: u8| match digit {
+        b'0'..=b'9' => digit - b'0',
+        b'a'..=b'f' => digit - b'a' + 10,
+        _ => u8::MAX,
+    };
+    let values = digits.map(value);
+    let is_hex = values.iter().fold(0, |all, value| all | value) < 16;
+    let pairs = values.as_chunks().0;
+    is_hex.then(|| {
+        std::array::from_fn(|byte| {
+            let [high, low]: [u8; 2] = pairs[byte];
+            high << 4 | low
+        })
+    })
 }
-
-/// What a lower-case hex digit stands for; all bits of any other byte.
-const HEX_VALUE: [u8; 256] = {
-    let mut values = [u8::MAX; 256];
-    let digits = b"0123456789abcdef";
-    let mut value = 0;
-    while value < digits.len() {
-        values[digits[value] as usize] = value as u8;
-        value += 1;
-    }
-    values
-};
 
 /// 32 lower-case hex digits.
 pub(super) fn hex(bytes: [u8; 16]) -> String {

@@ -16,7 +16,8 @@ use prometheus_client::metrics::histogram::Histogram;
 use super::Metrics;
 use super::labels::{
     GenerationLabels, Http, PickLabels, Regular, RequestDurationLabels, RequestErrorLabels,
-    RequestLabels, RetryLabels, RouteLabels, StatusLabels, Text, TokenLabels,
+    RequestLabels, ResultLabels, RetryLabels, RouteLabels, StatusLabels, Text, TokenLabels,
+    UpstreamLabels,
 };
 
 /// Models with a name of their own in metrics, first come; clients choose names freely.
@@ -87,6 +88,9 @@ pub struct Route {
     endpoint: &'static str,
     metrics: Arc<Metrics>,
     requests: Lazy<Counter>,
+    allowed: Lazy<Counter>,
+    answered_200: Lazy<Counter>,
+    ended_200: Lazy<Counter>,
     duration: Lazy<Histogram>,
     retries: Lazy<Counter>,
     /// By the model's name in metrics, so as many at most as there are of those.
@@ -100,6 +104,9 @@ impl Route {
             endpoint: endpoint(path),
             metrics: metrics.clone(),
             requests: Lazy::default(),
+            allowed: Lazy::default(),
+            answered_200: Lazy::default(),
+            ended_200: Lazy::default(),
             duration: Lazy::default(),
             retries: Lazy::default(),
             series: RwLock::default(),
@@ -112,10 +119,32 @@ impl Route {
         self.metrics.in_flight.inc();
     }
 
+    /// It was let in.
+    pub fn allowed(&self) {
+        let labels = || ResultLabels { result: "allowed" };
+        self.allowed.of(&self.metrics.rate_limit, labels).inc();
+    }
+
+    /// The head of a worker's answer came.
+    pub fn answered(&self, status_code: u16) {
+        let labels = || UpstreamLabels { router_type: Http, status_code };
+        let family = &self.metrics.upstream_responses;
+        if status_code == 200 {
+            self.answered_200.of(family, labels).inc();
+        } else {
+            family.get_or_create(&labels()).inc();
+        }
+    }
+
     /// It has ended; called once for each that arrived.
     pub fn ended(&self, status_code: u16, error_code: &'static str, took: Duration) {
-        let ended = StatusLabels { status_code, error_code };
-        self.metrics.responses.get_or_create(&ended).inc();
+        let labels = || StatusLabels { status_code, error_code };
+        let family = &self.metrics.responses;
+        if (status_code, error_code) == (200, "") {
+            self.ended_200.of(family, labels).inc();
+        } else {
+            family.get_or_create(&labels()).inc();
+        }
         let duration = self.duration.of(&self.metrics.request_duration, || self.labels());
         duration.observe(took.as_secs_f64());
         self.metrics.in_flight.dec();

@@ -224,7 +224,7 @@ impl Pair {
                 let Some(seq) = self.pick(which) else { return };
                 let (request, key) = (&mut self.model.requests[seq], self.keys[seq]);
                 let mut shard = self.store.shard(key);
-                shard.set_status(key.place, request.status, Status::Processing);
+                shard.advance(key.place, (request.status, Status::Processing), |_| {});
                 request.status = Status::Processing;
             }
             Step::End { which, to } => {
@@ -259,8 +259,7 @@ impl Pair {
         let (request, key) = (&mut self.model.requests[seq], self.keys[seq]);
         let mut shard = self.store.shard(key);
         let from = request.worker.replace(index).map(worker);
-        shard.route(key.place, from.as_ref(), &worker(index));
-        shard.set_status(key.place, request.status, Status::Routed);
+        shard.route(key.place, (from.as_ref(), request.status), &worker(index), |_, _| {});
         request.status = Status::Routed;
     }
 
@@ -451,8 +450,7 @@ fn hammer(store: &Store, thread: u64, requests: u64) {
         let id = format!("{thread}-{}", number % 50);
         let unix_us = (thread * requests + number) as i64;
         let key = store.open((&*id).into(), ROUTES[0], unix_us, 0);
-        store.shard(key).route(key.place, None, &mine);
-        store.shard(key).set_status(key.place, Status::Queued, Status::Routed);
+        store.shard(key).route(key.place, (None, Status::Queued), &mine, |_, _| {});
         if let Some(trace) = store.get(&id, 0) {
             assert!(trace.node_id.is_none_or(|node_id| node_id == *mine.node_id));
         }
