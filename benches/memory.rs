@@ -88,7 +88,7 @@ fn traces() {
 fn track(tracker: &Arc<Tracker>, worker: &Arc<WorkerName>, number: u32) {
     let arrived = Arrived::now();
     let hex = format!("{number:032x}");
-    let mut open = tracker.open(arrived, format!("req_{number:036}"), "/generate");
+    let mut open = tracker.open(arrived, &format!("req_{number:036}"), "/generate");
     open.request(RequestFacts {
         model: Some("meta-llama/Llama-3.1-8B-Instruct"),
         stream: Some(true),

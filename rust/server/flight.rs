@@ -466,7 +466,7 @@ impl Flight {
 
     fn open(&mut self, id: Arc<str>) {
         if let Some(tracker) = &self.app.tracker {
-            self.trace = Some(tracker.open(self.arrived, id.clone(), &self.route.path));
+            self.trace = Some(tracker.open(self.arrived, &id, &self.route.path));
         }
         self.listed.push(self.app.in_flight.list(&id, &self.abort));
         self.id = Some(id);

@@ -9,6 +9,8 @@ use hyper::header::{HeaderName, HeaderValue};
 use uuid::Uuid;
 use uuid::fmt::Hyphenated;
 
+use crate::tracking::REQUEST_ID_PREFIX;
+
 /// Longest id taken from a request.
 pub(super) const LENGTH_MAX: usize = 256;
 const WARN_EVERY_SECS: u64 = 60;
@@ -75,7 +77,7 @@ impl RequestIds {
 }
 
 pub(super) fn generate() -> Arc<str> {
-    const PREFIX: &[u8] = b"req_";
+    const PREFIX: &[u8] = REQUEST_ID_PREFIX.as_bytes();
     let mut id = [0; PREFIX.len() + Hyphenated::LENGTH];
     let (prefix, rest) = id.split_at_mut(PREFIX.len());
     prefix.copy_from_slice(PREFIX);

@@ -43,6 +43,7 @@ pub use query::{Cursor, DEFAULT_LIMIT, Format, MAX_LIMIT, Query, QueryError};
 pub use record::{Candidate, Status};
 pub use stats::Stats;
 pub use store::Page;
+pub use text::REQUEST_ID_PREFIX;
 pub use trace::{AttemptView, CandidateView, Timestamp, Trace, csv_header, csv_rows};
 
 use crate::routing::WorkerName;
@@ -198,15 +199,10 @@ impl Tracker {
 
     /// Begins a record, `queued`. The caller bounds the length of ids (256) and the number of
     /// routes.
-    pub fn open(
-        self: &Arc<Self>,
-        arrived: Arrived,
-        request_id: impl Into<Arc<str>>,
-        route: &str,
-    ) -> OpenTrace {
+    pub fn open(self: &Arc<Self>, arrived: Arrived, request_id: &str, route: &str) -> OpenTrace {
         let arrived_ns = self.nanos_at(arrived.at);
         let (unix_us, now_us) = (arrived.unix_us, arrived_ns / 1_000);
-        let key = self.store.open(request_id.into(), route, unix_us, now_us);
+        let key = self.store.open(request_id, route, unix_us, now_us);
         OpenTrace::new(Arc::clone(self), key, arrived_ns)
     }
 

@@ -147,7 +147,7 @@ mod tests {
     /// A trace of this prompt, so many milliseconds after the year began, with what its worker told.
     fn trace(at_ms: i64, prompt: &[u8], prompt_tokens: u32, completion_tokens: u32) -> Trace {
         let arrived = 1_767_225_600_000_000 + at_ms * 1_000;
-        let record = Record::new("id".into(), Text::new("/generate"), Text::new("random"), arrived);
+        let record = Record::new("id", Text::new("/generate"), Text::new("random"), arrived);
         let mut trace = record.view();
         trace.prompt_blocks = PromptBlocks::of(prompt);
         trace.prompt_tokens = Some(prompt_tokens);

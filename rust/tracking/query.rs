@@ -103,7 +103,7 @@ pub struct Query {
     /// How the answer is written.
     pub format: Format,
     policy: Option<String>,
-    request_id: Option<String>,
+    request_id: Option<CompactId>,
     worker_request_id: Option<CompactId>,
     node_id: Option<String>,
     status: Option<Status>,
@@ -176,7 +176,7 @@ impl Query {
                 }
             }
             "worker_request_id" => self.worker_request_id = Some(CompactId::new(value)),
-            "request_id" => self.request_id = text(),
+            "request_id" => self.request_id = Some(CompactId::new(value)),
             "node_id" => self.node_id = text(),
             "route" => self.route = text(),
             "worker_url" => self.worker_url = text(),
@@ -203,13 +203,15 @@ impl Query {
             && self.since_unix_us.is_none_or(|since| record.arrived_unix_us >= since)
             && self.until_unix_us.is_none_or(|until| record.arrived_unix_us < until)
             && same(&self.policy, Some(record.routing_policy.as_str()))
-            && same(&self.request_id, Some(&record.request_id))
+            && self.request_id.as_ref().is_none_or(|id| *id == record.request_id)
             && same(&self.node_id, worker.map(|worker| &*worker.node_id))
             && same(&self.worker_url, worker.map(|worker| &*worker.url))
             && same(&self.route, Some(record.route.as_str()))
             && same(&self.model, record.model.as_ref().map(|model| model.as_str()))
-            && (self.worker_request_id.is_none()
-                || self.worker_request_id == record.worker_request_id)
+            && self
+                .worker_request_id
+                .as_ref()
+                .is_none_or(|id| Some(id) == record.worker_request_id.as_ref())
     }
 }
 

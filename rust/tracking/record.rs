@@ -14,7 +14,7 @@ use smallvec::SmallVec;
 
 use super::WorkerName;
 use super::prompt_blocks::PromptBlocks;
-use super::text::{ARC_COUNTS_BYTES, CompactId, Names, Text, hex, parse_hex};
+use super::text::{CompactId, Names, Text, hex, parse_hex};
 use super::trace::{AttemptView, CandidateView, Timestamp, Trace};
 
 /// Attempts kept of one request; beyond it the oldest go.
@@ -144,8 +144,7 @@ pub struct Candidate {
 /// What is kept of one request.
 #[derive(Debug, Clone)]
 pub(super) struct Record {
-    /// Shared with the request while it runs.
-    pub(super) request_id: Arc<str>,
+    pub(super) request_id: CompactId,
     pub(super) arrived_unix_us: i64,
     /// Since the store's start; 0 while open.
     pub(super) ended_us: u64,
@@ -182,13 +181,13 @@ pub(super) struct Record {
 impl Record {
     /// A record of a request that has just arrived.
     pub(super) fn new(
-        request_id: Arc<str>,
+        request_id: &str,
         route: Text,
         routing_policy: Text,
         arrived_unix_us: i64,
     ) -> Record {
         Record {
-            request_id,
+            request_id: CompactId::new(request_id),
             arrived_unix_us,
             ended_us: 0,
             routing_policy,
@@ -248,17 +247,12 @@ impl Record {
         let candidates = self.candidates.as_ref().map_or(0, |candidates| {
             size_of::<Vec<Candidate>>() + candidates.capacity() * size_of::<Candidate>()
         });
-        self.id_bytes()
+        self.request_id.heap_bytes()
             + candidates
             + self.prompt_blocks.as_ref().map_or(0, PromptBlocks::heap_bytes)
             + self.worker_request_id.as_ref().map_or(0, CompactId::heap_bytes)
             + own.flatten().map(Text::own_bytes).sum::<usize>()
             + spilled
-    }
-
-    /// Heap memory of its id.
-    pub(super) fn id_bytes(&self) -> usize {
-        ARC_COUNTS_BYTES + self.request_id.len()
     }
 
     /// The record as people read it.
@@ -330,7 +324,7 @@ impl Record {
         };
         let candidates = trace.candidates.as_ref();
         Record {
-            request_id: trace.request_id.as_str().into(),
+            request_id: CompactId::new(&trace.request_id),
             arrived_unix_us: trace.timestamp.unix_us(),
             ended_us: 0,
             routing_policy: names.share(&trace.routing_policy),
@@ -409,7 +403,7 @@ mod tests {
 
     #[test]
     fn the_oldest_attempts_go_beyond_the_bound() {
-        let mut record = Record::new("id".into(), Text::new("/generate"), Text::new("random"), 0);
+        let mut record = Record::new("id", Text::new("/generate"), Text::new("random"), 0);
         assert!(record.worker().is_none());
         for index in 0..MAX_ATTEMPTS as u32 + 3 {
             let node_id = format!("gpu_{index}").into();

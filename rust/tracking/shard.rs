@@ -19,7 +19,7 @@ use super::query::Query;
 use super::record::{Record, Status};
 use super::slab::{List, Slab};
 use super::stats::Counts;
-use super::text::{Names, Text};
+use super::text::{CompactId, Names, Text};
 use super::trace::{Timestamp, Trace};
 
 /// Most records one call of [`Shard::newest_before`] looks at, so that a listing never holds the
@@ -82,7 +82,7 @@ impl Entry {
     /// What of this record is in [`Shard::heap_bytes`].
     fn counted_bytes(&self) -> usize {
         let is_ended = self.record.status.is_ended();
-        if is_ended { self.record.heap_bytes() } else { self.record.id_bytes() }
+        if is_ended { self.record.heap_bytes() } else { self.record.request_id.heap_bytes() }
     }
 }
 
@@ -111,7 +111,7 @@ impl Shard {
     pub(super) fn insert(
         &mut self,
         seq: u64,
-        id: Arc<str>,
+        id: &str,
         hash: u64,
         route: &str,
         unix_us: i64,
@@ -196,8 +196,8 @@ impl Shard {
     pub(super) fn restore(&mut self, seq: u64, hash: u64, record: Record) {
         let (status, had_worker) = (record.status, record.worker().is_some());
         let unix_us = record.arrived_unix_us;
-        let id = record.request_id.clone();
-        let place = self.insert(seq, id, hash, record.route.as_str(), unix_us);
+        let id = record.request_id.to_string();
+        let place = self.insert(seq, &id, hash, record.route.as_str(), unix_us);
         if let Some(worker) = record.worker() {
             self.counts.changes_worker(None, worker, true);
         }
@@ -214,7 +214,8 @@ impl Shard {
 
     /// The newest record with this id, which has this hash; looking at it is a use.
     pub(super) fn get(&mut self, id: &str, hash: u64) -> Option<Trace> {
-        let list = self.by_id.find(hash, |list| list_id(&self.slab, list) == id)?;
+        let id = CompactId::new(id);
+        let list = self.by_id.find(hash, |list| list_id(&self.slab, list) == Some(&id))?;
         let (slot, same_id) = (list.last()?, list.len());
         let record = &self.slab.at(slot).record;
         let mut trace = record.view();
@@ -302,7 +303,8 @@ impl Shard {
 
     fn join_id(&mut self, slot: u32) {
         let Entry { hash, record, .. } = self.slab.at(slot);
-        let is_same = |list: &List<SAME_ID>| *list_id(&self.slab, list) == *record.request_id;
+        let id = Some(&record.request_id);
+        let is_same = |list: &List<SAME_ID>| list_id(&self.slab, list) == id;
         let rehash = |list: &List<SAME_ID>| list.first().map_or(0, |slot| self.slab.at(slot).hash);
         let list = self.by_id.entry(*hash, is_same, rehash).or_insert(List::new());
         list.into_mut().push(&mut self.slab, slot);
@@ -312,7 +314,7 @@ impl Shard {
         let Entry { hash, record, .. } = self.slab.at(slot);
         // The oldest leaves first, and is found without a look at its id.
         let is_same = |list: &List<SAME_ID>| {
-            list.first() == Some(slot) || *list_id(&self.slab, list) == *record.request_id
+            list.first() == Some(slot) || list_id(&self.slab, list) == Some(&record.request_id)
         };
         let entry = self.by_id.find_entry(*hash, is_same);
         let mut entry = entry.expect("a record is in the list of its id");
@@ -341,6 +343,6 @@ fn entry_at(slab: &mut Slab<Entry>, place: Place) -> Option<&mut Entry> {
 }
 
 /// The id that all records of a list have.
-fn list_id<'a>(slab: &'a Slab<Entry>, list: &List<SAME_ID>) -> &'a str {
-    list.first().map_or("", |slot| &slab.at(slot).record.request_id)
+fn list_id<'a>(slab: &'a Slab<Entry>, list: &List<SAME_ID>) -> Option<&'a CompactId> {
+    list.first().map(|slot| &slab.at(slot).record.request_id)
 }

@@ -11,7 +11,6 @@
 
 use std::collections::VecDeque;
 use std::hash::BuildHasher;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use hashbrown::DefaultHashBuilder;
@@ -82,8 +81,8 @@ impl Store {
     }
 
     /// Adds an open record, the newest of its id.
-    pub(super) fn open(&self, id: Arc<str>, route: &str, unix_us: i64, now_us: u64) -> Key {
-        let hash = self.hasher.hash_one(&*id);
+    pub(super) fn open(&self, id: &str, route: &str, unix_us: i64, now_us: u64) -> Key {
+        let hash = self.hasher.hash_one(id);
         let index = self.shard_of(hash);
         loop {
             let mut shard = self.shards[index].write();
@@ -108,7 +107,7 @@ impl Store {
         let store = Store::new(records.len().max(1), u64::MAX, "");
         store.taken.store(records.len(), Ordering::Relaxed);
         for (seq, record) in (0..).zip(records) {
-            let hash = store.hasher.hash_one(&*record.request_id);
+            let hash = store.hasher.hash_one(&*record.request_id.to_string());
             store.shards[store.shard_of(hash)].write().restore(seq, hash, record);
             store.next_seq.store(seq + 1, Ordering::Relaxed);
         }
@@ -214,7 +213,7 @@ impl Store {
         &self,
         index: usize,
         shard: &mut Shard,
-        id: Arc<str>,
+        id: &str,
         hash: u64,
         route: &str,
         unix_us: i64,

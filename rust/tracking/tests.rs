@@ -250,7 +250,7 @@ fn exports_page_through_everything_or_up_to_a_limit() {
     let tracker = new_tracker(3_000);
     let ids: Vec<String> = (0..2_500).map(|number| format!("req_{number}")).collect();
     for id in &ids {
-        tracker.open(arrived(), &**id, "/generate").complete(Instant::now());
+        tracker.open(arrived(), id, "/generate").complete(Instant::now());
     }
     let mut query = Query::default();
     let sizes: Vec<usize> = tracker.pages(&query).map(|page| page.len()).collect();
@@ -373,7 +373,7 @@ fn a_record_at_rest_takes_at_most_400_bytes() {
     let tracker = new_tracker(RECORDS as u32);
     let (arrived, worker) = (arrived(), worker(0));
     for number in 0..RECORDS {
-        let mut open = tracker.open(arrived, format!("req_{number:036}"), "/generate");
+        let mut open = tracker.open(arrived, &format!("req_{number:036}"), "/generate");
         let hex_id = format!("{number:032x}");
         open.request(RequestFacts {
             model: Some("meta-llama/Llama-3.1-8B-Instruct"),

@@ -11,12 +11,17 @@ use std::mem::size_of;
 use std::sync::Arc;
 
 use hashbrown::HashSet;
+use uuid::Uuid;
+use uuid::fmt::Hyphenated;
 
 /// Most names one `Names` set shares; records with further ones keep a text of their own.
 const MAX_NAMES: usize = 1_024;
 
+/// What the router's own ids begin with.
+pub const REQUEST_ID_PREFIX: &str = "req_";
+
 /// What an `Arc` adds to its content: two counts.
-pub(super) const ARC_COUNTS_BYTES: usize = 2 * size_of::<usize>();
+const ARC_COUNTS_BYTES: usize = 2 * size_of::<usize>();
 
 /// The longest head of `text` that has at most `max_bytes` bytes and ends between characters.
 pub(super) fn capped(text: &str, max_bytes: usize) -> &str {
@@ -110,25 +115,33 @@ impl Names {
     }
 }
 
-/// An id, in 16 bytes when it is 32 lower-case hex digits.
+/// An id, in 16 bytes when it is 32 lower-case hex digits or a UUID, be it the router's own with its prefix.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum CompactId {
     Hex([u8; 16]),
+    Uuid([u8; 16]),
+    /// A UUID behind [`REQUEST_ID_PREFIX`].
+    Own([u8; 16]),
     Other(Box<str>),
 }
 
 impl CompactId {
     pub(super) fn new(id: &str) -> CompactId {
-        match parse_hex(id) {
-            Some(bytes) => CompactId::Hex(bytes),
-            None => CompactId::Other(id.into()),
+        CompactId::packed(id).unwrap_or_else(|| CompactId::Other(id.into()))
+    }
+
+    fn packed(id: &str) -> Option<CompactId> {
+        match id.strip_prefix(REQUEST_ID_PREFIX) {
+            Some(uuid) => parse_uuid(uuid).map(CompactId::Own),
+            None if id.len() == Hyphenated::LENGTH => parse_uuid(id).map(CompactId::Uuid),
+            None => parse_hex(id).map(CompactId::Hex),
         }
     }
 
     pub(super) fn heap_bytes(&self) -> usize {
         match self {
-            CompactId::Hex(_) => 0,
             CompactId::Other(id) => id.len(),
+            _ => 0,
         }
     }
 }
@@ -137,6 +150,11 @@ impl Display for CompactId {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         match self {
             CompactId::Hex(bytes) => f.write_str(&hex(*bytes)),
+            CompactId::Uuid(bytes) => Uuid::from_bytes(*bytes).as_hyphenated().fmt(f),
+            CompactId::Own(bytes) => {
+                f.write_str(REQUEST_ID_PREFIX)?;
+                Uuid::from_bytes(*bytes).as_hyphenated().fmt(f)
+            }
             CompactId::Other(id) => f.write_str(id),
         }
     }
@@ -144,7 +162,10 @@ impl Display for CompactId {
 
 /// The 16 bytes that 32 lower-case hex digits stand for; `None` for any other text.
 pub(super) fn parse_hex(text: &str) -> Option<[u8; 16]> {
-    let digits: &[u8; 32] = text.as_bytes().try_into().ok()?;
+    parse_digits(text.as_bytes().try_into().ok()?)
+}
+
+fn parse_digits(digits: &[u8; 32]) -> Option<[u8; 16]> {
     // Without branches, so that all digits are read at once.
     let value = |digit: u8| match digit {
         b'0'..=b'9' => digit - b'0',
@@ -160,6 +181,21 @@ pub(super) fn parse_hex(text: &str) -> Option<[u8; 16]> {
             high << 4 | low
         })
     })
+}
+
+/// The 16 bytes of a UUID in lower case with its hyphens; `None` for any other text.
+fn parse_uuid(text: &str) -> Option<[u8; 16]> {
+    let text: &[u8; Hyphenated::LENGTH] = text.as_bytes().try_into().ok()?;
+    let mut digits = [0; 32];
+    let mut end = 0;
+    for (place, part) in [(0, 8), (9, 4), (14, 4), (19, 4), (24, 12)] {
+        if place > 0 && text[place - 1] != b'-' {
+            return None;
+        }
+        digits[end..end + part].copy_from_slice(&text[place..place + part]);
+        end += part;
+    }
+    parse_digits(&digits)
 }
 
 /// 32 lower-case hex digits.
@@ -198,7 +234,11 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
         #[test]
-        fn an_id_comes_back_as_it_went_in(id in "[0-9a-f]{32}|[0-9a-fA-F]{31,33}|.{0,40}") {
+        fn an_id_comes_back_as_it_went_in(
+            id in "[0-9a-f]{32}|[0-9a-fA-F]{31,33}|(req_)?[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-fA]{12}|req_.{0,40}|.{0,40}",
+            other in "[0-9a-f]{32}|req_.{0,40}|.{0,40}",
+        ) {
+            prop_assert_eq!(CompactId::new(&id) == CompactId::new(&other), id == other);
             prop_assert_eq!(CompactId::new(&id).to_string(), id);
         }
     }
@@ -207,6 +247,13 @@ mod tests {
     fn only_lower_case_hex_of_the_right_length_is_packed() {
         let id = "00f067aa0ba902b700f067aa0ba902b7";
         assert_eq!(CompactId::new(id).heap_bytes(), 0);
+        let uuid = "00f067aa-0ba9-02b7-00f0-67aa0ba902b7";
+        for id in [uuid, &format!("req_{uuid}")] {
+            assert_eq!(CompactId::new(id).heap_bytes(), 0);
+            for other in [id.to_uppercase(), id.replace('-', "0"), format!("{id}0")] {
+                assert_eq!(CompactId::new(&other).heap_bytes(), other.len());
+            }
+        }
         assert_eq!(parse_hex(&id.to_uppercase()), None);
         assert_eq!(parse_hex(&id[1..]), None);
         assert_eq!(parse_hex("+0f067aa0ba902b700f067aa0ba902b7"), None);

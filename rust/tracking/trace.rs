@@ -237,7 +237,7 @@ mod tests {
     const ARRIVED_UNIX_US: i64 = 1_767_225_600_000_000;
 
     fn new_record(id: &str) -> Record {
-        Record::new(id.into(), Text::new("/generate"), Text::new("random"), ARRIVED_UNIX_US)
+        Record::new(id, Text::new("/generate"), Text::new("random"), ARRIVED_UNIX_US)
     }
 
     fn full_record() -> Record {

@@ -113,7 +113,7 @@ fn live(tracker: &Arc<Tracker>, lives: &[Life]) {
     for life in lives {
         unix_us += life.after_us;
         let arrived = Arrived { unix_us, at: Instant::now() };
-        let mut open = tracker.open(arrived, &*life.id, life.route);
+        let mut open = tracker.open(arrived, &life.id, life.route);
         let (model, trace_id) = (life.model.as_deref(), life.trace_id.as_deref());
         open.request(RequestFacts {
             model,
@@ -273,7 +273,7 @@ fn a_request_that_finds_the_buffer_full_or_the_log_closed_counts_as_lost() {
     let (log, records) = Log::new(2);
     let record = || {
         let text = crate::tracking::text::Text::new;
-        Record::new("id".into(), text("/generate"), text("random"), 0)
+        Record::new("id", text("/generate"), text("random"), 0)
     };
     for lost in [0, 0, 1, 2] {
         log.hand_over(Some(record()));

@@ -215,7 +215,7 @@ impl Pair {
             Step::Open { id, route } => {
                 let unix_us = self.model.requests.len() as i64;
                 let id = format!("id-{id}");
-                let key = self.store.open((&*id).into(), ROUTES[route], unix_us, self.model.now_us);
+                let key = self.store.open(&id, ROUTES[route], unix_us, self.model.now_us);
                 self.keys.push(key);
                 self.model.open(id, ROUTES[route]);
             }
@@ -332,7 +332,7 @@ proptest! {
     ) {
         let store = Store::with_shards(4, capacity, TTL_US, "random");
         for (seq, id) in ids.iter().enumerate() {
-            let key = store.open(format!("id-{id}").into(), ROUTES[0], seq as i64, 0);
+            let key = store.open(&format!("id-{id}"), ROUTES[0], seq as i64, 0);
             if seq % 3 > 0 {
                 let mut shard = store.shard(key);
                 shard.end(key.place, Status::Queued, Status::Failed, false, 0);
@@ -354,13 +354,13 @@ fn a_store_holds_as_many_as_it_says() {
     for capacity in [1, 1_024, 1_025, 3_000] {
         let store = Store::new(capacity, TTL_US, "random");
         for seq in 0..capacity + 500 {
-            store.open(format!("req_{seq}").into(), ROUTES[0], seq as i64, 0);
+            store.open(&format!("req_{seq}"), ROUTES[0], seq as i64, 0);
             assert_eq!(store.taken.load(Ordering::Relaxed), capacity.min(seq + 1));
         }
         assert_eq!(store.shards.len(), if capacity <= 1_024 { 1 } else { SHARDS });
         // Once full, the shards even out.
         for seq in 0..capacity * 4 {
-            store.open(format!("more_{seq}").into(), ROUTES[0], seq as i64, 0);
+            store.open(&format!("more_{seq}"), ROUTES[0], seq as i64, 0);
         }
         for (index, shard) in store.shards.iter().enumerate() {
             assert_eq!(shard.read().len(), store.share(index));
@@ -371,11 +371,11 @@ fn a_store_holds_as_many_as_it_says() {
 #[test]
 fn the_warning_is_armed_until_records_leave_early() {
     let store = Store::new(1, TTL_US, "random");
-    let key = store.open("a".into(), ROUTES[0], 0, 0);
+    let key = store.open("a", ROUTES[0], 0, 0);
     store.shard(key).end(key.place, Status::Queued, Status::Failed, false, 0);
-    store.open("b".into(), ROUTES[0], 1, TTL_US);
+    store.open("b", ROUTES[0], 1, TTL_US);
     assert!(!store.has_warned.load(Ordering::Relaxed), "the first one's time was over");
-    store.open("c".into(), ROUTES[0], 2, TTL_US);
+    store.open("c", ROUTES[0], 2, TTL_US);
     assert!(store.has_warned.load(Ordering::Relaxed));
 }
 
@@ -383,7 +383,7 @@ fn the_warning_is_armed_until_records_leave_early() {
 fn one_id_many_times_is_no_slower_and_found_newest_first() {
     let store = Store::new(20_000, TTL_US, "random");
     for seq in 0..50_000 {
-        let key = store.open("same".into(), ROUTES[0], seq, 0);
+        let key = store.open("same", ROUTES[0], seq, 0);
         if seq % 2 == 0 {
             store.shard(key).end(key.place, Status::Queued, Status::Completed, false, 0);
         }
@@ -391,7 +391,7 @@ fn one_id_many_times_is_no_slower_and_found_newest_first() {
     let newest = store.get("same", 0).expect("it is held");
     assert_eq!((newest.timestamp.unix_us(), newest.same_id), (49_999, Some(20_000)));
     // The one shard that holds everything gives way to the others.
-    store.open("other".into(), ROUTES[0], 50_000, 0);
+    store.open("other", ROUTES[0], 50_000, 0);
     assert_eq!(store.get("other", 0).and_then(|trace| trace.same_id), None);
     assert_eq!(store.get("same", 0).and_then(|trace| trace.same_id), Some(19_999));
 }
@@ -399,7 +399,7 @@ fn one_id_many_times_is_no_slower_and_found_newest_first() {
 #[test]
 fn a_page_is_not_disturbed_by_what_arrives_or_leaves() {
     let store = Store::new(2_000, TTL_US, "random");
-    let open = |seq: i64| store.open(format!("req_{seq}").into(), ROUTES[0], seq, 0);
+    let open = |seq: i64| store.open(&format!("req_{seq}"), ROUTES[0], seq, 0);
     let keys: Vec<Key> = (0..100).map(open).collect();
     let mut query = query(&[("limit", "10".into())]);
     let first = store.list(&query, 0);
@@ -449,7 +449,7 @@ fn hammer(store: &Store, thread: u64, requests: u64) {
     for number in 0..requests {
         let id = format!("{thread}-{}", number % 50);
         let unix_us = (thread * requests + number) as i64;
-        let key = store.open((&*id).into(), ROUTES[0], unix_us, 0);
+        let key = store.open(&id, ROUTES[0], unix_us, 0);
         store.shard(key).route(key.place, (None, Status::Queued), &mine, |_, _| {});
         if let Some(trace) = store.get(&id, 0) {
             assert!(trace.node_id.is_none_or(|node_id| node_id == *mine.node_id));
