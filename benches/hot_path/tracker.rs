@@ -97,7 +97,6 @@ pub fn end(
     trace.estimated(Some(600));
     trace.sent(after(1));
     trace.headers(200);
-    trace.relaying();
     trace.first_byte(after(41));
     trace.ttft(after(41));
     trace.answer(AnswerFacts {

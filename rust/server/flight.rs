@@ -343,9 +343,6 @@ impl Flight {
     /// The answer goes on to the client from here.
     pub(super) fn relaying(&mut self) -> StatusCode {
         self.is_relayed = true;
-        if let Some(trace) = &mut self.trace {
-            trace.relaying();
-        }
         self.status.unwrap_or_default()
     }
 

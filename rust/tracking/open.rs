@@ -174,16 +174,11 @@ impl OpenTrace {
         });
     }
 
-    /// That answer goes on to the client from here.
-    pub fn relaying(&mut self) {
-        let http_status = self.http_status;
-        self.edit(|record, _| record.http_status = http_status);
-    }
-
-    /// The first byte of the answer's body; later calls change nothing.
+    /// The first byte of the answer's body, on its way to the client; later calls change nothing.
     pub fn first_byte(&mut self, at: Instant) {
-        let first_byte_us = self.since_arrival(at);
+        let (first_byte_us, http_status) = (self.since_arrival(at), self.http_status);
         self.edit(|record, _| {
+            record.http_status = http_status;
             if record.first_byte_us == OptionalU64::NONE {
                 record.first_byte_us = first_byte_us;
             }

@@ -20,6 +20,9 @@ const MAX_NAMES: usize = 1_024;
 /// What the router's own ids begin with.
 pub const REQUEST_ID_PREFIX: &str = "req_";
 
+/// A model, a reason to pick and one to finish; and one more.
+const RECENT: usize = 4;
+
 /// What an `Arc` adds to its content: two counts.
 const ARC_COUNTS_BYTES: usize = 2 * size_of::<usize>();
 
@@ -90,18 +93,29 @@ impl Borrow<str> for Text {
 #[derive(Debug, Default)]
 pub(super) struct Names {
     texts: HashSet<Text>,
+    /// Some that were shared last: what is asked for is nearly always one of them.
+    recent: [Option<Text>; RECENT],
+    oldest: usize,
     heap_bytes: usize,
 }
 
 impl Names {
     /// The shared text equal to `name`; a text of its own when the set is full.
     pub(super) fn share(&mut self, name: &str) -> Text {
-        if let Some(text) = self.texts.get(name) {
+        if let Some(text) = self.recent.iter().flatten().find(|text| text.as_str() == name) {
             return text.clone();
         }
-        if self.texts.len() >= MAX_NAMES {
-            return Text::new(name);
-        }
+        let text = match self.texts.get(name) {
+            Some(text) => text.clone(),
+            None if self.texts.len() >= MAX_NAMES => return Text::new(name),
+            None => self.add(name),
+        };
+        self.recent[self.oldest] = Some(text.clone());
+        self.oldest = (self.oldest + 1) % RECENT;
+        text
+    }
+
+    fn add(&mut self, name: &str) -> Text {
         let text = Text(Arc::new(Shared { named: true, text: name.into() }));
         self.heap_bytes += text.heap_bytes();
         self.texts.insert(text.clone());
