@@ -9,13 +9,13 @@
 use std::collections::VecDeque;
 use std::mem::size_of;
 
-/// Least capacity that is worth giving back.
-const SMALL: usize = 64;
+/// Room there is from the start, and which is not given back.
+const SMALL: usize = 128;
 
 /// An arrival number, and the slot of its record; `None` in a gap.
 type Arrival = (u64, Option<u32>);
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Arrivals {
     // At most one more than twice the records of the shard.
     queue: VecDeque<Arrival>,
@@ -23,6 +23,10 @@ pub(super) struct Arrivals {
 }
 
 impl Arrivals {
+    pub(super) fn new() -> Arrivals {
+        Arrivals { queue: VecDeque::with_capacity(SMALL), gaps: 0 }
+    }
+
     /// The newest record; its number is larger than all before.
     pub(super) fn push(&mut self, seq: u64, slot: u32) {
         self.queue.push_back((seq, Some(slot)));
@@ -50,8 +54,9 @@ impl Arrivals {
             self.queue.retain(|(_, slot)| slot.is_some());
             self.gaps = 0;
         }
-        if self.queue.capacity() > SMALL.max(4 * self.queue.len()) {
-            self.queue.shrink_to(2 * self.queue.len());
+        let kept = SMALL.max(2 * self.queue.len());
+        if self.queue.capacity() > 2 * kept {
+            self.queue.shrink_to(kept);
         }
     }
 
@@ -85,7 +90,7 @@ mod tests {
         // A number below 100 is an arrival; a larger one picks who leaves, mostly of the oldest.
         #[test]
         fn it_is_a_map_of_numbers_that_grow(steps in prop::collection::vec(0u32..300, 0..400)) {
-            let mut arrivals = Arrivals::default();
+            let mut arrivals = Arrivals::new();
             let mut model = BTreeMap::new();
             for (seq, step) in (0..).step_by(3).zip(steps) {
                 if step < 100 {
@@ -116,9 +121,9 @@ mod tests {
 
     #[test]
     fn its_memory_is_given_back() {
-        let mut arrivals = Arrivals::default();
+        let mut arrivals = Arrivals::new();
         (0..10_000).for_each(|seq| arrivals.push(seq, 0));
         (0..9_990).for_each(|seq| arrivals.remove(seq));
-        assert!(arrivals.memory_bytes() <= SMALL * size_of::<Arrival>());
+        assert!(arrivals.memory_bytes() <= 2 * SMALL * size_of::<Arrival>());
     }
 }

@@ -17,7 +17,7 @@ use super::WorkerName;
 use super::arrivals::Arrivals;
 use super::query::Query;
 use super::record::{Record, Status};
-use super::slab::{List, Slab};
+use super::slab::{CHUNK, List, Slab};
 use super::stats::Counts;
 use super::text::{CompactId, Names, Text};
 use super::trace::{Timestamp, Trace};
@@ -74,16 +74,8 @@ pub(super) struct Shard {
     ended: List<ENDING>,
     names: Names,
     pub(super) counts: Counts,
-    /// Heap memory behind the records; what an open one has gained is counted when it ends.
+    /// Heap memory behind the records; of an open one that of its id, as it gains more until it ends.
     heap_bytes: usize,
-}
-
-impl Entry {
-    /// What of this record is in [`Shard::heap_bytes`].
-    fn counted_bytes(&self) -> usize {
-        let is_ended = self.record.status.is_ended();
-        if is_ended { self.record.heap_bytes() } else { self.record.request_id.heap_bytes() }
-    }
 }
 
 impl Shard {
@@ -93,8 +85,8 @@ impl Shard {
         Shard {
             routing_policy: names.share(routing_policy),
             slab: Slab::new(),
-            by_id: HashTable::new(),
-            by_arrival: Arrivals::default(),
+            by_id: HashTable::with_capacity(CHUNK),
+            by_arrival: Arrivals::new(),
             used: List::new(),
             ended: List::new(),
             names,
@@ -119,8 +111,8 @@ impl Shard {
         let policy = self.routing_policy.clone();
         let route = self.counts.arrives(route, &mut self.names);
         let record = Record::new(id, route, policy, unix_us);
+        self.heap_bytes += record.request_id.heap_bytes();
         let entry = Entry { seq, hash, record };
-        self.heap_bytes += entry.counted_bytes();
         let slot = self.slab.insert(entry);
         self.by_arrival.push(seq, slot);
         self.join_id(slot);
@@ -183,11 +175,10 @@ impl Shard {
         let entry = entry_at(&mut self.slab, place);
         self.counts.changes_status(from, to, entry.is_some());
         let Some(entry) = entry else { return };
-        self.heap_bytes -= entry.counted_bytes();
         entry.record.status = to;
         // Threads may come here out of order; the list of endings must not run backwards.
         entry.record.ended_us = now_us.max(last_us);
-        self.heap_bytes += entry.counted_bytes();
+        self.heap_bytes += entry.record.heap_bytes() - entry.record.request_id.heap_bytes();
         self.used.push(&mut self.slab, place.slot);
         self.ended.push(&mut self.slab, place.slot);
     }
@@ -332,7 +323,9 @@ impl Shard {
         }
         let entry = self.slab.remove(slot);
         self.by_arrival.remove(entry.seq);
-        self.heap_bytes -= entry.counted_bytes();
+        let Record { request_id, status, .. } = &entry.record;
+        self.heap_bytes -=
+            if status.is_ended() { entry.record.heap_bytes() } else { request_id.heap_bytes() };
         self.counts.leaves(&entry.record);
     }
 }

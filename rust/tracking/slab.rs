@@ -28,7 +28,7 @@ struct Node<T> {
 }
 
 /// Values in a chunk.
-const CHUNK: usize = 128;
+pub(super) const CHUNK: usize = 128;
 
 #[derive(Debug)]
 struct Chunk<T> {
