@@ -200,15 +200,15 @@ fn parse_digits(digits: &[u8; 32]) -> Option<[u8; 16]> {
 /// The 16 bytes of a UUID in lower case with its hyphens; `None` for any other text.
 fn parse_uuid(text: &str) -> Option<[u8; 16]> {
     let text: &[u8; Hyphenated::LENGTH] = text.as_bytes().try_into().ok()?;
-    let mut digits = [0; 32];
-    let mut end = 0;
-    for (place, part) in [(0, 8), (9, 4), (14, 4), (19, 4), (24, 12)] {
-        if place > 0 && text[place - 1] != b'-' {
-            return None;
-        }
-        digits[end..end + part].copy_from_slice(&text[place..place + part]);
-        end += part;
+    if [text[8], text[13], text[18], text[23]] != [b'-'; 4] {
+        return None;
     }
+    let mut digits = [0; 32];
+    digits[..8].copy_from_slice(&text[..8]);
+    digits[8..12].copy_from_slice(&text[9..13]);
+    digits[12..16].copy_from_slice(&text[14..18]);
+    digits[16..20].copy_from_slice(&text[19..23]);
+    digits[20..].copy_from_slice(&text[24..]);
     parse_digits(&digits)
 }
 
