@@ -11,14 +11,15 @@
 //! It does not know what a worker has dropped, only that it was gone and is back
 //! ([`Policy::forget`]).
 //!
-//! Picks share the tree. Recording a sent prompt holds it alone, for about as long as it takes to
-//! copy the prompt; forgetting a worker does for one walk over its nodes.
+//! Picks share the tree. Recording a sent prompt holds it alone, for as long as it takes to go along its
+//! path, since its blocks are named before; forgetting a worker does for one walk over the nodes.
 
 use std::sync::Arc;
 
 use parking_lot::RwLock;
 
 use super::candidates::Weighed;
+use super::names::Names;
 use super::prefix_tree::{Match, PrefixTree};
 use super::{
     BYTES_PER_TOKEN, Options, Pick, PickError, Policy, Request, Target, Underway, WorkerId,
@@ -92,8 +93,9 @@ impl Policy for CacheAware {
         rng: &mut fastrand::Rng,
         weighed: Option<&mut Weighed>,
     ) -> Result<Pick, PickError> {
+        let names = Names::of(request.prompt);
         let tree = self.tree.read();
-        let matched = tree.matched(request.prompt);
+        let matched = tree.matched(&names);
         let (index, reason) = self.choose(request.prompt, &matched, targets, rng);
         if let Some(weighed) = weighed {
             weighed.matched(|index| tokens(&matched, targets[index].id));
@@ -109,11 +111,13 @@ impl Policy for CacheAware {
     }
 
     fn matched_tokens(&self, request: &Request, worker: WorkerId) -> Option<u32> {
-        Some(tokens(&self.tree.read().matched(request.prompt), worker))
+        let names = Names::of(request.prompt);
+        Some(tokens(&self.tree.read().matched(&names), worker))
     }
 
     fn sent(&self, request: &Request, target: &Arc<Target>) -> Option<Box<dyn Underway>> {
-        self.tree.write().insert(request.prompt, target.id);
+        let names = Names::of(request.prompt);
+        self.tree.write().insert(&names, target.id);
         None
     }
 
