@@ -6,8 +6,8 @@
 //! longest prefix that worker was sent.
 //!
 //! The text is not here: a node has the [`Names`] of its blocks. A look-up goes from node to node by
-//! one table, and whether a whole node matches is told by its last name, so that it touches two lines
-//! of memory per node, however long the prompts are and however many there are.
+//! one table, and the last name of a node tells whether all of it matches. So a few lines of memory are touched
+//! per node, however much text it stands for.
 //!
 //! Recency is kept of ends alone, the nodes at which a prompt ended, in a queue of uses: to use a
 //! prompt again adds a use, and what the queue has of it before is passed over. Any other node lasts as long
@@ -69,7 +69,6 @@ const ROOT: NodeId = 0;
 /// No node.
 const NONE: NodeId = NodeId::MAX;
 
-/// Small enough for one line of a processor's cache.
 #[derive(Debug)]
 struct Node {
     /// What this node adds to its parent: 1 to [`MAX_BLOCKS`] names. None in a place that is free.
@@ -87,6 +86,9 @@ struct Node {
     /// When a prompt ended here, if that is in the queue of uses; else 0.
     used_at: u32,
 }
+
+/// A look-up waits for one line of a processor's cache per node.
+const _: () = assert!(size_of::<Node>() <= 64);
 
 /// A node as the table has it.
 #[derive(Debug)]
