@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use sglang_router_rs::routing::WorkerName;
+use sglang_router_rs::routing::names::Names;
 use sglang_router_rs::routing::prefix_tree::PrefixTree;
 use sglang_router_rs::tracking::{AnswerFacts, Arrived, Options, RequestFacts, Tracker};
 
@@ -124,8 +125,8 @@ fn tree() {
         let made = Instant::now();
         random.fill(&mut prompt);
         filling += made.elapsed();
-        black_box(tree.matched(&prompt).bytes_for(0));
-        tree.insert(&prompt, (number % u64::from(WORKERS)) as u32);
+        black_box(tree.matched(&Names::of(&prompt)).bytes_for(0));
+        tree.insert(&Names::of(&prompt), (number % u64::from(WORKERS)) as u32);
     }
     let took = began.elapsed() - filling;
     let share = |bytes: usize| bytes as f64 / TREE_BYTES as f64;

@@ -5,6 +5,7 @@
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput};
+use sglang_router_rs::routing::names::Names;
 use sglang_router_rs::routing::prefix_tree::PrefixTree;
 
 use crate::load::{Options, PREFIXES, PROMPT_BYTES, Prompts, SEED, WORKERS};
@@ -43,8 +44,9 @@ pub fn bench(criterion: &mut Criterion) {
 fn short_prompts_match() {
     let prompt = [b'p'; 64];
     let mut tree = PrefixTree::new(Options::defaults().routing.max_tree_size);
-    tree.insert(&prompt, 1);
-    assert_eq!(tree.matched(&prompt).bytes_for(1), prompt.len(), "64 bytes match each other");
+    let names = Names::of(&prompt);
+    tree.insert(&names, 1);
+    assert_eq!(tree.matched(&names).bytes_for(1), prompt.len(), "64 bytes match each other");
 }
 
 struct Load {
@@ -71,7 +73,8 @@ impl Load {
     fn match_and_insert(&mut self) {
         let worker = self.random.u32(..WORKERS);
         let prompt = self.prompts.next();
-        black_box(self.tree.matched(prompt).bytes_for(worker));
-        self.tree.insert(prompt, worker);
+        // As the policy does it, which names the blocks for the pick and once more when the prompt was sent.
+        black_box(self.tree.matched(&Names::of(prompt)).bytes_for(worker));
+        self.tree.insert(&Names::of(prompt), worker);
     }
 }

@@ -5,6 +5,7 @@
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use sglang_router_rs::routing::WorkerId;
+use sglang_router_rs::routing::names::{Names, blocks_of, bytes_of};
 use sglang_router_rs::routing::prefix_tree::PrefixTree;
 
 /// Room for all that a session can send.
@@ -58,8 +59,8 @@ fuzz_target!(|session: Session| {
         match step {
             Step::Insert(prompt, worker) => {
                 let (prompt, worker) = (prompt.bytes(&sent), WorkerId::from(worker % WORKERS));
-                tree.insert(&prompt, worker);
-                check_inserted(&tree, &prompt[..prompt.len().min(max_bytes)], worker);
+                tree.insert(&Names::of(&prompt), worker);
+                check_inserted(&tree, &prompt, max_bytes, worker);
                 sent.push((prompt, worker));
             }
             Step::Match(prompt) => check_match(&tree, &sent, &prompt.bytes(&sent), is_ample),
@@ -67,12 +68,13 @@ fuzz_target!(|session: Session| {
                 let worker = WorkerId::from(worker % WORKERS);
                 tree.remove_worker(worker);
                 for (prompt, _) in &sent {
-                    assert_eq!(tree.matched(prompt).bytes_for(worker), 0, "forgotten");
+                    let found = tree.matched(&Names::of(prompt)).bytes_for(worker);
+                    assert_eq!(found, 0, "forgotten");
                 }
                 sent.retain(|(_, sent_to)| *sent_to != worker);
             }
         }
-        assert!(tree.text_bytes() <= max_bytes);
+        assert!(tree.text_bytes() <= bytes_of(blocks_of(max_bytes)));
         assert!(tree.memory_bytes() <= max_bytes + max_bytes / 4 + (16 << 10));
     }
     for (prompt, _) in &sent {
@@ -81,15 +83,16 @@ fuzz_target!(|session: Session| {
 });
 
 /// A prompt just sent is there in full; but for the nodes of its own path, when these alone take all memory.
-fn check_inserted(tree: &PrefixTree, prompt: &[u8], worker: WorkerId) {
-    let found = tree.matched(prompt).bytes_for(worker);
+fn check_inserted(tree: &PrefixTree, prompt: &[u8], max_bytes: usize, worker: WorkerId) {
+    let found = tree.matched(&Names::of(prompt)).bytes_for(worker);
+    let bytes = prompt.len().min(bytes_of(blocks_of(max_bytes)));
     let is_alone = tree.text_bytes() == found;
-    assert!(found == prompt.len() || is_alone, "{found} of {} bytes", prompt.len());
+    assert!(found == bytes || is_alone, "{found} of {bytes} bytes");
 }
 
 /// What the tree says of a prompt's prefixes, held against all that was sent.
 fn check_match(tree: &PrefixTree, sent: &[(Vec<u8>, WorkerId)], prompt: &[u8], is_ample: bool) {
-    let found = tree.matched(prompt);
+    let found = tree.matched(&Names::of(prompt));
     for worker in 0..WorkerId::from(WORKERS) {
         let own = sent.iter().filter(|(_, sent_to)| *sent_to == worker);
         let longest = own.map(|(sent, _)| common_prefix(sent, prompt)).max().unwrap_or(0);
@@ -107,6 +110,12 @@ fn check_match(tree: &PrefixTree, sent: &[(Vec<u8>, WorkerId)], prompt: &[u8], i
     }
 }
 
+/// In whole blocks, unless all is the same.
 fn common_prefix(a: &[u8], b: &[u8]) -> usize {
-    a.iter().zip(b).take_while(|(a, b)| a == b).count()
+    let bytes = a.iter().zip(b).take_while(|(a, b)| a == b).count();
+    match blocks_of(bytes) {
+        _ if a == b => bytes,
+        blocks if bytes_of(blocks) > bytes => bytes_of(blocks - 1),
+        blocks => bytes_of(blocks),
+    }
 }

@@ -11,14 +11,15 @@
 //! It does not know what a worker has dropped, only that it was gone and is back
 //! ([`Policy::forget`]).
 //!
-//! Picks share the tree. Recording a sent prompt holds it alone, for about as long as it takes to
-//! copy the prompt; forgetting a worker does for one walk over its nodes.
+//! The tree has a mutex, held to go along a prompt's path or to add to it. The blocks are named before, so that is
+//! less than a microsecond for a prompt of 16 KB. Forgetting a worker holds it for one walk over the nodes.
 
 use std::sync::Arc;
 
-use parking_lot::RwLock;
+use parking_lot::Mutex;
 
 use super::candidates::Weighed;
+use super::names::Names;
 use super::prefix_tree::{Match, PrefixTree};
 use super::{
     BYTES_PER_TOKEN, Options, Pick, PickError, Policy, Request, Target, Underway, WorkerId,
@@ -42,7 +43,7 @@ pub struct CacheAware {
     cache_threshold: f64,
     balance_abs_threshold: usize,
     balance_rel_threshold: f64,
-    tree: RwLock<PrefixTree>,
+    tree: Mutex<PrefixTree>,
 }
 
 impl CacheAware {
@@ -51,7 +52,7 @@ impl CacheAware {
             cache_threshold: options.cache_threshold,
             balance_abs_threshold: options.balance_abs_threshold,
             balance_rel_threshold: options.balance_rel_threshold,
-            tree: RwLock::new(PrefixTree::new(options.max_tree_size)),
+            tree: Mutex::new(PrefixTree::new(options.max_tree_size)),
         }
     }
 
@@ -59,10 +60,11 @@ impl CacheAware {
         &self,
         prompt: &[u8],
         matched: &Match,
+        is_uneven: bool,
         targets: &[Arc<Target>],
         rng: &mut fastrand::Rng,
     ) -> (usize, &'static str) {
-        if self.is_uneven(targets) {
+        if is_uneven {
             return (least_in_flight(targets, rng), IMBALANCE);
         }
         match longest_match(matched, targets, rng) {
@@ -92,9 +94,11 @@ impl Policy for CacheAware {
         rng: &mut fastrand::Rng,
         weighed: Option<&mut Weighed>,
     ) -> Result<Pick, PickError> {
-        let tree = self.tree.read();
-        let matched = tree.matched(request.prompt);
-        let (index, reason) = self.choose(request.prompt, &matched, targets, rng);
+        let names = Names::of(request.prompt);
+        let is_uneven = self.is_uneven(targets);
+        let tree = self.tree.lock();
+        let matched = tree.matched(&names);
+        let (index, reason) = self.choose(request.prompt, &matched, is_uneven, targets, rng);
         if let Some(weighed) = weighed {
             weighed.matched(|index| tokens(&matched, targets[index].id));
             if reason == PREFIX_MATCH {
@@ -109,16 +113,18 @@ impl Policy for CacheAware {
     }
 
     fn matched_tokens(&self, request: &Request, worker: WorkerId) -> Option<u32> {
-        Some(tokens(&self.tree.read().matched(request.prompt), worker))
+        let names = Names::of(request.prompt);
+        Some(tokens(&self.tree.lock().matched(&names), worker))
     }
 
     fn sent(&self, request: &Request, target: &Arc<Target>) -> Option<Box<dyn Underway>> {
-        self.tree.write().insert(request.prompt, target.id);
+        let names = Names::of(request.prompt);
+        self.tree.lock().insert(&names, target.id);
         None
     }
 
     fn forget(&self, worker: WorkerId) {
-        self.tree.write().remove_worker(worker);
+        self.tree.lock().remove_worker(worker);
     }
 }
 
@@ -140,8 +146,11 @@ fn longest_match(
     matched.deepest_first().find_map(|(bytes, workers)| {
         let mut tied = 0;
         let mut chosen = None;
+        let mut workers = workers.iter().copied().peekable();
         for (index, target) in targets.iter().enumerate() {
-            if workers.binary_search(&target.id).is_ok() {
+            // Both are sorted by id.
+            while workers.next_if(|worker| *worker < target.id).is_some() {}
+            if workers.next_if_eq(&target.id).is_some() {
                 tied += 1;
                 if rng.usize(..tied) == 0 {
                     chosen = Some((index, bytes));
@@ -321,7 +330,7 @@ mod tests {
                 });
             }
         });
-        policy.tree.read().check_invariants();
+        policy.tree.lock().check_invariants();
         assert!(targets.iter().all(|target| target.in_flight() == 0));
     }
 }

@@ -30,6 +30,7 @@ mod kv_size;
 mod least_ttft;
 mod manual;
 mod mirror;
+pub mod names;
 mod outlook;
 pub mod own;
 mod power_of_two;
