@@ -12,6 +12,10 @@
 //!
 //! Speeds are told in [`STEPS`] to a doubling, those that hardly differ as the same one. Otherwise noise would send every request to
 //! the one worker that was a percent faster.
+//!
+//! Each pick asks for the speed of every worker, and each prompt changes all of them a little. So that this takes no power per worker,
+//! what a worker has shown is put as if it had been shown at one moment for all, where an epoch began; what was
+//! forgotten since then is the same for all.
 
 use std::collections::VecDeque;
 
@@ -25,7 +29,22 @@ const HALF_LIFE: f64 = 16.0;
 const ASSUMED: f64 = 2.0;
 
 /// Speeds between one and twice as much.
-const STEPS: f64 = 4.0;
+const STEPS: usize = 4;
+
+/// The steps from 1 to 2.
+const STEP: [f64; STEPS + 1] =
+    [1.0, 1.189_207_115_002_721, std::f64::consts::SQRT_2, 1.681_792_830_507_429, 2.0];
+
+/// From where on, by ratio, each step but the first is nearer than the one before.
+const NEARER: [f64; STEPS] = [
+    1.090_507_732_665_257_7,
+    1.296_839_554_651_009_6,
+    1.542_210_825_407_940_7,
+    1.834_008_086_409_342_4,
+];
+
+/// Half-lives of an epoch at most: two to this power is still a number.
+const EPOCH: f64 = 256.0;
 
 /// What all workers together have shown, exponentially forgotten.
 #[derive(Clone, Debug, Default)]
@@ -38,6 +57,18 @@ pub struct Speeds {
     count: u64,
     /// Workers that have shown anything.
     workers: u32,
+    /// The mean of all.
+    secs_per_token: f64,
+    /// Tokens at the mean speed that each worker's are filled up with.
+    assumed: f64,
+    /// Counts the epochs. A new one begins when the half-life changes, which depends on the number of workers.
+    epoch: u64,
+    /// The count when it began.
+    began_at: u64,
+    /// What is kept of what was known then.
+    kept: f64,
+    /// There are workers that have not come to this epoch.
+    is_new: bool,
 }
 
 /// What one worker has shown.
@@ -51,6 +82,10 @@ pub struct Speed {
     secs_per_token: f64,
     /// [`Speeds::count`] when it last showed anything; 0 before.
     shown_at: u64,
+    /// The epoch that it has come to.
+    epoch: u64,
+    /// The tokens that this epoch would have to begin with, for as many to be kept now.
+    tokens_then: f64,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -65,22 +100,38 @@ impl Speeds {
         if tokens == 0 || !secs.is_finite() || secs <= 0.0 {
             return;
         }
-        if speed.shown_at == 0 {
-            self.workers = self.workers.saturating_add(1);
-        }
         let tokens = tokens as f64;
         speed.show(Shown { tokens, secs_per_token: secs / tokens });
         self.count += 1;
+        let is_first = speed.shown_at == 0;
         speed.shown_at = self.count;
-        let kept = self.kept_of(1);
+        self.workers = self.workers.saturating_add(u32::from(is_first));
+        if is_first || self.half_lives(self.began_at, self.count) > EPOCH {
+            self.begin_epoch();
+        }
+        let kept = (-self.half_lives(0, 1)).exp2();
         self.prompts = self.prompts * kept + 1.0;
         self.tokens = self.tokens * kept + tokens;
         self.secs = self.secs * kept + tokens * speed.secs_per_token;
+        self.secs_per_token = self.secs / self.tokens;
+        self.assumed = ASSUMED * self.tokens / self.prompts;
+        self.kept = self.half_lives(self.count, self.began_at).exp2();
+        self.bring(speed);
     }
 
     /// A worker that has shown something is gone.
     pub fn remove(&mut self, speed: &Speed) {
-        self.workers -= u32::from(speed.shown_at > 0);
+        if speed.shown_at > 0 {
+            self.workers -= 1;
+            self.begin_epoch();
+        }
+    }
+
+    /// Brings all workers to a new epoch, if there is one. Without that [`Speeds::of`] takes longer, and tells the same.
+    pub fn renew<'a>(&mut self, all: impl Iterator<Item = &'a mut Speed>) {
+        if std::mem::take(&mut self.is_new) {
+            all.for_each(|speed| self.bring(speed));
+        }
     }
 
     /// Tokens a second of a worker, the mean of all if it has not shown any; `None` if nobody has.
@@ -88,16 +139,31 @@ impl Speeds {
         if self.count == 0 {
             return None;
         }
-        let mean = self.secs / self.tokens;
-        let assumed = ASSUMED * self.tokens / self.prompts;
-        let shown = speed.tokens * self.kept_of(self.count - speed.shown_at);
+        let (mean, assumed) = (self.secs_per_token, self.assumed);
+        let shown = if speed.epoch == self.epoch {
+            speed.tokens_then * self.kept
+        } else {
+            speed.tokens * self.half_lives(self.count, speed.shown_at).exp2()
+        };
         let secs_per_token = (shown * speed.secs_per_token + assumed * mean) / (shown + assumed);
-        let steps = (STEPS * (mean / secs_per_token).log2()).round();
-        Some((steps / STEPS).exp2() / mean)
+        Some(nearest_step(mean / secs_per_token) / mean)
     }
 
-    fn kept_of(&self, prompts: u64) -> f64 {
-        (-(prompts as f64) / (HALF_LIFE * f64::from(self.workers.max(1)))).exp2()
+    fn begin_epoch(&mut self) {
+        self.epoch += 1;
+        self.began_at = self.count;
+        self.kept = 1.0;
+        self.is_new = true;
+    }
+
+    fn bring(&self, speed: &mut Speed) {
+        speed.epoch = self.epoch;
+        speed.tokens_then = speed.tokens * self.half_lives(self.began_at, speed.shown_at).exp2();
+    }
+
+    /// From one count of prompts to another; below 0 if that was before.
+    fn half_lives(&self, from: u64, to: u64) -> f64 {
+        (to as f64 - from as f64) / (HALF_LIFE * f64::from(self.workers.max(1)))
     }
 }
 
@@ -121,9 +187,19 @@ impl Speed {
     }
 }
 
+/// The step that is nearest to a ratio. Each doubling has the same ones, and which it is stands in the exponent of the number.
+fn nearest_step(ratio: f64) -> f64 {
+    const EXPONENT: u64 = f64::INFINITY.to_bits();
+    let doublings = f64::from_bits(ratio.to_bits() & EXPONENT);
+    let beyond = ratio / doublings;
+    let step = NEARER.iter().filter(|nearer| beyond >= **nearer).count();
+    STEP[step] * doublings
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn shown(speeds: &mut Speeds, speed: &mut Speed, tokens_per_sec: f64, prompts: u32) {
         for prompt in 0..prompts {
@@ -160,6 +236,38 @@ mod tests {
             shown(&mut speeds, &mut other, 7700.0, 1);
         }
         assert_eq!(speeds.of(&one), speeds.of(&other));
+    }
+
+    proptest! {
+        #[test]
+        fn steps_are_those_of_the_logarithm(log in -40.0..40.0_f64) {
+            let expected = ((log * STEPS as f64).round() / STEPS as f64).exp2();
+            prop_assert_eq!(nearest_step(log.exp2()), expected);
+        }
+
+        #[test]
+        fn what_is_told_is_what_is_kept_of_what_was_shown(
+            prompts in prop::collection::vec((0..6_usize, 1..2000_u64, 0.001..1.0_f64, any::<bool>()), 1..300),
+        ) {
+            let mut speeds = Speeds::default();
+            let mut workers: [Speed; 6] = Default::default();
+            for (worker, tokens, secs, is_renewed) in prompts {
+                speeds.learn(&mut workers[worker], tokens, secs);
+                if is_renewed {
+                    speeds.renew(workers.iter_mut());
+                }
+                for speed in &workers {
+                    let mean = speeds.secs / speeds.tokens;
+                    let assumed = ASSUMED * speeds.tokens / speeds.prompts;
+                    let ago = (speeds.count - speed.shown_at) as f64;
+                    let kept = (-ago / (HALF_LIFE * f64::from(speeds.workers))).exp2();
+                    let shown = speed.tokens * kept;
+                    let own = (shown * speed.secs_per_token + assumed * mean) / (shown + assumed);
+                    let told = speeds.of(speed).expect("some have shown") * own;
+                    prop_assert!((-0.126..0.126).contains(&told.log2()), "{told}");
+                }
+            }
+        }
     }
 
     #[test]
