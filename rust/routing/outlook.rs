@@ -67,11 +67,20 @@ pub struct View {
     pub same_prefix: u32,
 }
 
+impl View {
+    /// Its speed; as long as nobody's is known, those of all workers are the same.
+    pub fn tokens_per_sec(&self) -> f64 {
+        self.speed.unwrap_or(1.0)
+    }
+}
+
 /// What is known of all workers when a prompt is to be sent.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Views {
     /// Tokens of the prompt, as estimated from its bytes.
     pub input_tokens: u32,
+    /// The mean of [`View::tokens_per_sec`] over all targets.
+    pub mean_speed: f64,
     /// One per target, in their order.
     pub workers: Vec<View>,
 }
@@ -146,6 +155,15 @@ struct Worker {
     doubted: Option<UseNumber>,
 }
 
+impl Worker {
+    /// As they are told.
+    fn pending_tokens(&self, at_secs: f64, speed: Option<f64>) -> u32 {
+        let pending_tokens = self.backlog.pending_tokens(at_secs, speed);
+        let steps = (pending_tokens + PENDING_STEP / 2) / PENDING_STEP;
+        u32::try_from(steps * PENDING_STEP).unwrap_or(u32::MAX)
+    }
+}
+
 impl Outlook {
     /// Nothing is known yet. `kv_tokens` is what each cache holds, whatever the workers say.
     pub fn new(kv_tokens: Option<u64>) -> Self {
@@ -156,21 +174,29 @@ impl Outlook {
     /// What is known of these workers, sorted by id, with regard to a request.
     pub fn see(&self, request: &Request, targets: &[Arc<Target>]) -> Views {
         let names = names_of(request);
-        let mut workers = Vec::with_capacity(targets.len());
         let state = self.state.read();
         let ratio = state.ratio.of(request.is_ids);
         let input_tokens = ratio.tokens(request.prompt.len());
-        let mut known = state.workers.0.iter().peekable();
-        for target in targets {
-            while known.next_if(|worker| worker.id < target.id).is_some() {}
-            workers.push(match known.next_if(|worker| worker.id == target.id) {
-                Some(worker) => state.view(worker, request.at_secs),
-                None => {
-                    let speed = state.speeds.of(&Speed::default());
-                    View { pending_tokens: 0, matched_tokens: 0, speed, same_prefix: 0 }
-                }
-            });
+        let speed = state.speeds.of(&Speed::default());
+        let unknown = View { pending_tokens: 0, matched_tokens: 0, speed, same_prefix: 0 };
+        let mut workers = vec![unknown; targets.len()];
+        let mut known = &state.workers.0[..];
+        let mut speeds = 0.0;
+        for (view, target) in workers.iter_mut().zip(targets) {
+            while let [worker, rest @ ..] = known
+                && worker.id < target.id
+            {
+                known = rest;
+            }
+            if let [worker, ..] = known
+                && worker.id == target.id
+            {
+                view.speed = state.speeds.of(&worker.speed);
+                view.pending_tokens = worker.pending_tokens(request.at_secs, view.speed);
+            }
+            speeds += view.tokens_per_sec();
         }
+        let mean_speed = speeds / workers.len() as f64;
         let mut held = 0;
         let mut parts = state.mirror.parts(&names).peekable();
         while let Some(part) = parts.next() {
@@ -193,7 +219,7 @@ impl Outlook {
                 }
             }
         }
-        Views { input_tokens, workers }
+        Views { input_tokens, mean_speed, workers }
     }
 
     /// Tokens of a prompt, as estimated from its bytes if it is text; `None` of a request without one.
@@ -245,15 +271,6 @@ impl Outlook {
 }
 
 impl State {
-    /// What is known of a worker but for the prompt.
-    fn view(&self, worker: &Worker, at_secs: f64) -> View {
-        let speed = self.speeds.of(&worker.speed);
-        let pending_tokens = worker.backlog.pending_tokens(at_secs, speed);
-        let steps = (pending_tokens + PENDING_STEP / 2) / PENDING_STEP;
-        let pending_tokens = u32::try_from(steps * PENDING_STEP).unwrap_or(u32::MAX);
-        View { pending_tokens, matched_tokens: 0, speed, same_prefix: 0 }
-    }
-
     /// Bytes of prompts that a worker's cache holds.
     fn room_bytes(&self, kv_tokens: Option<u64>, target: &Target) -> u64 {
         let told = kv_tokens.or_else(|| target.kv_tokens());

@@ -59,8 +59,11 @@ pub struct Speeds {
     workers: u32,
     /// The mean of all.
     secs_per_token: f64,
-    /// Tokens at the mean speed that each worker's are filled up with.
+    /// Tokens a second at each [`STEP`] over the mean.
+    steps: [f64; STEPS + 1],
+    /// What each worker's are filled up with: tokens, and their seconds at the mean speed.
     assumed: f64,
+    assumed_secs: f64,
     /// Counts the epochs. A new one begins when the half-life changes, which depends on the number of workers.
     epoch: u64,
     /// The count when it began.
@@ -114,7 +117,9 @@ impl Speeds {
         self.tokens = self.tokens * kept + tokens;
         self.secs = self.secs * kept + tokens * speed.secs_per_token;
         self.secs_per_token = self.secs / self.tokens;
+        self.steps = STEP.map(|step| step / self.secs_per_token);
         self.assumed = ASSUMED * self.tokens / self.prompts;
+        self.assumed_secs = self.assumed * self.secs_per_token;
         self.kept = self.half_lives(self.count, self.began_at).exp2();
         self.bring(speed);
     }
@@ -139,14 +144,14 @@ impl Speeds {
         if self.count == 0 {
             return None;
         }
-        let (mean, assumed) = (self.secs_per_token, self.assumed);
         let shown = if speed.epoch == self.epoch {
             speed.tokens_then * self.kept
         } else {
             speed.tokens * self.half_lives(self.count, speed.shown_at).exp2()
         };
-        let secs_per_token = (shown * speed.secs_per_token + assumed * mean) / (shown + assumed);
-        Some(nearest_step(mean / secs_per_token) / mean)
+        let secs = shown * speed.secs_per_token + self.assumed_secs;
+        let ratio = self.secs_per_token * (shown + self.assumed) / secs;
+        Some(nearest_step(ratio, &self.steps))
     }
 
     fn begin_epoch(&mut self) {
@@ -187,13 +192,16 @@ impl Speed {
     }
 }
 
-/// The step that is nearest to a ratio. Each doubling has the same ones, and which it is stands in the exponent of the number.
-fn nearest_step(ratio: f64) -> f64 {
+/// The step that is nearest to a ratio, by these from 1 to 2. Each doubling has the same ones; which doubling it is stands in
+/// a number's exponent.
+fn nearest_step(ratio: f64, steps: &[f64; STEPS + 1]) -> f64 {
     const EXPONENT: u64 = f64::INFINITY.to_bits();
+    const ONE: u64 = 1_f64.to_bits();
     let doublings = f64::from_bits(ratio.to_bits() & EXPONENT);
-    let beyond = ratio / doublings;
-    let step = NEARER.iter().filter(|nearer| beyond >= **nearer).count();
-    STEP[step] * doublings
+    // Numbers over 0 are in the order of their bits, which is faster to tell.
+    let beyond = ratio.to_bits() & !EXPONENT | ONE;
+    let step: usize = NEARER.iter().map(|nearer| usize::from(beyond >= nearer.to_bits())).sum();
+    steps[step] * doublings
 }
 
 #[cfg(test)]
@@ -242,7 +250,7 @@ mod tests {
         #[test]
         fn steps_are_those_of_the_logarithm(log in -40.0..40.0_f64) {
             let expected = ((log * STEPS as f64).round() / STEPS as f64).exp2();
-            prop_assert_eq!(nearest_step(log.exp2()), expected);
+            prop_assert_eq!(nearest_step(log.exp2(), &STEP), expected);
         }
 
         #[test]
