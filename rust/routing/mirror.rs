@@ -844,36 +844,40 @@ mod tests {
     #[derive(Clone, Debug)]
     enum Step {
         Use(WorkerId, Vec<u8>, u64),
+        Again(usize, u64),
+        Retract(usize),
         Nameless(WorkerId, u32),
         Forget(WorkerId),
         Cut(WorkerId),
     }
 
-    /// A prefix, or `None` for what has no name, and its bytes.
-    type Held = (Option<Vec<u8>>, u64);
+    /// A prefix, or `None` for what has no name, its bytes, and when it was last used.
+    type Held = (Option<Vec<u8>>, u64, u64);
 
     /// The same, kept as a list per worker.
     #[derive(Default)]
     struct Naive {
         /// Least recently used first.
         caches: BTreeMap<WorkerId, Vec<Held>>,
+        uses: u64,
     }
 
     impl Naive {
         fn use_prompt(&mut self, worker: WorkerId, prompt: &[u8], room_bytes: u64) {
+            self.uses += 1;
             let fitting = prompt.len().min((room_bytes / BLOCK) as usize);
             let cache = self.caches.entry(worker).or_default();
             for end in (1..=fitting).rev() {
                 let prefix = Some(prompt[..end].to_vec());
-                cache.retain(|(held, _)| *held != prefix);
-                cache.push((prefix, BLOCK));
+                cache.retain(|(held, ..)| *held != prefix);
+                cache.push((prefix, BLOCK, self.uses));
             }
             self.shrink(worker, room_bytes);
         }
 
         fn shrink(&mut self, worker: WorkerId, room_bytes: u64) {
             let cache = self.caches.entry(worker).or_default();
-            while cache.iter().map(|(_, bytes)| bytes).sum::<u64>() > room_bytes {
+            while cache.iter().map(|(_, bytes, _)| bytes).sum::<u64>() > room_bytes {
                 cache.remove(0);
             }
         }
@@ -881,16 +885,25 @@ mod tests {
         fn matched(&self, worker: WorkerId, prompt: &[u8]) -> usize {
             let Some(cache) = self.caches.get(&worker) else { return 0 };
             let is_held = |end: &usize| {
-                cache.iter().any(|(held, _)| held.as_deref() == Some(&prompt[..*end]))
+                cache.iter().any(|(held, ..)| held.as_deref() == Some(&prompt[..*end]))
             };
             (1..=prompt.len()).take_while(is_held).count()
         }
+    }
+
+    struct Sent {
+        worker: WorkerId,
+        text: Vec<u8>,
+        used: Use,
+        naive_use: u64,
     }
 
     fn step() -> impl Strategy<Value = Step> {
         let text = prop::collection::vec(0..3_u8, 0..8);
         prop_oneof![
             12 => (0..4_u32, text, 0..14_u64).prop_map(|(w, text, room)| Step::Use(w, text, room)),
+            4 => (any::<usize>(), 0..14_u64).prop_map(|(which, room)| Step::Again(which, room)),
+            3 => any::<usize>().prop_map(Step::Retract),
             3 => (0..4_u32, BLOCK as u32..300).prop_map(|(w, bytes)| Step::Nameless(w, bytes)),
             1 => (0..4_u32).prop_map(Step::Forget),
             1 => (0..4_u32).prop_map(Step::Cut),
@@ -907,18 +920,39 @@ mod tests {
         fn behaves_like_prefixes_in_a_list(steps in prop::collection::vec(step(), 1..40)) {
             let (mut mirror, mut naive) = (Mirror::default(), Naive::default());
             let room = 12 * BLOCK;
-            let mut prompts: Vec<Vec<u8>> = Vec::new();
+            let mut sent: Vec<Sent> = Vec::new();
             for step in steps {
                 match step {
                     Step::Use(worker, text, blocks) => {
-                        mirror.use_prompt(worker, &prompt(&text), blocks * BLOCK);
+                        let fitting = text.len().min(blocks as usize);
+                        let held = naive.matched(worker, &text);
+                        let by_any = (0..4).map(|worker| naive.matched(worker, &text)).max();
+                        let used = mirror.use_prompt(worker, &prompt(&text), blocks * BLOCK);
                         naive.use_prompt(worker, &text, blocks * BLOCK);
-                        prompts.push(text);
+                        prop_assert_eq!(used.matched_blocks(), held.min(fitting));
+                        prop_assert_eq!(Some(used.held_by_any), by_any);
+                        sent.push(Sent { worker, text, used, naive_use: naive.uses });
                     }
+                    Step::Again(which, blocks) if !sent.is_empty() => {
+                        let Sent { worker, text, .. } = &sent[which % sent.len()];
+                        mirror.use_again(*worker, &prompt(text), blocks * BLOCK);
+                        naive.use_prompt(*worker, text, blocks * BLOCK);
+                    }
+                    Step::Retract(which) if !sent.is_empty() => {
+                        let Sent { worker, text, used, naive_use } = &sent[which % sent.len()];
+                        mirror.retract(*worker, &prompt(text), used);
+                        let cache = naive.caches.entry(*worker).or_default();
+                        let is_its = |(held, _, at): &Held| {
+                            let blocks = held.as_ref().map_or(0, Vec::len);
+                            at == naive_use && blocks > used.matched_blocks()
+                        };
+                        cache.retain(|held| !is_its(held));
+                    }
+                    Step::Again(..) | Step::Retract(_) => {}
                     Step::Nameless(worker, bytes) => {
                         mirror.use_nameless(worker, bytes, room);
                         let cache = naive.caches.entry(worker).or_default();
-                        cache.push((None, bytes.into()));
+                        cache.push((None, bytes.into(), 0));
                         naive.shrink(worker, room);
                     }
                     Step::Forget(worker) => {
@@ -926,6 +960,7 @@ mod tests {
                             while mirror.cut_some(worker, latest, 3) {}
                         }
                         naive.caches.remove(&worker);
+                        sent.retain(|sent| sent.worker != worker);
                     }
                     Step::Cut(worker) => {
                         mirror.cut(worker, UseNumber::MAX);
@@ -933,7 +968,7 @@ mod tests {
                     }
                 }
                 mirror.check_invariants();
-                for text in &prompts {
+                for Sent { text, .. } in &sent {
                     let names = prompt(text);
                     let parts = by_part(&mirror, &names);
                     for worker in 0..4 {
