@@ -191,7 +191,7 @@ impl Outlook {
             if let [worker, ..] = known
                 && worker.id == target.id
             {
-                view.speed = state.speeds.of(&worker.speed);
+                view.speed = worker.speed.told();
                 view.pending_tokens = worker.pending_tokens(request.at_secs, view.speed);
             }
             speeds += view.tokens_per_sec();
@@ -294,7 +294,7 @@ impl State {
             }
             is_there
         });
-        self.renew_speeds();
+        self.tell_speeds();
         self.mirror.latest_use(worker)
     }
 
@@ -315,7 +315,8 @@ impl State {
         sent.uncached_tokens = input_tokens - matched_tokens;
         let worker = self.workers.of(&sent.target);
         sent.cache_number = worker.cache_number;
-        if let Some(speed) = self.speeds.of(&worker.speed) {
+        self.speeds.tell(&mut worker.speed);
+        if let Some(speed) = worker.speed.told() {
             worker.backlog.drain(at_secs, speed);
         }
         worker.backlog.enter(sent.ticket, sent.uncached_tokens, request.stream, at_secs);
@@ -340,7 +341,9 @@ impl State {
             self.speeds.learn(&mut worker.speed, others + u64::from(own), secs);
         }
         let has_its_cache = worker.cache_number == sent.cache_number;
-        self.renew_speeds();
+        if sent.computed.is_some() {
+            self.tell_speeds();
+        }
         if !has_its_cache {
             return;
         }
@@ -368,9 +371,9 @@ impl State {
         self.mirror.use_again(id, &sent.names, room_bytes);
     }
 
-    /// After each change of the speeds: most often there is nothing to do.
-    fn renew_speeds(&mut self) {
-        self.speeds.renew(self.workers.0.iter_mut().map(|worker| &mut worker.speed));
+    /// After each change of the speeds.
+    fn tell_speeds(&mut self) {
+        self.speeds.tell_all(self.workers.0.iter_mut().map(|worker| &mut worker.speed));
     }
 
     /// Compares what a worker had of a prompt, in bytes, with what was believed when it was sent.

@@ -13,9 +13,9 @@
 //! Speeds are told in [`STEPS`] to a doubling, those that hardly differ as the same one. Otherwise noise would send every request to
 //! the one worker that was a percent faster.
 //!
-//! Each pick asks for the speed of every worker, and each prompt changes all of them a little. So that this takes no power per worker,
-//! what a worker has shown is put as if it had been shown at one moment for all, where an epoch began; what was
-//! forgotten since then is the same for all.
+//! Each prompt changes all speeds a little, and each pick asks for all of them. So they are told anew when something was learned, and
+//! a pick reads what was told. So that this takes no power per worker, what a worker has shown is put as if it had been
+//! shown at one moment for all, where an epoch began; what was forgotten since then is the same for all.
 
 use std::collections::VecDeque;
 
@@ -31,17 +31,12 @@ const ASSUMED: f64 = 2.0;
 /// Speeds between one and twice as much.
 const STEPS: usize = 4;
 
-/// The steps from 1 to 2.
-const STEP: [f64; STEPS + 1] =
-    [1.0, 1.189_207_115_002_721, std::f64::consts::SQRT_2, 1.681_792_830_507_429, 2.0];
+/// The steps from 1 to below 2.
+const STEP: [f64; STEPS] =
+    [1.0, 1.189_207_115_002_721, std::f64::consts::SQRT_2, 1.681_792_830_507_429];
 
-/// From where on, by ratio, each step but the first is nearer than the one before.
-const NEARER: [f64; STEPS] = [
-    1.090_507_732_665_257_7,
-    1.296_839_554_651_009_6,
-    1.542_210_825_407_940_7,
-    1.834_008_086_409_342_4,
-];
+/// Half a step. So much above a ratio, the step below it is the one that is nearest to the ratio.
+const HALF_STEP: f64 = 1.090_507_732_665_257_7;
 
 /// Half-lives of an epoch at most: two to this power is still a number.
 const EPOCH: f64 = 256.0;
@@ -60,7 +55,7 @@ pub struct Speeds {
     /// The mean of all.
     secs_per_token: f64,
     /// Tokens a second at each [`STEP`] over the mean.
-    steps: [f64; STEPS + 1],
+    steps: [f64; STEPS],
     /// What each worker's are filled up with: tokens, and their seconds at the mean speed.
     assumed: f64,
     assumed_secs: f64,
@@ -89,6 +84,7 @@ pub struct Speed {
     epoch: u64,
     /// The tokens that this epoch would have to begin with, for as many to be kept now.
     tokens_then: f64,
+    told: Option<f64>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -132,11 +128,20 @@ impl Speeds {
         }
     }
 
-    /// Brings all workers to a new epoch, if there is one. Without that [`Speeds::of`] takes longer, and tells the same.
-    pub fn renew<'a>(&mut self, all: impl Iterator<Item = &'a mut Speed>) {
-        if std::mem::take(&mut self.is_new) {
-            all.for_each(|speed| self.bring(speed));
+    /// Tells the speeds of all workers. To be called after each change, with all of them.
+    pub fn tell_all<'a>(&mut self, all: impl Iterator<Item = &'a mut Speed>) {
+        let is_new = std::mem::take(&mut self.is_new);
+        for speed in all {
+            if is_new {
+                self.bring(speed);
+            }
+            self.tell(speed);
         }
+    }
+
+    /// Tells the speed of a worker that has joined the others.
+    pub fn tell(&self, speed: &mut Speed) {
+        speed.told = self.of(speed);
     }
 
     /// Tokens a second of a worker, the mean of all if it has not shown any; `None` if nobody has.
@@ -151,7 +156,7 @@ impl Speeds {
         };
         let secs = shown * speed.secs_per_token + self.assumed_secs;
         let ratio = self.secs_per_token * (shown + self.assumed) / secs;
-        Some(nearest_step(ratio, &self.steps))
+        Some(step_below(HALF_STEP * ratio, &self.steps))
     }
 
     fn begin_epoch(&mut self) {
@@ -173,6 +178,11 @@ impl Speeds {
 }
 
 impl Speed {
+    /// Tokens a second, as told last.
+    pub fn told(&self) -> Option<f64> {
+        self.told
+    }
+
     fn show(&mut self, shown: Shown) {
         if self.shown.len() == REMEMBERED {
             self.shown.pop_front();
@@ -192,15 +202,15 @@ impl Speed {
     }
 }
 
-/// The step that is nearest to a ratio, by these from 1 to 2. Each doubling has the same ones; which doubling it is stands in
-/// a number's exponent.
-fn nearest_step(ratio: f64, steps: &[f64; STEPS + 1]) -> f64 {
+/// The highest step that is not above a ratio, by these from 1 to below 2. Each doubling has the same ones; which doubling it is
+/// stands in a number's exponent.
+fn step_below(ratio: f64, steps: &[f64; STEPS]) -> f64 {
     const EXPONENT: u64 = f64::INFINITY.to_bits();
     const ONE: u64 = 1_f64.to_bits();
     let doublings = f64::from_bits(ratio.to_bits() & EXPONENT);
-    // Numbers over 0 are in the order of their bits, which is faster to tell.
-    let beyond = ratio.to_bits() & !EXPONENT | ONE;
-    let step: usize = NEARER.iter().map(|nearer| usize::from(beyond >= nearer.to_bits())).sum();
+    let beyond = f64::from_bits(ratio.to_bits() & !EXPONENT | ONE);
+    let half = 2 * usize::from(beyond >= STEP[2]);
+    let step = half + usize::from(beyond >= STEP[half + 1]);
     steps[step] * doublings
 }
 
@@ -250,7 +260,7 @@ mod tests {
         #[test]
         fn steps_are_those_of_the_logarithm(log in -40.0..40.0_f64) {
             let expected = ((log * STEPS as f64).round() / STEPS as f64).exp2();
-            prop_assert_eq!(nearest_step(log.exp2(), &STEP), expected);
+            prop_assert_eq!(step_below(HALF_STEP * log.exp2(), &STEP), expected);
         }
 
         #[test]
@@ -259,10 +269,10 @@ mod tests {
         ) {
             let mut speeds = Speeds::default();
             let mut workers: [Speed; 6] = Default::default();
-            for (worker, tokens, secs, is_renewed) in prompts {
+            for (worker, tokens, secs, is_told) in prompts {
                 speeds.learn(&mut workers[worker], tokens, secs);
-                if is_renewed {
-                    speeds.renew(workers.iter_mut());
+                if is_told {
+                    speeds.tell_all(workers.iter_mut());
                 }
                 for speed in &workers {
                     let mean = speeds.secs / speeds.tokens;
@@ -271,6 +281,7 @@ mod tests {
                     let kept = (-ago / (HALF_LIFE * f64::from(speeds.workers))).exp2();
                     let shown = speed.tokens * kept;
                     let own = (shown * speed.secs_per_token + assumed * mean) / (shown + assumed);
+                    prop_assert!(!is_told || speed.told() == speeds.of(speed));
                     let told = speeds.of(speed).expect("some have shown") * own;
                     prop_assert!((-0.126..0.126).contains(&told.log2()), "{told}");
                 }
