@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use criterion::{BenchmarkId, Criterion};
-use sglang_router_rs::routing::{Draws, InFlight, Policy, PolicyKind, Request, Target};
+use sglang_router_rs::routing::{BlockNames, Draws, InFlight, Policy, PolicyKind, Request, Target};
 
 use crate::load::{
     Options, PREFIXES, PROMPT_BYTES, Prompts, SEED, WORKERS, end, request, send, targets,
@@ -59,7 +59,11 @@ fn whole(criterion: &mut Criterion) {
             let load = load.get_or_insert_with(|| Load::new(kind, WORKERS));
             bencher.iter(|| {
                 load.at_secs += 0.001;
-                let request = request(prompts.next(), load.at_secs);
+                let block_names = BlockNames::default();
+                let request = Request {
+                    block_names: Some(&block_names),
+                    ..request(prompts.next(), load.at_secs)
+                };
                 let picked = load.pick(&request);
                 end(send(&*load.policy, &request, &load.targets[picked]), &request);
             });

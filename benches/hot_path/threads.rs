@@ -6,7 +6,7 @@ use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::Instant;
 
-use sglang_router_rs::routing::{Draws, Policy, PolicyKind, Target};
+use sglang_router_rs::routing::{BlockNames, Draws, Policy, PolicyKind, Request, Target};
 use sglang_router_rs::tracking::{Arrived, Tracker};
 
 use crate::load::{
@@ -91,7 +91,11 @@ impl Shared {
 
     fn work(&self, mut prompts: Prompts, ids: &[String], from_secs: f64) {
         for (number, id) in ids.iter().enumerate() {
-            let request = request(prompts.next(), from_secs + number as f64 / 1e3);
+            let block_names = BlockNames::default();
+            let request = Request {
+                block_names: Some(&block_names),
+                ..request(prompts.next(), from_secs + number as f64 / 1e3)
+            };
             let trace = tracker::open(&self.tracker, self.arrived, id);
             let pick = self.policy.pick(&request, &self.targets, &mut self.draws.next(), None);
             let pick = pick.expect("the router's own policies never fail");

@@ -27,7 +27,7 @@ use serde::Serialize;
 use super::text::{Words, pages};
 use super::trace::Trace;
 use crate::routing::{
-    Draws, InFlight, Policy, Replayed, Request, Target, Told, WorkerId, WorkerName,
+    BlockNames, Draws, InFlight, Policy, Replayed, Request, Target, Told, WorkerId, WorkerName,
 };
 use crate::sim::engine::{Config, Engine, Event, Id, Sequence};
 
@@ -278,7 +278,7 @@ impl<'a> Run<'a> {
         }
         let asked = &self.trace.requests[index];
         self.words.write(asked, &mut self.prompt);
-        let number = index.to_string();
+        let (number, block_names) = (index.to_string(), BlockNames::default());
         let request = Request {
             prompt: &self.prompt,
             is_ids: false,
@@ -288,6 +288,7 @@ impl<'a> Run<'a> {
             routing_key: asked.routing_key.as_deref(),
             request_id: Some(&number),
             at_secs: now,
+            block_names: Some(&block_names),
         };
         let pick = self.policy.pick(&request, &self.routable, &mut self.draws.next(), None);
         let input_tokens = self.policy.input_tokens(&request);

@@ -12,6 +12,7 @@
 //! for it takes as long as to compute it there, and all copies are made at once. Hence one prompt that is asked for
 //! again and again spreads over the workers.
 
+use std::cmp::Ordering;
 use std::sync::Arc;
 
 use super::candidates::Weighed;
@@ -61,36 +62,79 @@ impl LeastTtft {
         }
     }
 
-    /// The score of each worker; `None` for those that are passed over.
-    fn scores(&self, views: &Views) -> Vec<Option<f64>> {
-        let mean = |of: &dyn Fn(&View) -> f64| {
-            views.workers.iter().map(of).sum::<f64>() / views.workers.len() as f64
+    /// What is compared of all workers.
+    fn weigh<'a>(&self, views: &'a Views) -> Weighing<'a> {
+        let (mut best, mut is_anybody_idle) = (0, false);
+        for (index, view) in views.workers.iter().enumerate() {
+            is_anybody_idle |= view.pending_tokens == 0;
+            if view.matched_tokens >= views.workers[best].matched_tokens {
+                best = index;
+            }
+        }
+        let best_match = f64::from(views.workers[best].matched_tokens);
+        let is_drawing = best_match > DRAWING * f64::from(views.input_tokens);
+        let mut weighing = Weighing {
+            views,
+            cache_weight: self.cache_weight,
+            most_waste: 0.0,
+            best,
+            share: None,
+            is_anybody_idle,
         };
-        let mean_speed = mean(&speed);
-        let score = |view: &View| {
-            let uncached = f64::from(views.input_tokens - view.matched_tokens);
-            let wait = (f64::from(view.pending_tokens) + uncached) / speed(view);
-            wait + self.cache_weight * uncached / mean_speed
-        };
-        let best_match = views.workers.iter().map(|view| view.matched_tokens).max().unwrap_or(0);
-        let is_drawing = f64::from(best_match) > DRAWING * f64::from(views.input_tokens);
-        // As many as there would be at a worker of the mean speed.
-        let crowd = |view: &View| f64::from(view.same_prefix) * mean_speed / speed(view);
-        let share = mean(&crowd);
-        let is_anybody_idle = views.workers.iter().any(|view| view.pending_tokens == 0);
-        let is_passed_over = |view: &View| {
-            let matched = f64::from(view.matched_tokens);
-            let is_computing = f64::from(view.pending_tokens) > COMPUTING * matched;
-            let slack = if is_computing && is_anybody_idle { ROUNDING } else { SLACK };
-            is_drawing && matched > 0.0 && crowd(view) > share + slack
-        };
-        views.workers.iter().map(|view| (!is_passed_over(view)).then(|| score(view))).collect()
+        weighing.most_waste = weighing.waste(f64::from(views.input_tokens));
+        weighing.share = is_drawing.then(|| {
+            let crowds = views.workers.iter().map(|view| weighing.crowd(view));
+            crowds.sum::<f64>() / views.workers.len() as f64
+        });
+        weighing
     }
 }
 
-/// Tokens a second; as long as nobody's are known, those of all workers are the same.
-fn speed(view: &View) -> f64 {
-    view.speed.unwrap_or(1.0)
+/// See [`LeastTtft::weigh`].
+struct Weighing<'a> {
+    views: &'a Views,
+    cache_weight: f64,
+    /// Of a worker that has none of the prompt, as most have.
+    most_waste: f64,
+    /// The last one of those who have most of the prompt.
+    best: usize,
+    /// The mean of all crowds, if the best match draws requests to one place.
+    share: Option<f64>,
+    is_anybody_idle: bool,
+}
+
+impl Weighing<'_> {
+    /// The score of a worker; `None` if it is passed over.
+    fn score(&self, view: &View) -> Option<f64> {
+        if self.is_passed_over(view) {
+            return None;
+        }
+        let uncached = f64::from(self.views.input_tokens - view.matched_tokens);
+        let wait = (f64::from(view.pending_tokens) + uncached) / view.tokens_per_sec();
+        let waste = if view.matched_tokens == 0 { self.most_waste } else { self.waste(uncached) };
+        Some(wait + waste)
+    }
+
+    /// What it costs later requests that so many tokens are computed, in seconds.
+    fn waste(&self, uncached_tokens: f64) -> f64 {
+        self.cache_weight * uncached_tokens / self.views.mean_speed
+    }
+
+    fn is_passed_over(&self, view: &View) -> bool {
+        let Some(share) = self.share.filter(|_| view.matched_tokens > 0) else { return false };
+        let matched = f64::from(view.matched_tokens);
+        let is_computing = f64::from(view.pending_tokens) > COMPUTING * matched;
+        let slack = if is_computing && self.is_anybody_idle { ROUNDING } else { SLACK };
+        self.crowd(view) > share + slack
+    }
+
+    /// Requests for the same prefix, as many as there would be at a worker of the mean speed.
+    fn crowd(&self, view: &View) -> f64 {
+        match view.same_prefix {
+            0 => 0.0,
+            requests => f64::from(requests) * self.views.mean_speed / view.tokens_per_sec(),
+        }
+    }
 }
 
 impl Policy for LeastTtft {
@@ -102,19 +146,23 @@ impl Policy for LeastTtft {
         weighed: Option<&mut Weighed>,
     ) -> Result<Pick, PickError> {
         let views = self.outlook.see(request, targets);
-        let scores = self.scores(&views);
-        let index = lowest(&scores, targets, rng);
+        let weighing = self.weigh(&views);
+        let compared = views.workers.iter().zip(targets).map(|(view, target)| {
+            let score = weighing.score(view)?;
+            Some(Compared { score, target })
+        });
+        let index = least_by(compared, rng);
         if let Some(weighed) = weighed {
             weighed.outlook(|index| views.workers[index]);
-            weighed.lowest_wins(|candidate| scores[candidate.index]);
+            weighed.lowest_wins(|candidate| weighing.score(&views.workers[candidate.index]));
         }
         let matched_tokens = views.workers[index].matched_tokens;
-        let best = views.workers.iter().zip(&scores).max_by_key(|(view, _)| view.matched_tokens);
-        let reason = match best {
-            None | Some((View { matched_tokens: 0, .. }, _)) => NO_MATCH,
-            Some((view, _)) if view.matched_tokens == matched_tokens => PREFIX_MATCH,
-            Some((_, None)) => CROWDED,
-            Some((_, Some(_))) => SHORTER_WAIT,
+        let best = &views.workers[weighing.best];
+        let reason = match best.matched_tokens {
+            0 => NO_MATCH,
+            best if best == matched_tokens => PREFIX_MATCH,
+            _ if weighing.is_passed_over(best) => CROWDED,
+            _ => SHORTER_WAIT,
         };
         Ok(Pick { index, reason, matched_tokens: Some(matched_tokens) })
     }
@@ -136,11 +184,25 @@ impl Policy for LeastTtft {
     }
 }
 
-/// Index of the lowest score, ties by requests in flight, then at random.
-fn lowest(scores: &[Option<f64>], targets: &[Arc<Target>], rng: &mut fastrand::Rng) -> usize {
-    let load =
-        |(score, target): (&Option<f64>, &Arc<Target>)| Some(((*score)?, target.in_flight()));
-    least_by(scores.iter().zip(targets).map(load), rng)
+/// A worker in comparison: by score, ties by requests in flight, which are looked at only then.
+struct Compared<'a> {
+    score: f64,
+    target: &'a Target,
+}
+
+impl PartialOrd for Compared<'_> {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        match self.score.partial_cmp(&other.score) {
+            Some(Ordering::Equal) => self.target.in_flight().partial_cmp(&other.target.in_flight()),
+            order => order,
+        }
+    }
+}
+
+impl PartialEq for Compared<'_> {
+    fn eq(&self, other: &Self) -> bool {
+        self.partial_cmp(other) == Some(Ordering::Equal)
+    }
 }
 
 #[cfg(test)]

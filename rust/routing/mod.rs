@@ -44,6 +44,7 @@ mod speed;
 mod sticky_keys;
 
 pub use manual::AssignmentMode;
+pub use mirror::BlockNames;
 
 /// A worker's place in the order of joining. Never reused.
 pub type WorkerId = u32;
@@ -235,6 +236,8 @@ pub struct Request<'a> {
     pub request_id: Option<&'a str>,
     /// When it is routed, in seconds of a clock that never goes back.
     pub at_secs: f64,
+    /// Keeps what is computed of the prompt for the next call about it; none where there is only one.
+    pub block_names: Option<&'a BlockNames>,
 }
 
 impl<'a> Request<'a> {
@@ -249,6 +252,7 @@ impl<'a> Request<'a> {
             routing_key: None,
             request_id: None,
             at_secs: 0.0,
+            block_names: None,
         }
     }
 }

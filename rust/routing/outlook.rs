@@ -16,18 +16,18 @@
 //! Bounds: per request in flight 8 bytes per block of its prompt; per worker the size of its cache in blocks, at most
 //! 2^22 tokens (see [`Mirror`]). A worker that has left is swept out when the next one does.
 //!
-//! One lock, shared by those who look and held alone by those who tell, each for microseconds; names of blocks are computed
-//! outside of it.
+//! One lock, shared by those who look and held alone by those who tell, each for about a microsecond; names of blocks are computed
+//! outside of it, and tokens per byte are read outside of it.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
-use hashbrown::HashMap;
 use parking_lot::RwLock;
 
 use super::backlog::{Backlog, Computed, Ticket};
 use super::herds::{DrawnBy, Herds};
 use super::kv_size::{KvSize, MOST_TOKENS};
-use super::mirror::{self, BLOCK_BYTES, Mirror, Use, UseNumber};
+use super::mirror::{BLOCK_BYTES, Mirror, Use, UseNumber, names};
 use super::speed::{Speed, Speeds};
 use super::{BYTES_PER_TOKEN, Request, Target, Told, Underway, WorkerId};
 
@@ -67,27 +67,38 @@ pub struct View {
     pub same_prefix: u32,
 }
 
+impl View {
+    /// Its speed; as long as nobody's is known, those of all workers are the same.
+    pub fn tokens_per_sec(&self) -> f64 {
+        self.speed.unwrap_or(1.0)
+    }
+}
+
 /// What is known of all workers when a prompt is to be sent.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Views {
     /// Tokens of the prompt, as estimated from its bytes.
     pub input_tokens: u32,
+    /// The mean of [`View::tokens_per_sec`] over all targets.
+    pub mean_speed: f64,
     /// One per target, in their order.
     pub workers: Vec<View>,
 }
 
 /// See the module.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Outlook {
     /// What each worker's cache holds, if an operator says so.
     kv_tokens: Option<u64>,
+    /// The bits of [`Ratio::tokens_per_byte`], for those who ask for nothing else.
+    tokens_per_byte: AtomicU64,
     state: RwLock<State>,
 }
 
 #[derive(Debug, Default)]
 struct State {
     mirror: Mirror,
-    workers: HashMap<WorkerId, Worker>,
+    workers: Workers,
     speeds: Speeds,
     ratio: Ratio,
     herds: Herds,
@@ -96,8 +107,44 @@ struct State {
     now_secs: f64,
 }
 
+/// Those that were ever sent anything, sorted by id: a pick goes through all of them, side by side with its targets.
+#[derive(Debug, Default)]
+struct Workers(Vec<Worker>);
+
+impl Workers {
+    fn at(&self, id: WorkerId) -> Result<usize, usize> {
+        // Ids count up from 0, so as long as nobody has left this is where it is.
+        match self.0.get(id as usize) {
+            Some(worker) if worker.id == id => Ok(id as usize),
+            _ => self.0.binary_search_by_key(&id, |worker| worker.id),
+        }
+    }
+
+    fn get(&self, id: WorkerId) -> Option<&Worker> {
+        self.at(id).ok().map(|at| &self.0[at])
+    }
+
+    fn get_mut(&mut self, id: WorkerId) -> Option<&mut Worker> {
+        self.at(id).ok().map(|at| &mut self.0[at])
+    }
+
+    /// The worker that something is sent to.
+    fn of(&mut self, target: &Arc<Target>) -> &mut Worker {
+        let at = self.at(target.id).unwrap_or_else(|at| {
+            self.0.insert(at, Worker { id: target.id, ..Worker::default() });
+            at
+        });
+        let worker = &mut self.0[at];
+        if !std::ptr::eq(worker.target.as_ptr(), &**target) {
+            worker.target = Arc::downgrade(target);
+        }
+        worker
+    }
+}
+
 #[derive(Debug, Default)]
 struct Worker {
+    id: WorkerId,
     target: Weak<Target>,
     backlog: Backlog,
     speed: Speed,
@@ -108,60 +155,83 @@ struct Worker {
     doubted: Option<UseNumber>,
 }
 
+impl Worker {
+    /// As they are told.
+    fn pending_tokens(&self, at_secs: f64, speed: Option<f64>) -> u32 {
+        let pending_tokens = self.backlog.pending_tokens(at_secs, speed);
+        let steps = (pending_tokens + PENDING_STEP / 2) / PENDING_STEP;
+        u32::try_from(steps * PENDING_STEP).unwrap_or(u32::MAX)
+    }
+}
+
 impl Outlook {
     /// Nothing is known yet. `kv_tokens` is what each cache holds, whatever the workers say.
     pub fn new(kv_tokens: Option<u64>) -> Self {
-        Self { kv_tokens, state: RwLock::default() }
+        let tokens_per_byte = AtomicU64::new(Ratio::default().tokens_per_byte.to_bits());
+        Self { kv_tokens, tokens_per_byte, state: RwLock::default() }
     }
 
     /// What is known of these workers, sorted by id, with regard to a request.
     pub fn see(&self, request: &Request, targets: &[Arc<Target>]) -> Views {
-        let names = mirror::names(request.prompt);
+        let names = names_of(request);
         let state = self.state.read();
         let ratio = state.ratio.of(request.is_ids);
         let input_tokens = ratio.tokens(request.prompt.len());
-        let view = |target: &Arc<Target>| match state.workers.get(&target.id) {
-            Some(worker) => {
-                let speed = state.speeds.of(&worker.speed);
-                let pending_tokens = worker.backlog.pending_tokens(request.at_secs, speed);
-                let steps = (pending_tokens + PENDING_STEP / 2) / PENDING_STEP;
-                let pending_tokens = u32::try_from(steps * PENDING_STEP).unwrap_or(u32::MAX);
-                View { pending_tokens, matched_tokens: 0, speed, same_prefix: 0 }
+        let speed = state.speeds.of(&Speed::default());
+        let unknown = View { pending_tokens: 0, matched_tokens: 0, speed, same_prefix: 0 };
+        let mut workers = vec![unknown; targets.len()];
+        let mut known = &state.workers.0[..];
+        let mut speeds = 0.0;
+        for (view, target) in workers.iter_mut().zip(targets) {
+            while let [worker, rest @ ..] = known
+                && worker.id < target.id
+            {
+                known = rest;
             }
-            None => {
-                let speed = state.speeds.of(&Speed::default());
-                View { pending_tokens: 0, matched_tokens: 0, speed, same_prefix: 0 }
+            if let [worker, ..] = known
+                && worker.id == target.id
+            {
+                view.speed = worker.speed.told();
+                view.pending_tokens = worker.pending_tokens(request.at_secs, view.speed);
             }
-        };
-        let mut workers: Vec<View> = targets.iter().map(view).collect();
-        let place = |worker| targets.binary_search_by_key(&worker, |target| target.id).ok();
+            speeds += view.tokens_per_sec();
+        }
+        let mean_speed = speeds / workers.len() as f64;
         let mut held = 0;
-        for (blocks, holders) in state.mirror.levels(&names) {
-            held = blocks;
-            let matched_tokens = ratio.matched(blocks, input_tokens);
-            for at in holders.iter().filter_map(|holder| place(holder.worker)) {
-                workers[at].matched_tokens = matched_tokens;
+        let mut parts = state.mirror.parts(&names).peekable();
+        while let Some(part) = parts.next() {
+            held = part.end();
+            // Who holds any of the next part is told of then.
+            if parts.peek().is_some_and(|next| next.holders.len() == part.holders.len()) {
+                continue;
+            }
+            let mut places = Places { targets, from: 0 };
+            for holder in part.holders {
+                if let Some(at) = places.of(holder.worker) {
+                    workers[at].matched_tokens = ratio.matched(part.end_for(holder), input_tokens);
+                }
             }
         }
         if let Some(last_held) = names[..held].last() {
             for (worker, requests) in state.herds.of(*last_held) {
-                if let Some(at) = place(*worker) {
+                if let Some(at) = (Places { targets, from: 0 }).of(*worker) {
                     workers[at].same_prefix = *requests;
                 }
             }
         }
-        Views { input_tokens, workers }
+        Views { input_tokens, mean_speed, workers }
     }
 
     /// Tokens of a prompt, as estimated from its bytes if it is text; `None` of a request without one.
     pub fn input_tokens(&self, request: &Request) -> Option<u32> {
-        let ratio = self.state.read().ratio.of(request.is_ids);
+        let tokens_per_byte = f64::from_bits(self.tokens_per_byte.load(Ordering::Relaxed));
+        let ratio = Ratio { tokens_per_byte, ..Ratio::default() }.of(request.is_ids);
         (!request.prompt.is_empty()).then(|| ratio.tokens(request.prompt.len()))
     }
 
     /// Tokens of a prompt believed to be in a worker's cache.
     pub fn matched_tokens(&self, request: &Request, worker: WorkerId) -> u32 {
-        let names = mirror::names(request.prompt);
+        let names = names_of(request);
         let state = self.state.read();
         let ratio = state.ratio.of(request.is_ids);
         let input_tokens = ratio.tokens(request.prompt.len());
@@ -170,41 +240,24 @@ impl Outlook {
 
     /// A request is being sent to a worker.
     pub fn sent(self: &Arc<Self>, request: &Request, target: &Arc<Target>) -> Box<dyn Underway> {
-        let names = mirror::names(request.prompt);
-        let mut state = self.state.write();
-        let room_bytes = state.room_bytes(self.kv_tokens, target);
-        let State { mirror, workers, speeds, ratio, herds, next_ticket, now_secs } = &mut *state;
-        *now_secs = now_secs.max(request.at_secs);
-        *next_ticket += 1;
-        let ticket = *next_ticket;
-        let worker = workers.entry(target.id).or_default();
-        worker.target = Arc::downgrade(target);
-        let drawn_by = [mirror.last_held(&names), names.last().copied()];
-        herds.join(drawn_by, target.id);
-        let used = mirror.use_prompt(target.id, &names, room_bytes);
-        let ratio = ratio.of(request.is_ids);
-        let input_tokens = ratio.tokens(request.prompt.len());
-        let uncached_tokens = input_tokens - ratio.matched(used.matched_blocks(), input_tokens);
-        if let Some(speed) = speeds.of(&worker.speed) {
-            worker.backlog.drain(request.at_secs, speed);
-        }
-        worker.backlog.enter(ticket, uncached_tokens, request.stream, request.at_secs);
-        Box::new(Sent {
+        let mut sent = Box::new(Sent {
             outlook: Arc::clone(self),
             target: Arc::clone(target),
-            ticket,
+            ticket: 0,
             prompt_bytes: request.prompt.len(),
             is_ids: request.is_ids,
-            names,
-            used,
-            drawn_by,
-            cache_number: worker.cache_number,
-            uncached_tokens,
+            names: names_of(request),
+            used: Use::default(),
+            drawn_by: DrawnBy::default(),
+            cache_number: 0,
+            uncached_tokens: 0,
             computed: None,
             is_answered: false,
             has_begun: false,
             told: Told::default(),
-        })
+        });
+        self.state.write().sent(&mut sent, request, self.kv_tokens);
+        sent
     }
 
     /// What was believed of a worker's cache is void.
@@ -221,40 +274,65 @@ impl State {
     /// Bytes of prompts that a worker's cache holds.
     fn room_bytes(&self, kv_tokens: Option<u64>, target: &Target) -> u64 {
         let told = kv_tokens.or_else(|| target.kv_tokens());
-        let learned = || self.workers.get(&target.id).map_or_else(KvSize::default, |w| w.kv_size);
+        let learned = || self.workers.get(target.id).map_or_else(KvSize::default, |w| w.kv_size);
         let tokens = told.map_or_else(|| learned().tokens(), |tokens| tokens as f64);
         (tokens.min(MOST_TOKENS) / self.ratio.tokens_per_byte) as u64
     }
 
     /// A worker's cache is another one. Returns the latest use of the one before, of which all is to be cut.
     fn forget(&mut self, worker: WorkerId) -> Option<UseNumber> {
-        if let Some(worker) = self.workers.get_mut(&worker) {
+        if let Some(worker) = self.workers.get_mut(worker) {
             worker.cache_number += 1;
             worker.kv_size = KvSize::default();
             worker.doubted = None;
         }
         let Self { workers, speeds, .. } = self;
-        workers.retain(|_, worker| {
+        workers.0.retain(|worker| {
             let is_there = worker.target.strong_count() > 0;
             if !is_there {
                 speeds.remove(&worker.speed);
             }
             is_there
         });
+        self.tell_speeds();
         self.mirror.latest_use(worker)
+    }
+
+    /// A request is being sent. Notes with it what is believed of it.
+    fn sent(&mut self, sent: &mut Sent, request: &Request, kv_tokens: Option<u64>) {
+        let (id, at_secs) = (sent.target.id, request.at_secs);
+        let room_bytes = self.room_bytes(kv_tokens, &sent.target);
+        self.now_secs = self.now_secs.max(at_secs);
+        self.next_ticket += 1;
+        sent.ticket = self.next_ticket;
+        sent.used = self.mirror.use_prompt(id, &sent.names, room_bytes);
+        let last_held = sent.names[..sent.used.held_by_any].last();
+        sent.drawn_by = [last_held.copied(), sent.names.last().copied()];
+        self.herds.join(sent.drawn_by, id);
+        let ratio = self.ratio.of(sent.is_ids);
+        let input_tokens = ratio.tokens(sent.prompt_bytes);
+        let matched_tokens = ratio.matched(sent.used.matched_blocks(), input_tokens);
+        sent.uncached_tokens = input_tokens - matched_tokens;
+        let worker = self.workers.of(&sent.target);
+        sent.cache_number = worker.cache_number;
+        self.speeds.tell(&mut worker.speed);
+        if let Some(speed) = worker.speed.told() {
+            worker.backlog.drain(at_secs, speed);
+        }
+        worker.backlog.enter(sent.ticket, sent.uncached_tokens, request.stream, at_secs);
     }
 
     /// The first content of a stream came. Tells what was computed until then.
     fn begun(&mut self, sent: &Sent, at_secs: f64) -> Option<Computed> {
         self.now_secs = self.now_secs.max(at_secs);
-        self.workers.get_mut(&sent.target.id)?.backlog.begun(sent.ticket, at_secs)
+        self.workers.get_mut(sent.target.id)?.backlog.begun(sent.ticket, at_secs)
     }
 
     fn ended(&mut self, sent: &Sent, kv_tokens: Option<u64>) {
         let id = sent.target.id;
         let told = Counts::told(&sent.told);
         self.herds.leave(sent.drawn_by, id);
-        let Some(worker) = self.workers.get_mut(&id) else { return };
+        let Some(worker) = self.workers.get_mut(id) else { return };
         let is_computed = sent.has_begun || sent.is_answered || told.is_some();
         worker.backlog.left(sent.ticket, is_computed, self.now_secs);
         if let Some(Computed { tokens, secs }) = sent.computed {
@@ -262,7 +340,11 @@ impl State {
             let own = told.and_then(Counts::uncached_tokens).unwrap_or(sent.uncached_tokens);
             self.speeds.learn(&mut worker.speed, others + u64::from(own), secs);
         }
-        if worker.cache_number != sent.cache_number {
+        let has_its_cache = worker.cache_number == sent.cache_number;
+        if sent.computed.is_some() {
+            self.tell_speeds();
+        }
+        if !has_its_cache {
             return;
         }
         if !is_computed {
@@ -289,10 +371,15 @@ impl State {
         self.mirror.use_again(id, &sent.names, room_bytes);
     }
 
+    /// After each change of the speeds.
+    fn tell_speeds(&mut self) {
+        self.speeds.tell_all(self.workers.0.iter_mut().map(|worker| &mut worker.speed));
+    }
+
     /// Compares what a worker had of a prompt, in bytes, with what was believed when it was sent.
     fn compare(&mut self, sent: &Sent, cached_bytes: f64) {
         let id = sent.target.id;
-        let Some(worker) = self.workers.get_mut(&id) else { return };
+        let Some(worker) = self.workers.get_mut(id) else { return };
         let tolerance = (AGREEMENT * cached_bytes).max((2 * BLOCK_BYTES) as f64);
         let tokens_per_byte = self.ratio.tokens_per_byte;
         let mut start_bytes = 0.0;
@@ -322,7 +409,7 @@ struct Sent {
     ticket: Ticket,
     prompt_bytes: usize,
     is_ids: bool,
-    names: Box<[u64]>,
+    names: Arc<[u64]>,
     used: Use,
     /// The blocks it is counted by in the herds.
     drawn_by: DrawnBy,
@@ -341,8 +428,8 @@ impl Underway for Sent {
     fn begun(&mut self, at_secs: f64) {
         if !self.has_begun {
             self.has_begun = true;
-            let outlook = Arc::clone(&self.outlook);
-            self.computed = outlook.state.write().begun(self, at_secs);
+            let computed = self.outlook.state.write().begun(self, at_secs);
+            self.computed = computed;
         }
     }
 
@@ -357,8 +444,42 @@ impl Underway for Sent {
 
 impl Drop for Sent {
     fn drop(&mut self) {
-        let outlook = Arc::clone(&self.outlook);
-        outlook.state.write().ended(self, outlook.kv_tokens);
+        let Outlook { kv_tokens, tokens_per_byte, state } = &*self.outlook;
+        let mut state = state.write();
+        state.ended(self, *kv_tokens);
+        let learned = state.ratio.tokens_per_byte.to_bits();
+        if tokens_per_byte.load(Ordering::Relaxed) != learned {
+            tokens_per_byte.store(learned, Ordering::Relaxed);
+        }
+    }
+}
+
+fn names_of(request: &Request) -> Arc<[u64]> {
+    match request.block_names {
+        Some(block_names) => block_names.of(request.prompt),
+        None => names(request.prompt),
+    }
+}
+
+/// Finds one worker after the other, growing ids, among targets sorted by id.
+struct Places<'a> {
+    targets: &'a [Arc<Target>],
+    /// Where the next one may be.
+    from: usize,
+}
+
+impl Places<'_> {
+    fn of(&mut self, worker: WorkerId) -> Option<usize> {
+        let rest = self.targets.get(self.from..)?;
+        // Where many hold the same, they are neighbours.
+        let at = match rest.first() {
+            Some(first) if first.id >= worker => 0,
+            _ => rest.partition_point(|target| target.id < worker),
+        };
+        let at = self.from + at;
+        let is_there = self.targets.get(at)?.id == worker;
+        self.from = at + usize::from(is_there);
+        is_there.then_some(at)
     }
 }
 
@@ -528,7 +649,7 @@ mod tests {
             sent.rotate_left(1);
             drop(sent);
             let state = outlook.state.read();
-            assert_eq!(state.workers[&0].backlog.pending_tokens(1.0, None), 0);
+            assert_eq!(state.workers.0[0].backlog.pending_tokens(1.0, None), 0);
         }
     }
 
@@ -760,7 +881,7 @@ mod tests {
         assert_eq!(pending(&outlook, &targets, 5.0), [0, 0]);
         targets.pop();
         outlook.forget(1);
-        assert_eq!(outlook.state.read().workers.len(), 1);
+        assert_eq!(outlook.state.read().workers.0.len(), 1);
         outlook.forget(77);
     }
 }

@@ -12,6 +12,10 @@
 //!
 //! Speeds are told in [`STEPS`] to a doubling, those that hardly differ as the same one. Otherwise noise would send every request to
 //! the one worker that was a percent faster.
+//!
+//! Each prompt changes all speeds a little, and each pick asks for all of them. So they are told anew when something was learned, and
+//! a pick reads what was told. So that this takes no power per worker, what a worker has shown is put as if it had been
+//! shown at one moment for all, where an epoch began; what was forgotten since then is the same for all.
 
 use std::collections::VecDeque;
 
@@ -25,7 +29,17 @@ const HALF_LIFE: f64 = 16.0;
 const ASSUMED: f64 = 2.0;
 
 /// Speeds between one and twice as much.
-const STEPS: f64 = 4.0;
+const STEPS: usize = 4;
+
+/// The steps from 1 to below 2.
+const STEP: [f64; STEPS] =
+    [1.0, 1.189_207_115_002_721, std::f64::consts::SQRT_2, 1.681_792_830_507_429];
+
+/// Half a step. So much above a ratio, the step below it is the one that is nearest to the ratio.
+const HALF_STEP: f64 = 1.090_507_732_665_257_7;
+
+/// Half-lives of an epoch at most: two to this power is still a number.
+const EPOCH: f64 = 256.0;
 
 /// What all workers together have shown, exponentially forgotten.
 #[derive(Clone, Debug, Default)]
@@ -38,6 +52,21 @@ pub struct Speeds {
     count: u64,
     /// Workers that have shown anything.
     workers: u32,
+    /// The mean of all.
+    secs_per_token: f64,
+    /// Tokens a second at each [`STEP`] over the mean.
+    steps: [f64; STEPS],
+    /// What each worker's are filled up with: tokens, and their seconds at the mean speed.
+    assumed: f64,
+    assumed_secs: f64,
+    /// Counts the epochs. A new one begins when the half-life changes, which depends on the number of workers.
+    epoch: u64,
+    /// The count when it began.
+    began_at: u64,
+    /// What is kept of what was known then.
+    kept: f64,
+    /// There are workers that have not come to this epoch.
+    is_new: bool,
 }
 
 /// What one worker has shown.
@@ -51,6 +80,11 @@ pub struct Speed {
     secs_per_token: f64,
     /// [`Speeds::count`] when it last showed anything; 0 before.
     shown_at: u64,
+    /// The epoch that it has come to.
+    epoch: u64,
+    /// The tokens that this epoch would have to begin with, for as many to be kept now.
+    tokens_then: f64,
+    told: Option<f64>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -65,22 +99,49 @@ impl Speeds {
         if tokens == 0 || !secs.is_finite() || secs <= 0.0 {
             return;
         }
-        if speed.shown_at == 0 {
-            self.workers = self.workers.saturating_add(1);
-        }
         let tokens = tokens as f64;
         speed.show(Shown { tokens, secs_per_token: secs / tokens });
         self.count += 1;
+        let is_first = speed.shown_at == 0;
         speed.shown_at = self.count;
-        let kept = self.kept_of(1);
+        self.workers = self.workers.saturating_add(u32::from(is_first));
+        if is_first || self.half_lives(self.began_at, self.count) > EPOCH {
+            self.begin_epoch();
+        }
+        let kept = (-self.half_lives(0, 1)).exp2();
         self.prompts = self.prompts * kept + 1.0;
         self.tokens = self.tokens * kept + tokens;
         self.secs = self.secs * kept + tokens * speed.secs_per_token;
+        self.secs_per_token = self.secs / self.tokens;
+        self.steps = STEP.map(|step| step / self.secs_per_token);
+        self.assumed = ASSUMED * self.tokens / self.prompts;
+        self.assumed_secs = self.assumed * self.secs_per_token;
+        self.kept = self.half_lives(self.count, self.began_at).exp2();
+        self.bring(speed);
     }
 
     /// A worker that has shown something is gone.
     pub fn remove(&mut self, speed: &Speed) {
-        self.workers -= u32::from(speed.shown_at > 0);
+        if speed.shown_at > 0 {
+            self.workers -= 1;
+            self.begin_epoch();
+        }
+    }
+
+    /// Tells the speeds of all workers. To be called after each change, with all of them.
+    pub fn tell_all<'a>(&mut self, all: impl Iterator<Item = &'a mut Speed>) {
+        let is_new = std::mem::take(&mut self.is_new);
+        for speed in all {
+            if is_new {
+                self.bring(speed);
+            }
+            self.tell(speed);
+        }
+    }
+
+    /// Tells the speed of a worker that has joined the others.
+    pub fn tell(&self, speed: &mut Speed) {
+        speed.told = self.of(speed);
     }
 
     /// Tokens a second of a worker, the mean of all if it has not shown any; `None` if nobody has.
@@ -88,20 +149,40 @@ impl Speeds {
         if self.count == 0 {
             return None;
         }
-        let mean = self.secs / self.tokens;
-        let assumed = ASSUMED * self.tokens / self.prompts;
-        let shown = speed.tokens * self.kept_of(self.count - speed.shown_at);
-        let secs_per_token = (shown * speed.secs_per_token + assumed * mean) / (shown + assumed);
-        let steps = (STEPS * (mean / secs_per_token).log2()).round();
-        Some((steps / STEPS).exp2() / mean)
+        let shown = if speed.epoch == self.epoch {
+            speed.tokens_then * self.kept
+        } else {
+            speed.tokens * self.half_lives(self.count, speed.shown_at).exp2()
+        };
+        let secs = shown * speed.secs_per_token + self.assumed_secs;
+        let ratio = self.secs_per_token * (shown + self.assumed) / secs;
+        Some(step_below(HALF_STEP * ratio, &self.steps))
     }
 
-    fn kept_of(&self, prompts: u64) -> f64 {
-        (-(prompts as f64) / (HALF_LIFE * f64::from(self.workers.max(1)))).exp2()
+    fn begin_epoch(&mut self) {
+        self.epoch += 1;
+        self.began_at = self.count;
+        self.kept = 1.0;
+        self.is_new = true;
+    }
+
+    fn bring(&self, speed: &mut Speed) {
+        speed.epoch = self.epoch;
+        speed.tokens_then = speed.tokens * self.half_lives(self.began_at, speed.shown_at).exp2();
+    }
+
+    /// From one count of prompts to another; below 0 if that was before.
+    fn half_lives(&self, from: u64, to: u64) -> f64 {
+        (to as f64 - from as f64) / (HALF_LIFE * f64::from(self.workers.max(1)))
     }
 }
 
 impl Speed {
+    /// Tokens a second, as told last.
+    pub fn told(&self) -> Option<f64> {
+        self.told
+    }
+
     fn show(&mut self, shown: Shown) {
         if self.shown.len() == REMEMBERED {
             self.shown.pop_front();
@@ -121,9 +202,22 @@ impl Speed {
     }
 }
 
+/// The highest step that is not above a ratio, by these from 1 to below 2. Each doubling has the same ones; which doubling it is
+/// stands in a number's exponent.
+fn step_below(ratio: f64, steps: &[f64; STEPS]) -> f64 {
+    const EXPONENT: u64 = f64::INFINITY.to_bits();
+    const ONE: u64 = 1_f64.to_bits();
+    let doublings = f64::from_bits(ratio.to_bits() & EXPONENT);
+    let beyond = f64::from_bits(ratio.to_bits() & !EXPONENT | ONE);
+    let half = 2 * usize::from(beyond >= STEP[2]);
+    let step = half + usize::from(beyond >= STEP[half + 1]);
+    steps[step] * doublings
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn shown(speeds: &mut Speeds, speed: &mut Speed, tokens_per_sec: f64, prompts: u32) {
         for prompt in 0..prompts {
@@ -160,6 +254,39 @@ mod tests {
             shown(&mut speeds, &mut other, 7700.0, 1);
         }
         assert_eq!(speeds.of(&one), speeds.of(&other));
+    }
+
+    proptest! {
+        #[test]
+        fn steps_are_those_of_the_logarithm(log in -40.0..40.0_f64) {
+            let expected = ((log * STEPS as f64).round() / STEPS as f64).exp2();
+            prop_assert_eq!(step_below(HALF_STEP * log.exp2(), &STEP), expected);
+        }
+
+        #[test]
+        fn what_is_told_is_what_is_kept_of_what_was_shown(
+            prompts in prop::collection::vec((0..6_usize, 1..2000_u64, 0.001..1.0_f64, any::<bool>()), 1..300),
+        ) {
+            let mut speeds = Speeds::default();
+            let mut workers: [Speed; 6] = Default::default();
+            for (worker, tokens, secs, is_told) in prompts {
+                speeds.learn(&mut workers[worker], tokens, secs);
+                if is_told {
+                    speeds.tell_all(workers.iter_mut());
+                }
+                for speed in &workers {
+                    let mean = speeds.secs / speeds.tokens;
+                    let assumed = ASSUMED * speeds.tokens / speeds.prompts;
+                    let ago = (speeds.count - speed.shown_at) as f64;
+                    let kept = (-ago / (HALF_LIFE * f64::from(speeds.workers))).exp2();
+                    let shown = speed.tokens * kept;
+                    let own = (shown * speed.secs_per_token + assumed * mean) / (shown + assumed);
+                    prop_assert!(!is_told || speed.told() == speeds.of(speed));
+                    let told = speeds.of(speed).expect("some have shown") * own;
+                    prop_assert!((-0.126..0.126).contains(&told.log2()), "{told}");
+                }
+            }
+        }
     }
 
     #[test]

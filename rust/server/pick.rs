@@ -52,6 +52,7 @@ pub(super) struct Asked {
     pub(super) request_id: Option<HeaderValue>,
     /// When it was last routed.
     pub(super) at_secs: f64,
+    pub(super) block_names: routing::BlockNames,
 }
 
 impl Asked {
@@ -65,6 +66,7 @@ impl Asked {
             routing_key: self.routing_key.as_ref().and_then(text),
             request_id: self.request_id.as_ref().and_then(text),
             at_secs: self.at_secs,
+            block_names: Some(&self.block_names),
         }
     }
 }

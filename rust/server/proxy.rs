@@ -116,6 +116,7 @@ async fn serve(
             routing_key,
             request_id: outgoing.headers.get(X_REQUEST_ID).cloned(),
             at_secs: app.secs(now()),
+            block_names: Default::default(),
         },
         pin,
         failed_on: Vec::new(),
