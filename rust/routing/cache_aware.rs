@@ -19,7 +19,6 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::candidates::Weighed;
-use super::names::Names;
 use super::prefix_tree::{Match, PrefixTree};
 use super::{
     BYTES_PER_TOKEN, Options, Pick, PickError, Policy, Request, Target, Underway, WorkerId,
@@ -94,7 +93,7 @@ impl Policy for CacheAware {
         rng: &mut fastrand::Rng,
         weighed: Option<&mut Weighed>,
     ) -> Result<Pick, PickError> {
-        let names = Names::of(request.prompt);
+        let names = request.tree_names();
         let is_uneven = self.is_uneven(targets);
         let tree = self.tree.lock();
         let matched = tree.matched(&names);
@@ -113,12 +112,12 @@ impl Policy for CacheAware {
     }
 
     fn matched_tokens(&self, request: &Request, worker: WorkerId) -> Option<u32> {
-        let names = Names::of(request.prompt);
+        let names = request.tree_names();
         Some(tokens(&self.tree.lock().matched(&names), worker))
     }
 
     fn sent(&self, request: &Request, target: &Arc<Target>) -> Option<Box<dyn Underway>> {
-        let names = Names::of(request.prompt);
+        let names = request.tree_names();
         self.tree.lock().insert(&names, target.id);
         None
     }

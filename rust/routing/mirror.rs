@@ -24,7 +24,7 @@
 //! block, and how large a cache is.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use hashbrown::{HashMap, HashTable};
 use smallvec::SmallVec;
@@ -49,18 +49,6 @@ pub fn names(prompt: &[u8]) -> Arc<[u64]> {
         parent
     };
     prompt.as_chunks().0.iter().map(name).collect()
-}
-
-/// Room for the names of one prompt's blocks, so that they are computed once for all that is asked about it, and only
-/// if a policy goes by them.
-#[derive(Clone, Debug, Default)]
-pub struct BlockNames(OnceLock<Arc<[u64]>>);
-
-impl BlockNames {
-    /// Those of this prompt, which is the same one each time.
-    pub(super) fn of(&self, prompt: &[u8]) -> Arc<[u64]> {
-        Arc::clone(self.0.get_or_init(|| names(prompt)))
-    }
 }
 
 /// Numbers the uses of one worker's cache; grows.

@@ -17,6 +17,7 @@ use std::sync::{Arc, OnceLock};
 use candidates::Weighed;
 use clap::ValueEnum;
 use clap::builder::RangedU64ValueParser;
+use names::Names;
 pub use own::{Choice, build};
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -44,7 +45,6 @@ mod speed;
 mod sticky_keys;
 
 pub use manual::AssignmentMode;
-pub use mirror::BlockNames;
 
 /// A worker's place in the order of joining. Never reused.
 pub type WorkerId = u32;
@@ -241,6 +241,18 @@ pub struct Request<'a> {
 }
 
 impl<'a> Request<'a> {
+    /// The prompt as the prefix tree takes it.
+    fn tree_names(&self) -> Arc<Names> {
+        let name = || Arc::new(Names::of(self.prompt));
+        self.block_names.map_or_else(name, |known| known.tree.get_or_init(name).clone())
+    }
+
+    /// The prompt as the mirror of the workers' caches takes it.
+    fn mirror_names(&self) -> Arc<[u64]> {
+        let name = || mirror::names(self.prompt);
+        self.block_names.map_or_else(name, |known| known.mirror.get_or_init(name).clone())
+    }
+
     /// A request with this text, of which nothing else is known.
     pub fn of(prompt: &'a [u8]) -> Self {
         Self {
@@ -255,6 +267,14 @@ impl<'a> Request<'a> {
             block_names: None,
         }
     }
+}
+
+/// Room for the names of one prompt's blocks, so that they are computed once for all that is asked about it, and only
+/// if a policy goes by them.
+#[derive(Clone, Debug, Default)]
+pub struct BlockNames {
+    tree: OnceLock<Arc<Names>>,
+    mirror: OnceLock<Arc<[u64]>>,
 }
 
 /// A policy's answer.

@@ -27,7 +27,7 @@ use parking_lot::RwLock;
 use super::backlog::{Backlog, Computed, Ticket};
 use super::herds::{DrawnBy, Herds};
 use super::kv_size::{KvSize, MOST_TOKENS};
-use super::mirror::{BLOCK_BYTES, Mirror, Use, UseNumber, names};
+use super::mirror::{BLOCK_BYTES, Mirror, Use, UseNumber};
 use super::speed::{Speed, Speeds};
 use super::{BYTES_PER_TOKEN, Request, Target, Told, Underway, WorkerId};
 
@@ -173,7 +173,7 @@ impl Outlook {
 
     /// What is known of these workers, sorted by id, with regard to a request.
     pub fn see(&self, request: &Request, targets: &[Arc<Target>]) -> Views {
-        let names = names_of(request);
+        let names = request.mirror_names();
         let state = self.state.read();
         let ratio = state.ratio.of(request.is_ids);
         let input_tokens = ratio.tokens(request.prompt.len());
@@ -231,7 +231,7 @@ impl Outlook {
 
     /// Tokens of a prompt believed to be in a worker's cache.
     pub fn matched_tokens(&self, request: &Request, worker: WorkerId) -> u32 {
-        let names = names_of(request);
+        let names = request.mirror_names();
         let state = self.state.read();
         let ratio = state.ratio.of(request.is_ids);
         let input_tokens = ratio.tokens(request.prompt.len());
@@ -246,7 +246,7 @@ impl Outlook {
             ticket: 0,
             prompt_bytes: request.prompt.len(),
             is_ids: request.is_ids,
-            names: names_of(request),
+            names: request.mirror_names(),
             used: Use::default(),
             drawn_by: DrawnBy::default(),
             cache_number: 0,
@@ -451,13 +451,6 @@ impl Drop for Sent {
         if tokens_per_byte.load(Ordering::Relaxed) != learned {
             tokens_per_byte.store(learned, Ordering::Relaxed);
         }
-    }
-}
-
-fn names_of(request: &Request) -> Arc<[u64]> {
-    match request.block_names {
-        Some(block_names) => block_names.of(request.prompt),
-        None => names(request.prompt),
     }
 }
 
