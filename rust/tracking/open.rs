@@ -66,6 +66,8 @@ pub struct OpenTrace {
     worker: Option<Arc<WorkerName>>,
     is_attempt_open: bool,
     sent_ns: Option<u64>,
+    /// Written with what follows: the pick, or the end.
+    queue_us: OptionalU64,
     /// The answer's status; kept here too because it decides how the request ends.
     http_status: Option<u16>,
 }
@@ -80,6 +82,7 @@ impl OpenTrace {
             worker: None,
             is_attempt_open: false,
             sent_ns: None,
+            queue_us: OptionalU64::NONE,
             http_status: None,
         }
     }
@@ -111,8 +114,7 @@ impl OpenTrace {
 
     /// The request may go on to a worker.
     pub fn admitted(&mut self, at: Instant) {
-        let queue_us = self.since_arrival(at);
-        self.edit(|record, _| record.queue_us = queue_us);
+        self.queue_us = self.since_arrival(at);
     }
 
     /// A worker was picked, for the first attempt or for another one. `reason` is the policy's,
@@ -131,8 +133,10 @@ impl OpenTrace {
         self.is_attempt_open = true;
         self.sent_ns = None;
         self.http_status = None;
+        let queue_us = self.queue_us;
         self.at_home(|shard, place| {
             shard.route(place, (from_worker.as_ref(), from), worker, |record, names| {
+                record.queue_us = queue_us;
                 record.reason = Some(names.share(capped(reason, MAX_REASON_BYTES)));
                 record.http_status = None;
                 record.matched_tokens = matched_tokens.into();
@@ -231,6 +235,7 @@ impl OpenTrace {
         let mut shard = self.tracker.store.shard(self.key);
         shard.edit(place, |record, _| {
             close_attempt(record, attempt, None, error);
+            record.queue_us = self.queue_us;
             record.latency_us = latency_us;
             record.http_status = http_status;
             record.error_message = error.map(error_text);
