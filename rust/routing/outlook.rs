@@ -335,13 +335,11 @@ impl State {
         let Some(worker) = self.workers.get_mut(id) else { return };
         let is_computed = sent.has_begun || sent.is_answered || told.is_some();
         worker.backlog.left(sent.ticket, is_computed, self.now_secs);
+        let has_its_cache = worker.cache_number == sent.cache_number;
         if let Some(Computed { tokens, secs }) = sent.computed {
             let others = tokens.saturating_sub(u64::from(sent.uncached_tokens));
             let own = told.and_then(Counts::uncached_tokens).unwrap_or(sent.uncached_tokens);
             self.speeds.learn(&mut worker.speed, others + u64::from(own), secs);
-        }
-        let has_its_cache = worker.cache_number == sent.cache_number;
-        if sent.computed.is_some() {
             self.tell_speeds();
         }
         if !has_its_cache {

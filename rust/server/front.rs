@@ -20,8 +20,8 @@ use hyper::body::Incoming;
 use hyper::service::Service;
 use hyper_util::service::TowerToHyperService;
 
-use super::doors::{self, Door};
-use super::{App, proxy};
+use super::routes::Purpose;
+use super::{App, doors, proxy};
 use crate::telemetry::metrics::Route;
 
 /// See the module. A clone is another hand on the same.
@@ -67,7 +67,7 @@ impl From<Router> for Front {
 }
 
 async fn routed(app: Arc<App>, route: Arc<Route>, request: Request) -> Response {
-    match doors::enter(&app, Door::Api, request).await {
+    match doors::enter(&app, Purpose::Routed.door(), request).await {
         Ok(request) => proxy::proxy(app, route, request).await,
         Err(refusal) => refusal,
     }

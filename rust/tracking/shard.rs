@@ -184,11 +184,10 @@ impl Shard {
     }
 
     /// Adds the record of a request that has ended elsewhere, the newest of its id, which has this hash.
-    pub(super) fn restore(&mut self, seq: u64, hash: u64, record: Record) {
+    pub(super) fn restore(&mut self, seq: u64, id: &str, hash: u64, record: Record) {
         let (status, had_worker) = (record.status, record.worker().is_some());
         let unix_us = record.arrived_unix_us;
-        let id = record.request_id.to_string();
-        let place = self.insert(seq, &id, hash, record.route.as_str(), unix_us);
+        let place = self.insert(seq, id, hash, record.route.as_str(), unix_us);
         if let Some(worker) = record.worker() {
             self.counts.changes_worker(None, worker, true);
         }

@@ -107,8 +107,9 @@ impl Store {
         let store = Store::new(records.len().max(1), u64::MAX, "");
         store.taken.store(records.len(), Ordering::Relaxed);
         for (seq, record) in (0..).zip(records) {
-            let hash = store.hasher.hash_one(&*record.request_id.to_string());
-            store.shards[store.shard_of(hash)].write().restore(seq, hash, record);
+            let id = record.request_id.to_string();
+            let hash = store.hasher.hash_one(&*id);
+            store.shards[store.shard_of(hash)].write().restore(seq, &id, hash, record);
             store.next_seq.store(seq + 1, Ordering::Relaxed);
         }
         store

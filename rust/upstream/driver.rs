@@ -155,6 +155,16 @@ mod tests {
         }
     }
 
+    fn connected() -> (Arc<Mutex<Pipe>>, Driver<Connection>) {
+        let pipe: Arc<Mutex<Pipe>> = Arc::default();
+        (pipe.clone(), Driver::new(Connection(pipe)))
+    }
+
+    fn task() -> (Arc<Wakes>, Waker) {
+        let wakes: Arc<Wakes> = Arc::default();
+        (wakes.clone(), wakes.into())
+    }
+
     fn read(pipe: &Mutex<Pipe>, cx: &Context<'_>) -> Poll<u8> {
         let mut pipe = pipe.lock();
         pipe.handle = Some(cx.waker().clone());
@@ -163,10 +173,8 @@ mod tests {
 
     #[test]
     fn what_the_ends_say_to_each_other_wakes_nobody_and_what_comes_meanwhile_does() {
-        let pipe: Arc<Mutex<Pipe>> = Arc::default();
-        let mut driver = Driver::new(Connection(pipe.clone()));
-        let wakes: Arc<Wakes> = Arc::default();
-        let waker: Waker = wakes.clone().into();
+        let (pipe, mut driver) = connected();
+        let (wakes, waker) = task();
         let cx = Context::from_waker(&waker);
         let count = || wakes.0.load(Ordering::Relaxed);
         let put = |byte| {
@@ -186,10 +194,8 @@ mod tests {
 
     #[test]
     fn nobody_is_woken_who_does_not_wait_and_the_end_is_noticed() {
-        let pipe: Arc<Mutex<Pipe>> = Arc::default();
-        let mut driver = Driver::new(Connection(pipe.clone()));
-        let wakes: Arc<Wakes> = Arc::default();
-        let waker: Waker = wakes.clone().into();
+        let (pipe, mut driver) = connected();
+        let (wakes, waker) = task();
         let cx = Context::from_waker(&waker);
         assert_eq!(driver.poll_beside(&cx, |_| Poll::Ready(0)), Poll::Ready(0));
         assert!(driver.is_alive());

@@ -81,6 +81,17 @@ impl<M: Clone> Lazy<M> {
     }
 }
 
+/// Counts one of a family, by way of the one that is kept if it is that.
+fn count<L>(family: &Family<L, Counter>, kept: Option<&Lazy<Counter>>, labels: impl FnOnce() -> L)
+where
+    L: Clone + Hash + Eq,
+{
+    match kept {
+        Some(kept) => kept.of(family, labels).inc(),
+        None => family.get_or_create(&labels()).inc(),
+    };
+}
+
 /// One routed route.
 #[derive(Debug)]
 pub struct Route {
@@ -128,23 +139,15 @@ impl Route {
     /// The head of a worker's answer came.
     pub fn answered(&self, status_code: u16) {
         let labels = || UpstreamLabels { router_type: Http, status_code };
-        let family = &self.metrics.upstream_responses;
-        if status_code == 200 {
-            self.answered_200.of(family, labels).inc();
-        } else {
-            family.get_or_create(&labels()).inc();
-        }
+        let kept = (status_code == 200).then_some(&self.answered_200);
+        count(&self.metrics.upstream_responses, kept, labels);
     }
 
     /// It has ended; called once for each that arrived.
     pub fn ended(&self, status_code: u16, error_code: &'static str, took: Duration) {
         let labels = || StatusLabels { status_code, error_code };
-        let family = &self.metrics.responses;
-        if (status_code, error_code) == (200, "") {
-            self.ended_200.of(family, labels).inc();
-        } else {
-            family.get_or_create(&labels()).inc();
-        }
+        let kept = ((status_code, error_code) == (200, "")).then_some(&self.ended_200);
+        count(&self.metrics.responses, kept, labels);
         let duration = self.duration.of(&self.metrics.request_duration, || self.labels());
         duration.observe(took.as_secs_f64());
         self.metrics.in_flight.dec();
