@@ -29,10 +29,18 @@ pub fn two_over_one() -> f64 {
         "from threads", "requests/s with 1, with 2", "2 over 1, each round"
     );
     let ratios = [PolicyKind::CacheAware, PolicyKind::LeastTtft].map(|kind| {
-        let shared = Shared::new(kind);
-        shared.requests_per_sec(2, FIRST_REQUESTS, 0);
+        // As in two routers, one with one thread and one with two.
+        let routers = [1, 2].map(|threads| {
+            let shared = Shared::new(kind);
+            shared.requests_per_sec(threads, 2 * FIRST_REQUESTS / threads, 0);
+            (threads, shared)
+        });
         let rounds: Vec<_> = (1..=ROUNDS)
-            .map(|round| [1, 2].map(|threads| shared.requests_per_sec(threads, REQUESTS, round)))
+            .map(|round| {
+                routers
+                    .each_ref()
+                    .map(|(threads, shared)| shared.requests_per_sec(*threads, REQUESTS, round))
+            })
             .collect();
         let ratios: Vec<_> = rounds.iter().map(|[one, two]| two / one).collect();
         let [one, two] = [0, 1].map(|i| median(rounds.iter().map(|rates| rates[i]).collect()));

@@ -17,6 +17,7 @@ use std::sync::{Arc, OnceLock};
 use candidates::Weighed;
 use clap::ValueEnum;
 use clap::builder::RangedU64ValueParser;
+use crossbeam_utils::CachePadded;
 use names::Names;
 pub use own::{Choice, build};
 use xxhash_rust::xxh3::xxh3_64;
@@ -564,13 +565,14 @@ pub fn check_weight(weight: f64) -> Result<f64, String> {
 #[derive(Debug)]
 pub struct Draws {
     seed: u64,
-    requests: AtomicU64,
+    requests: CachePadded<AtomicU64>,
 }
 
 impl Draws {
     /// Draws that follow `seed`, or that differ from run to run without one.
     pub fn new(seed: Option<u64>) -> Self {
-        Self { seed: seed.unwrap_or_else(|| fastrand::u64(..)), requests: AtomicU64::new(0) }
+        let seed = seed.unwrap_or_else(|| fastrand::u64(..));
+        Self { seed, requests: CachePadded::new(AtomicU64::new(0)) }
     }
 
     /// The next request's source.

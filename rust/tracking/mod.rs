@@ -151,10 +151,29 @@ impl Arrived {
 #[derive(Debug)]
 pub struct Tracker {
     options: Options,
-    started_at: Instant,
     store: Store,
+    context: Arc<Context>,
+}
+
+/// What requests share while they run: the clock, and who hears of those that are over.
+#[derive(Debug)]
+struct Context {
+    started_at: Instant,
     log: Option<Log>,
     told: OnceLock<Told>,
+}
+
+impl Context {
+    /// Time begins.
+    fn new(log: Option<Log>) -> Context {
+        Context { started_at: Instant::now(), log, told: OnceLock::new() }
+    }
+
+    fn nanos_at(&self, at: Instant) -> u64 {
+        let since_start: Duration = at.saturating_duration_since(self.started_at);
+        // Half a thousand years fit.
+        since_start.as_nanos() as u64
+    }
 }
 
 /// Who is told of requests that are over.
@@ -174,17 +193,12 @@ impl Tracker {
     pub fn new(options: Options, routing_policy: &str) -> io::Result<Arc<Tracker>> {
         let capacity = options.max_trace_entries.max(1) as usize;
         let ttl_us = options.trace_ttl_seconds.saturating_mul(1_000_000);
-        let store = Store::new(capacity, ttl_us, routing_policy);
         let max_log_bytes = u64::from(options.trace_log_max_mb) << 20;
         let open_log = |path: &PathBuf| Log::open(path, max_log_bytes, options.trace_log_keep);
         let log = options.trace_log.as_ref().map(open_log).transpose()?;
-        Ok(Arc::new(Tracker {
-            options,
-            started_at: Instant::now(),
-            store,
-            log,
-            told: OnceLock::new(),
-        }))
+        let context = Arc::new(Context::new(log));
+        let store = Store::new(capacity, ttl_us, routing_policy, Arc::clone(&context));
+        Ok(Arc::new(Tracker { options, store, context }))
     }
 
     /// The options in force.
@@ -194,16 +208,16 @@ impl Tracker {
 
     /// From now on this hears the trace of each request that is over, while the request waits; only the first counts.
     pub fn tell(&self, told: Box<dyn Fn(&Trace) + Send + Sync>) {
-        self.told.get_or_init(|| Told(told));
+        self.context.told.get_or_init(|| Told(told));
     }
 
     /// Begins a record, `queued`. The caller bounds the length of ids (256) and the number of
     /// routes.
-    pub fn open(self: &Arc<Self>, arrived: Arrived, request_id: &str, route: &str) -> OpenTrace {
-        let arrived_ns = self.nanos_at(arrived.at);
-        let (unix_us, now_us) = (arrived.unix_us, arrived_ns / 1_000);
-        let key = self.store.open(request_id, route, unix_us, now_us);
-        OpenTrace::new(Arc::clone(self), key, arrived_ns)
+    pub fn open(&self, arrived: Arrived, request_id: &str, route: &str) -> OpenTrace {
+        let arrived_ns = self.context.nanos_at(arrived.at);
+        let now_us = arrived_ns / 1_000;
+        let own = self.store.open(request_id, route, arrived.unix_us, now_us);
+        OpenTrace::new(own, arrived_ns)
     }
 
     /// The newest trace with this id. Counts as a use of it.
@@ -247,18 +261,18 @@ impl Tracker {
 
     /// Ended requests whose trace is in the trace log.
     pub fn log_written(&self) -> u64 {
-        self.log.as_ref().map_or(0, Log::written)
+        self.context.log.as_ref().map_or(0, Log::written)
     }
 
     /// Ended requests whose trace did not get into the trace log: the buffer before it was full, it
     /// could not be written, or the record was evicted while the request ran.
     pub fn log_lost(&self) -> u64 {
-        self.log.as_ref().map_or(0, Log::lost)
+        self.context.log.as_ref().map_or(0, Log::lost)
     }
 
     /// Waits until the traces of all requests that have ended are in the trace log, and closes it.
     pub fn close_log(&self) {
-        if let Some(log) = &self.log {
+        if let Some(log) = &self.context.log {
             log.close();
         }
     }
@@ -268,13 +282,7 @@ impl Tracker {
     }
 
     fn micros_at(&self, at: Instant) -> u64 {
-        self.nanos_at(at) / 1_000
-    }
-
-    fn nanos_at(&self, at: Instant) -> u64 {
-        let since_start: Duration = at.saturating_duration_since(self.started_at);
-        // Half a thousand years fit.
-        since_start.as_nanos() as u64
+        self.context.nanos_at(at) / 1_000
     }
 }
 

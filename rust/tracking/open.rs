@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 
 use super::prompt_blocks::PromptBlocks;
 use super::record::{Candidate, OptionalU64, Record, Status};
-use super::shard::{Place, Shard};
-use super::store::Key;
+use super::shard::Place;
+use super::store::Home;
 use super::text::{CompactId, Names, Text, capped, parse_hex};
-use super::{Told, Tracker, WorkerName};
+use super::{Context, Told, WorkerName};
 
 const MAX_ERROR_BYTES: usize = 512;
 const MAX_MODEL_BYTES: usize = 128;
@@ -58,9 +58,9 @@ pub struct AnswerFacts<'a> {
 /// start.
 #[derive(Debug)]
 pub struct OpenTrace {
-    tracker: Arc<Tracker>,
     /// Where the record is.
-    key: Key,
+    home: Arc<Home>,
+    place: Place,
     arrived_ns: u64,
     status: Status,
     worker: Option<Arc<WorkerName>>,
@@ -73,10 +73,10 @@ pub struct OpenTrace {
 }
 
 impl OpenTrace {
-    pub(super) fn new(tracker: Arc<Tracker>, key: Key, arrived_ns: u64) -> OpenTrace {
+    pub(super) fn new((home, place): (Arc<Home>, Place), arrived_ns: u64) -> OpenTrace {
         OpenTrace {
-            tracker,
-            key,
+            home,
+            place,
             arrived_ns,
             status: Status::Queued,
             worker: None,
@@ -128,22 +128,20 @@ impl OpenTrace {
         decision: Duration,
         candidates: Option<Arc<Vec<Candidate>>>,
     ) {
-        let from_worker = self.worker.replace(Arc::clone(worker));
-        let from = std::mem::replace(&mut self.status, Status::Routed);
+        let from = (self.worker.as_ref(), self.status);
+        let own = self.home.shard().route(self.place, from, worker, |record, names| {
+            record.queue_us = self.queue_us;
+            record.reason = Some(names.share(capped(reason, MAX_REASON_BYTES)));
+            record.http_status = None;
+            record.matched_tokens = matched_tokens.into();
+            record.decision_ns = OptionalU64::nanos(decision);
+            record.candidates = candidates;
+        });
+        self.worker = Some(own);
+        self.status = Status::Routed;
         self.is_attempt_open = true;
         self.sent_ns = None;
         self.http_status = None;
-        let queue_us = self.queue_us;
-        self.at_home(|shard, place| {
-            shard.route(place, (from_worker.as_ref(), from), worker, |record, names| {
-                record.queue_us = queue_us;
-                record.reason = Some(names.share(capped(reason, MAX_REASON_BYTES)));
-                record.http_status = None;
-                record.matched_tokens = matched_tokens.into();
-                record.decision_ns = OptionalU64::nanos(decision);
-                record.candidates = candidates;
-            });
-        });
     }
 
     /// The policy's own estimate of the prompt's tokens, if it has one.
@@ -155,13 +153,13 @@ impl OpenTrace {
 
     /// The request is being sent to the worker; the attempt's own clock starts.
     pub fn sent(&mut self, at: Instant) {
-        self.sent_ns = Some(self.tracker.nanos_at(at));
+        self.sent_ns = Some(self.home.context.nanos_at(at));
     }
 
     /// The attempt came to nothing, with the worker's status if it answered. Another one may follow;
     /// if not, [`OpenTrace::fail`] or [`OpenTrace::complete`] must.
     pub fn attempt_failed(&mut self, at: Instant, http_status: Option<u16>, error: &str) {
-        let attempt = self.take_attempt(self.tracker.nanos_at(at));
+        let attempt = self.take_attempt(self.home.context.nanos_at(at));
         self.edit(|record, _| close_attempt(record, attempt, http_status, Some(error)));
     }
 
@@ -169,12 +167,10 @@ impl OpenTrace {
     pub fn headers(&mut self, http_status: u16) {
         self.http_status = Some(http_status);
         let from = std::mem::replace(&mut self.status, Status::Processing);
-        self.at_home(|shard, place| {
-            shard.advance(place, (from, Status::Processing), |record| {
-                if let Some(attempt) = record.attempts.last_mut() {
-                    attempt.http_status = Some(http_status);
-                }
-            });
+        self.home.shard().advance(self.place, (from, Status::Processing), |record| {
+            if let Some(attempt) = record.attempts.last_mut() {
+                attempt.http_status = Some(http_status);
+            }
         });
     }
 
@@ -227,25 +223,25 @@ impl OpenTrace {
 
     /// Writes all that the ending says and ends the record, in one step for readers.
     fn end(&mut self, at: Instant, to: Status, http_status: Option<u16>, error: Option<&str>) {
-        let now_ns = self.tracker.nanos_at(at);
+        let now_ns = self.home.context.nanos_at(at);
         let attempt = self.take_attempt(now_ns);
         let latency_us = micros_between(self.arrived_ns, now_ns);
         let from = std::mem::replace(&mut self.status, to);
-        let place = self.key.place;
-        let mut shard = self.tracker.store.shard(self.key);
-        shard.edit(place, |record, _| {
+        let (queue_us, had_worker) = (self.queue_us, self.worker.is_some());
+        let end_us = now_ns / 1_000;
+        let shard = self.home.end(self.place, (from, to), had_worker, end_us, |record| {
             close_attempt(record, attempt, None, error);
-            record.queue_us = self.queue_us;
+            record.queue_us = queue_us;
             record.latency_us = latency_us;
             record.http_status = http_status;
             record.error_message = error.map(error_text);
         });
-        shard.end(place, from, to, self.worker.is_some(), now_ns / 1_000);
-        let (log, told) = (&self.tracker.log, self.tracker.told.get());
+        let Context { log, told, .. } = &*self.home.context;
+        let told = told.get();
         if log.is_none() && told.is_none() {
             return;
         }
-        let record = shard.record(place).cloned();
+        let record = shard.record(self.place).cloned();
         drop(shard);
         if let (Some(Told(told)), Some(record)) = (told, &record) {
             told(&record.view());
@@ -263,16 +259,11 @@ impl OpenTrace {
     }
 
     fn edit(&self, change: impl FnOnce(&mut Record, &mut Names)) {
-        self.at_home(|shard, place| shard.edit(place, change));
-    }
-
-    /// Several changes that readers see as one.
-    fn at_home(&self, change: impl FnOnce(&mut Shard, Place)) {
-        change(&mut self.tracker.store.shard(self.key), self.key.place);
+        self.home.shard().edit(self.place, change);
     }
 
     fn since_arrival(&self, at: Instant) -> OptionalU64 {
-        micros_between(self.arrived_ns, self.tracker.nanos_at(at))
+        micros_between(self.arrived_ns, self.home.context.nanos_at(at))
     }
 }
 

@@ -223,12 +223,12 @@ impl Record {
     }
 
     /// Begins an attempt on a worker.
-    pub(super) fn attempt(&mut self, worker: &Arc<WorkerName>) {
+    pub(super) fn attempt(&mut self, worker: Arc<WorkerName>) {
         if self.attempts.len() == MAX_ATTEMPTS {
             self.attempts.remove(0);
         }
         self.attempts.push(Attempt {
-            worker: Arc::clone(worker),
+            worker,
             error: None,
             latency_us: OptionalU64::NONE,
             http_status: None,
@@ -407,7 +407,7 @@ mod tests {
         assert!(record.worker().is_none());
         for index in 0..MAX_ATTEMPTS as u32 + 3 {
             let node_id = format!("gpu_{index}").into();
-            record.attempt(&Arc::new(WorkerName { index, url: "http://a:1".into(), node_id }));
+            record.attempt(Arc::new(WorkerName { index, url: "http://a:1".into(), node_id }));
         }
         assert_eq!(record.attempts.len(), MAX_ATTEMPTS);
         assert_eq!(record.attempts[0].worker.index, 3);

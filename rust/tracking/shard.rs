@@ -38,8 +38,16 @@ struct Entry {
     /// Arrival number, unique in the store: it also tells a record from a later one in its slot.
     seq: u64,
     /// Of its id.
-    hash: u64,
+    hash: u32,
     record: Record,
+}
+
+/// The records with one id, oldest first, by the hash of that: here too, so that the table grows without a look at
+/// any record.
+#[derive(Debug)]
+struct SameId {
+    hash: u32,
+    list: List<SAME_ID>,
 }
 
 /// A request's own record: its slot, and the arrival number that must be found there.
@@ -48,6 +56,9 @@ pub(super) struct Place {
     pub(super) slot: u32,
     pub(super) seq: u64,
 }
+
+/// Added to the number of the record that is next to leave where none has ended.
+const OPEN: u64 = 1 << 63;
 
 /// What one look along the arrival order found.
 #[derive(Debug)]
@@ -65,8 +76,7 @@ pub(super) struct Shard {
     /// Of the records inserted.
     routing_policy: Text,
     slab: Slab<Entry>,
-    /// One list for each id, oldest record first.
-    by_id: HashTable<List<SAME_ID>>,
+    by_id: HashTable<SameId>,
     by_arrival: Arrivals,
     /// Ended records, least recently used first.
     used: List<USE>,
@@ -104,7 +114,7 @@ impl Shard {
         &mut self,
         seq: u64,
         id: &str,
-        hash: u64,
+        hash: u32,
         route: &str,
         unix_us: i64,
     ) -> Place {
@@ -127,21 +137,23 @@ impl Shard {
     }
 
     /// A request got a worker, perhaps in place of an earlier one, and its record is changed. Counts even if that left.
+    /// The worker as the shard names it.
     pub(super) fn route(
         &mut self,
         place: Place,
         (from_worker, from): (Option<&Arc<WorkerName>>, Status),
         worker: &Arc<WorkerName>,
         change: impl FnOnce(&mut Record, &mut Names),
-    ) {
+    ) -> Arc<WorkerName> {
         let entry = entry_at(&mut self.slab, place);
-        self.counts.changes_worker(from_worker, worker, entry.is_some());
+        let worker = self.counts.changes_worker(from_worker, worker, entry.is_some());
         self.counts.changes_status(from, Status::Routed, entry.is_some());
         if let Some(Entry { record, .. }) = entry {
             record.status = Status::Routed;
-            record.attempt(worker);
+            record.attempt(Arc::clone(&worker));
             change(record, &mut self.names);
         }
+        worker
     }
 
     /// An open request came further without ending, and its record is changed. Counts even if that left.
@@ -159,41 +171,41 @@ impl Shard {
         }
     }
 
-    /// A request ended. Counts even if its record left.
+    /// A request ended, and its record is changed. Counts even if that left. Whether it is the first here that has ended.
     pub(super) fn end(
         &mut self,
         place: Place,
-        from: Status,
-        to: Status,
+        (from, to): (Status, Status),
         had_worker: bool,
         now_us: u64,
-    ) {
+        change: impl FnOnce(&mut Record),
+    ) -> bool {
         if !had_worker {
             self.counts.ends_unrouted();
         }
         let last_us = self.ended.last().map_or(0, |slot| self.slab.at(slot).record.ended_us);
         let entry = entry_at(&mut self.slab, place);
         self.counts.changes_status(from, to, entry.is_some());
-        let Some(entry) = entry else { return };
-        entry.record.status = to;
+        let Some(Entry { record, .. }) = entry else { return false };
+        change(record);
+        record.status = to;
         // Threads may come here out of order; the list of endings must not run backwards.
-        entry.record.ended_us = now_us.max(last_us);
-        self.heap_bytes += entry.record.heap_bytes() - entry.record.request_id.heap_bytes();
+        record.ended_us = now_us.max(last_us);
+        self.heap_bytes += record.heap_bytes() - record.request_id.heap_bytes();
         self.used.push(&mut self.slab, place.slot);
         self.ended.push(&mut self.slab, place.slot);
+        self.used.len() == 1
     }
 
     /// Adds the record of a request that has ended elsewhere, the newest of its id, which has this hash.
-    pub(super) fn restore(&mut self, seq: u64, id: &str, hash: u64, record: Record) {
+    pub(super) fn restore(&mut self, seq: u64, id: &str, hash: u32, record: Record) {
         let (status, had_worker) = (record.status, record.worker().is_some());
         let unix_us = record.arrived_unix_us;
         let place = self.insert(seq, id, hash, record.route.as_str(), unix_us);
         if let Some(worker) = record.worker() {
             self.counts.changes_worker(None, worker, true);
         }
-        // It becomes what it was when it ends.
-        self.edit(place, |held, _| *held = Record { status: Status::Queued, ..record });
-        self.end(place, Status::Queued, status, had_worker, 0);
+        self.end(place, (Status::Queued, status), had_worker, 0, |held| *held = record);
     }
 
     /// A record, unless it has left.
@@ -202,19 +214,21 @@ impl Shard {
         entry.map(|entry| &entry.record)
     }
 
-    /// The newest record with this id, which has this hash; looking at it is a use.
-    pub(super) fn get(&mut self, id: &str, hash: u64) -> Option<Trace> {
-        let id = CompactId::new(id);
-        let list = self.by_id.find(hash, |list| list_id(&self.slab, list) == Some(&id))?;
-        let (slot, same_id) = (list.last()?, list.len());
-        let record = &self.slab.at(slot).record;
-        let mut trace = record.view();
-        trace.same_id = (same_id > 1).then_some(same_id);
-        if record.status.is_ended() {
-            self.used.remove(&mut self.slab, slot);
-            self.used.push(&mut self.slab, slot);
+    /// The newest record with this id, which has this hash, and how many have it.
+    pub(super) fn newest(&self, id: &CompactId, hash: u32) -> Option<(Place, &Record, u32)> {
+        let is_same = |same: &SameId| list_id(&self.slab, &same.list) == Some(id);
+        let list = &self.by_id.find(table_hash(hash), is_same)?.list;
+        let slot = list.last()?;
+        let Entry { seq, record, .. } = self.slab.at(slot);
+        Some((Place { slot, seq: *seq }, record, list.len()))
+    }
+
+    /// A record was looked at; it may have left since.
+    pub(super) fn is_used(&mut self, place: Place) {
+        if self.record(place).is_some_and(|record| record.status.is_ended()) {
+            self.used.remove(&mut self.slab, place.slot);
+            self.used.push(&mut self.slab, place.slot);
         }
-        Some(trace)
     }
 
     /// Matching records that arrived before the one numbered `before`, newest first: up to
@@ -247,10 +261,10 @@ impl Shard {
             .is_some_and(|slot| self.slab.at(slot).record.ended_us.saturating_add(ttl_us) <= now_us)
     }
 
-    /// Removes the records that ended `ttl_us` ago or earlier; says how many.
-    pub(super) fn expire(&mut self, now_us: u64, ttl_us: u64) -> usize {
+    /// Removes records that ended `ttl_us` ago or earlier, at most so many; says how many.
+    pub(super) fn expire(&mut self, now_us: u64, ttl_us: u64, max: usize) -> usize {
         let mut removed = 0;
-        while self.has_expired(now_us, ttl_us) {
+        while removed < max && self.has_expired(now_us, ttl_us) {
             let Some(slot) = self.ended.first() else {
                 break;
             };
@@ -264,12 +278,25 @@ impl Shard {
     /// Removes the least recently used ended record, else the oldest open one; says if there was
     /// any.
     pub(super) fn evict(&mut self) -> bool {
+        let next = self.next();
+        if let Some(slot) = next {
+            self.remove(slot);
+            self.counts.evicted += 1;
+        }
+        next.is_some()
+    }
+
+    /// How late the next eviction's turn is among those of all shards: the arrival number of its record, behind all others
+    /// if that is open, and last of all if there is none.
+    pub(super) fn next_out(&self) -> u64 {
+        let open = if self.used.len() == 0 { OPEN } else { 0 };
+        self.next().map_or(u64::MAX, |slot| open + self.slab.at(slot).seq)
+    }
+
+    fn next(&self) -> Option<u32> {
         // Where none has ended, all are open.
         let oldest = || self.by_arrival.ends().map(|[(_, oldest), _]| oldest);
-        let Some(slot) = self.used.first().or_else(oldest) else { return false };
-        self.remove(slot);
-        self.counts.evicted += 1;
-        true
+        self.used.first().or_else(oldest)
     }
 
     /// Arrival of the oldest and of the newest record, each with its number.
@@ -293,23 +320,25 @@ impl Shard {
 
     fn join_id(&mut self, slot: u32) {
         let Entry { hash, record, .. } = self.slab.at(slot);
-        let id = Some(&record.request_id);
-        let is_same = |list: &List<SAME_ID>| list_id(&self.slab, list) == id;
-        let rehash = |list: &List<SAME_ID>| list.first().map_or(0, |slot| self.slab.at(slot).hash);
-        let list = self.by_id.entry(*hash, is_same, rehash).or_insert(List::new());
-        list.into_mut().push(&mut self.slab, slot);
+        let (hash, id) = (*hash, Some(&record.request_id));
+        let is_same = |same: &SameId| list_id(&self.slab, &same.list) == id;
+        let rehash = |same: &SameId| table_hash(same.hash);
+        let entry = self.by_id.entry(table_hash(hash), is_same, rehash);
+        let same = entry.or_insert_with(|| SameId { hash, list: List::new() }).into_mut();
+        same.list.push(&mut self.slab, slot);
     }
 
     fn leave_id(&mut self, slot: u32) {
         let Entry { hash, record, .. } = self.slab.at(slot);
         // The oldest leaves first, and is found without a look at its id.
-        let is_same = |list: &List<SAME_ID>| {
+        let is_same = |SameId { list, .. }: &SameId| {
             list.first() == Some(slot) || list_id(&self.slab, list) == Some(&record.request_id)
         };
-        let entry = self.by_id.find_entry(*hash, is_same);
+        let entry = self.by_id.find_entry(table_hash(*hash), is_same);
         let mut entry = entry.expect("a record is in the list of its id");
-        entry.get_mut().remove(&mut self.slab, slot);
-        if entry.get().len() == 0 {
+        let list = &mut entry.get_mut().list;
+        list.remove(&mut self.slab, slot);
+        if list.len() == 0 {
             entry.remove();
         }
     }
@@ -327,6 +356,11 @@ impl Shard {
             if status.is_ended() { entry.record.heap_bytes() } else { request_id.heap_bytes() };
         self.counts.leaves(&entry.record);
     }
+}
+
+/// Spreads a hash over the bits that the table looks at.
+fn table_hash(hash: u32) -> u64 {
+    u64::from(hash).wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
 /// A request's own record, unless it has left.

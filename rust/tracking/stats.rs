@@ -75,17 +75,20 @@ impl Counts {
         self.statuses[to as usize].add(is_held);
     }
 
-    /// A request got a worker, perhaps in place of an earlier one.
+    /// A request got a worker, perhaps in place of an earlier one. The shard's own copy of its name, as the count of
+    /// references to one that all threads share would go from one processor's cache to another's.
     pub(super) fn changes_worker(
         &mut self,
         from: Option<&Arc<WorkerName>>,
         to: &Arc<WorkerName>,
         is_held: bool,
-    ) {
+    ) -> Arc<WorkerName> {
         if let Some(from) = from {
-            self.node(from).subtract(is_held);
+            self.node(from).1.subtract(is_held);
         }
-        self.node(to).add(is_held);
+        let (name, tally) = self.node(to);
+        tally.add(is_held);
+        if name.index == to.index { Arc::clone(name) } else { Arc::clone(to) }
     }
 
     /// A request ended without ever having had a worker.
@@ -100,15 +103,14 @@ impl Counts {
             tally.held -= 1;
         }
         if let Some(worker) = record.worker() {
-            self.node(worker).held -= 1;
+            self.node(worker).1.held -= 1;
         }
     }
 
-    fn node(&mut self, worker: &Arc<WorkerName>) -> &mut Tally {
+    fn node(&mut self, worker: &Arc<WorkerName>) -> &mut (Arc<WorkerName>, Tally) {
         let index = worker.index.min(MAX_NODES);
-        let (_, tally) =
-            self.nodes.entry(index).or_insert_with(|| (Arc::clone(worker), Tally::default()));
-        tally
+        let own = || (Arc::new(WorkerName::clone(worker)), Tally::default());
+        self.nodes.entry(index).or_insert_with(own)
     }
 
     pub(super) fn memory_bytes(&self) -> usize {

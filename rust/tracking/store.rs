@@ -1,32 +1,49 @@
-//! All records, spread over shards by the hash of their id.
+//! All records, in shards of which each thread that opens records has one.
 //!
-//! The shards share one capacity, so that nothing leaves while there is room anywhere. When there
-//! is none, a new record takes the room of one in its own shard; if that shard holds less than its
-//! even share, of one in a shard that holds more. So a store fills up exactly, and its shards even
-//! out by themselves. No call that changes records locks more than one shard at a time; statistics
-//! lock all of them, for reading.
+//! The one idea: a request hardly ever leaves the thread it came to, so what is written for its record (the lock of the
+//! shard, its tables, counts and names) stays in that processor's cache. A look-up by id asks all shards, which is
+//! rare and cheap.
 //!
-//! A listing merges the shards by arrival number, a few records at a time, without ever seeing an
-//! expired one. Time is an argument: microseconds since the store's start.
+//! The shards share one capacity, so that nothing leaves while there is room anywhere, and a store fills up exactly.
+//! When there is none, the record leaves that was used least recently. Between shards that is judged by arrival, and
+//! only a lag of a sixteenth of the capacity counts, so that threads of the same pace leave each other alone. A
+//! store of few records has one shard, and its order is exact.
+//!
+//! No call that changes records locks more than one shard at a time; statistics lock all of them, for reading. A
+//! listing merges the shards by arrival number, a few records at a time, without ever seeing an expired one.
+//! Time is an argument: microseconds since the store's start.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::hash::BuildHasher;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
+use crossbeam_utils::CachePadded;
 use hashbrown::DefaultHashBuilder;
-use parking_lot::{RwLock, RwLockWriteGuard};
+use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use super::Context;
 use super::query::{Cursor, Query};
-use super::record::Record;
+use super::record::{Record, Status};
 use super::shard::{Place, Shard};
 use super::stats::Stats;
+use super::text::CompactId;
 use super::trace::Trace;
 
 /// A store of at most this many records has one shard, and its order of eviction is exact.
 const MAX_SINGLE_SHARD_ENTRIES: usize = 1_024;
 
-/// Shards of a larger store.
+/// Shards of a larger store. Of more threads than these, some share one.
 const SHARDS: usize = 16;
+
+/// A record may be older than those that leave before it, in other shards, by one of so many of the capacity.
+const CAPACITY_PER_LAG: usize = 16;
+
+/// How many times in such a lag a shard says which of its records is next.
+const SAID_PER_LAG: usize = 4;
+
+/// Most records removed while one shard is locked because their time is over.
+const MAX_EXPIRED: usize = 256;
 
 /// Most records spread out for a listing while one shard is locked.
 const MAX_FOUND: usize = 32;
@@ -40,92 +57,162 @@ pub struct Page {
     pub next_cursor: Option<Cursor>,
 }
 
-/// Where a request's own record is.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Key {
-    shard: usize,
-    pub(super) place: Place,
+/// One shard, and what requests whose records are there need.
+#[derive(Debug)]
+pub(super) struct Home {
+    shard: RwLock<Shard>,
+    /// [`Shard::next_out`] as it was when that was last said; since then it has hardly ever become less. Seldom written,
+    /// so that others read it at no cost.
+    next_out: CachePadded<AtomicU64>,
+    pub(super) context: Arc<Context>,
+}
+
+impl Home {
+    /// The shard, for a request to change its own record.
+    pub(super) fn shard(&self) -> RwLockWriteGuard<'_, Shard> {
+        self.shard.write()
+    }
+
+    /// A request ended, and its record is changed. The shard stays locked.
+    pub(super) fn end(
+        &self,
+        place: Place,
+        from_to: (Status, Status),
+        had_worker: bool,
+        now_us: u64,
+        change: impl FnOnce(&mut Record),
+    ) -> RwLockWriteGuard<'_, Shard> {
+        let mut shard = self.shard.write();
+        let is_first = shard.end(place, from_to, had_worker, now_us, change);
+        if is_first {
+            self.say_next_out(&shard);
+        }
+        shard
+    }
+
+    fn said_next_out(&self) -> u64 {
+        self.next_out.load(Ordering::Relaxed)
+    }
+
+    fn say_next_out(&self, shard: &Shard) {
+        self.next_out.store(shard.next_out(), Ordering::Relaxed);
+    }
 }
 
 #[derive(Debug)]
 pub(super) struct Store {
-    shards: Box<[RwLock<Shard>]>,
+    /// Each behind a count of its own, which only the requests of its thread change.
+    homes: Box<[Arc<Home>]>,
     hasher: DefaultHashBuilder,
     capacity: usize,
     ttl_us: u64,
-    /// Records held, and rooms taken for records about to be inserted: never above `capacity`.
-    taken: AtomicUsize,
-    next_seq: AtomicU64,
     has_warned: AtomicBool,
+    /// Records held, and rooms taken for records about to be inserted: never above `capacity`.
+    taken: CachePadded<AtomicUsize>,
+    next_seq: CachePadded<AtomicU64>,
 }
 
 impl Store {
     /// A store of at most `capacity` ≥ 1 records, kept `ttl_us` after they end.
-    pub(super) fn new(capacity: usize, ttl_us: u64, routing_policy: &str) -> Store {
+    pub(super) fn new(
+        capacity: usize,
+        ttl_us: u64,
+        routing_policy: &str,
+        context: Arc<Context>,
+    ) -> Store {
         let shards = if capacity <= MAX_SINGLE_SHARD_ENTRIES { 1 } else { SHARDS };
-        Store::with_shards(shards, capacity, ttl_us, routing_policy)
+        Store::with_shards(shards, capacity, ttl_us, routing_policy, context)
     }
 
-    /// `shards` is at most `capacity`, so that each has a share.
-    fn with_shards(shards: usize, capacity: usize, ttl_us: u64, routing_policy: &str) -> Store {
-        let shard = |_| RwLock::new(Shard::new(routing_policy));
+    fn with_shards(
+        shards: usize,
+        capacity: usize,
+        ttl_us: u64,
+        routing_policy: &str,
+        context: Arc<Context>,
+    ) -> Store {
+        let home = |_| {
+            let shard = Shard::new(routing_policy);
+            let next_out = CachePadded::new(AtomicU64::new(shard.next_out()));
+            Arc::new(Home { shard: RwLock::new(shard), next_out, context: Arc::clone(&context) })
+        };
         Store {
-            shards: (0..shards).map(shard).collect(),
+            homes: (0..shards).map(home).collect(),
             hasher: DefaultHashBuilder::default(),
             capacity,
             ttl_us,
-            taken: AtomicUsize::new(0),
-            next_seq: AtomicU64::new(0),
             has_warned: AtomicBool::new(false),
+            taken: CachePadded::new(AtomicUsize::new(0)),
+            next_seq: CachePadded::new(AtomicU64::new(0)),
         }
     }
 
     /// Adds an open record, the newest of its id.
-    pub(super) fn open(&self, id: &str, route: &str, unix_us: i64, now_us: u64) -> Key {
-        let hash = self.hasher.hash_one(id);
-        let index = self.shard_of(hash);
+    pub(super) fn open(
+        &self,
+        id: &str,
+        route: &str,
+        unix_us: i64,
+        now_us: u64,
+    ) -> (Arc<Home>, Place) {
+        let home = &self.homes[thread_number() % self.homes.len()];
+        (Arc::clone(home), self.open_in(home, id, route, unix_us, now_us))
+    }
+
+    fn open_in(&self, home: &Arc<Home>, id: &str, route: &str, unix_us: i64, now_us: u64) -> Place {
+        let hash = self.hash(id);
         loop {
-            let mut shard = self.shards[index].write();
+            let mut shard = home.shard.write();
             self.expire(&mut shard, now_us);
-            let has_room = self.take_room()
-                || (shard.len() >= self.share(index) && self.evict_from(&mut shard));
-            if has_room {
-                return self.insert(index, &mut shard, id, hash, route, unix_us);
+            if !self.take_room() && !self.evict_own(home, &mut shard) {
+                drop(shard);
+                if !self.evict_oldest() {
+                    // Others hold rooms they are about to fill; let them.
+                    std::thread::yield_now();
+                    continue;
+                }
+                shard = home.shard.write();
             }
-            drop(shard);
-            if self.evict_above_share() {
-                let mut shard = self.shards[index].write();
-                return self.insert(index, &mut shard, id, hash, route, unix_us);
+            // Given under the shard's lock, so that a listing that waits for the lock sees all numbers it knows of.
+            let seq = self.next_seq.fetch_add(1, Ordering::Relaxed);
+            let place = shard.insert(seq, id, hash, route, unix_us);
+            if shard.len() == 1 {
+                home.say_next_out(&shard);
             }
-            // Others hold rooms they are about to fill; let them.
-            std::thread::yield_now();
+            return place;
         }
     }
 
     /// A store of these records of ended requests, in the order of their arrival. They never expire.
     pub(super) fn of(records: Vec<Record>) -> Store {
-        let store = Store::new(records.len().max(1), u64::MAX, "");
+        let store = Store::new(records.len().max(1), u64::MAX, "", Arc::new(Context::new(None)));
         store.taken.store(records.len(), Ordering::Relaxed);
+        store.next_seq.store(records.len() as u64, Ordering::Relaxed);
         for (seq, record) in (0..).zip(records) {
             let id = record.request_id.to_string();
-            let hash = store.hasher.hash_one(&*id);
-            store.shards[store.shard_of(hash)].write().restore(seq, &id, hash, record);
-            store.next_seq.store(seq + 1, Ordering::Relaxed);
+            let home = &store.homes[seq as usize % store.homes.len()];
+            home.shard.write().restore(seq, &id, store.hash(&id), record);
         }
         store
     }
 
-    /// The shard of a record, for its request to change it.
-    pub(super) fn shard(&self, key: Key) -> RwLockWriteGuard<'_, Shard> {
-        self.shards[key.shard].write()
-    }
-
     /// The newest record with this id; looking at it is a use.
     pub(super) fn get(&self, id: &str, now_us: u64) -> Option<Trace> {
-        let hash = self.hasher.hash_one(id);
-        let mut shard = self.shards[self.shard_of(hash)].write();
-        self.expire(&mut shard, now_us);
-        shard.get(id, hash)
+        let (hash, id) = (self.hash(id), CompactId::new(id));
+        let mut newest: Option<(&Home, Place, Trace)> = None;
+        let mut same_id = 0;
+        for home in &self.homes {
+            let shard = self.unexpired(home, now_us);
+            let Some((place, record, held)) = shard.newest(&id, hash) else { continue };
+            same_id += held;
+            if newest.as_ref().is_none_or(|(_, other, _)| other.seq < place.seq) {
+                newest = Some((home, place, record.view()));
+            }
+        }
+        let (home, place, mut trace) = newest?;
+        trace.same_id = (same_id > 1).then_some(same_id);
+        home.shard.write().is_used(place);
+        Some(trace)
     }
 
     /// A page of what the query asks for. Records that arrive meanwhile are not on it.
@@ -134,7 +221,7 @@ impl Store {
         self.remove_expired(now_us);
         let newest = self.next_seq.load(Ordering::Relaxed);
         let before = query.cursor.map_or(newest, |cursor| cursor.seq.min(newest));
-        let mut walks: Vec<Walk> = self.shards.iter().map(|_| Walk::new(before)).collect();
+        let mut walks: Vec<Walk> = self.homes.iter().map(|_| Walk::new(before)).collect();
         let page_size = query.page_size();
         // Few, because what a walk has found but the page has no room for is thrown away.
         let max_found = (page_size / walks.len() / 4 + 4).min(MAX_FOUND);
@@ -151,7 +238,7 @@ impl Store {
                     page.traces.push(trace);
                 }
                 None => {
-                    let shard = self.shards[index].read();
+                    let shard = self.homes[index].shard.read();
                     walks[index].go_on(&shard, query, max_found);
                 }
             }
@@ -164,7 +251,7 @@ impl Store {
         self.remove_expired(now_us);
         let mut first_and_last = None;
         // All shards at one moment: a record on its way from one to another is not counted twice.
-        let shards: Vec<_> = self.shards.iter().map(RwLock::read).collect();
+        let shards: Vec<_> = self.homes.iter().map(|home| home.shard.read()).collect();
         for shard in &shards {
             stats.add(&shard.counts);
             stats.memory_bytes += shard.memory_bytes();
@@ -181,26 +268,32 @@ impl Store {
 
     /// Removes the records whose time is over; says how many.
     pub(super) fn remove_expired(&self, now_us: u64) -> usize {
-        let mut removed = 0;
-        for shard in &self.shards {
-            // Readers are not held up when there is nothing to do.
-            if shard.read().has_expired(now_us, self.ttl_us) {
-                removed += self.expire(&mut shard.write(), now_us);
+        self.homes.iter().map(|home| self.remove_expired_of(home, now_us)).sum()
+    }
+
+    /// A shard in which no record's time is over.
+    fn unexpired<'a>(&self, home: &'a Home, now_us: u64) -> RwLockReadGuard<'a, Shard> {
+        loop {
+            let shard = home.shard.read();
+            if !shard.has_expired(now_us, self.ttl_us) {
+                return shard;
             }
+            drop(shard);
+            self.remove_expired_of(home, now_us);
+        }
+    }
+
+    fn remove_expired_of(&self, home: &Home, now_us: u64) -> usize {
+        let mut removed = 0;
+        // Readers are not held up when there is nothing to do, and nobody for long when there is.
+        while home.shard.read().has_expired(now_us, self.ttl_us) {
+            removed += self.expire(&mut home.shard.write(), now_us);
         }
         removed
     }
 
-    /// The shard of the ids with this hash.
-    fn shard_of(&self, hash: u64) -> usize {
-        // Not from the bits the shard's own table uses: the lowest and the highest.
-        (hash >> 32) as usize % self.shards.len()
-    }
-
-    /// The even share of a shard; all shares together are the capacity.
-    fn share(&self, index: usize) -> usize {
-        let shards = self.shards.len();
-        self.capacity / shards + usize::from(index < self.capacity % shards)
+    fn hash(&self, id: &str) -> u32 {
+        self.hasher.hash_one(id) as u32
     }
 
     fn take_room(&self) -> bool {
@@ -208,31 +301,29 @@ impl Store {
         self.taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, taken).is_ok()
     }
 
-    /// Inserts into a room already taken. Arrival numbers are given under the shard's lock, so that
-    /// a listing that waits for the lock sees all numbers it knows of.
-    fn insert(
-        &self,
-        index: usize,
-        shard: &mut Shard,
-        id: &str,
-        hash: u64,
-        route: &str,
-        unix_us: i64,
-    ) -> Key {
-        let seq = self.next_seq.fetch_add(1, Ordering::Relaxed);
-        Key { shard: index, place: shard.insert(seq, id, hash, route, unix_us) }
+    /// Makes a room, which stays taken, in this shard; not if the next to leave is in another one.
+    fn evict_own(&self, home: &Arc<Home>, shard: &mut Shard) -> bool {
+        let next_out = shard.next_out();
+        let lag = (self.capacity / CAPACITY_PER_LAG) as u64;
+        let is_next = |other: &Arc<Home>| {
+            Arc::ptr_eq(home, other) || next_out <= other.said_next_out().saturating_add(lag)
+        };
+        self.homes.iter().all(is_next) && self.evict_from(home, shard)
     }
 
-    /// Makes a room, which stays taken, in the first shard that holds more than its share.
-    fn evict_above_share(&self) -> bool {
-        self.shards.iter().enumerate().any(|(index, shard)| {
-            let mut shard = shard.write();
-            shard.len() > self.share(index) && self.evict_from(&mut shard)
-        })
+    /// Makes a room, which stays taken, in the shard that has the next to leave.
+    fn evict_oldest(&self) -> bool {
+        let home = self.homes.iter().min_by_key(|home| home.said_next_out());
+        home.is_some_and(|home| self.evict_from(home, &mut home.shard.write()))
     }
 
-    fn evict_from(&self, shard: &mut Shard) -> bool {
+    fn evict_from(&self, home: &Home, shard: &mut Shard) -> bool {
         let is_evicted = shard.evict();
+        let unsaid = shard.next_out().checked_sub(home.said_next_out());
+        let step = self.capacity / CAPACITY_PER_LAG / SAID_PER_LAG;
+        if unsaid.is_none_or(|unsaid| unsaid >= step as u64) {
+            home.say_next_out(shard);
+        }
         if is_evicted && !self.has_warned.swap(true, Ordering::Relaxed) {
             tracing::warn!(
                 max_trace_entries = self.capacity,
@@ -244,10 +335,37 @@ impl Store {
     }
 
     fn expire(&self, shard: &mut Shard, now_us: u64) -> usize {
-        let removed = shard.expire(now_us, self.ttl_us);
-        self.taken.fetch_sub(removed, Ordering::Relaxed);
+        let removed = shard.expire(now_us, self.ttl_us, MAX_EXPIRED);
+        if removed > 0 {
+            self.taken.fetch_sub(removed, Ordering::Relaxed);
+        }
         removed
     }
+}
+
+/// The number of this thread among those alive that have opened records: the lowest that was free.
+fn thread_number() -> usize {
+    /// Those of threads that have ended, and how many numbers were ever given.
+    static FREE: Mutex<(BTreeSet<usize>, usize)> = Mutex::new((BTreeSet::new(), 0));
+
+    struct Number(usize);
+
+    impl Drop for Number {
+        fn drop(&mut self) {
+            FREE.lock().0.insert(self.0);
+        }
+    }
+
+    thread_local! {
+        static NUMBER: Number = {
+            let (free, given) = &mut *FREE.lock();
+            Number(free.pop_first().unwrap_or_else(|| {
+                *given += 1;
+                *given - 1
+            }))
+        };
+    }
+    NUMBER.with(|number| number.0)
 }
 
 /// How far a listing has come in one shard.

@@ -244,7 +244,7 @@ mod tests {
         let mut record = new_record("a \"b\", c");
         let worker =
             WorkerName { index: 0, url: "http://127.0.0.1:30005".into(), node_id: "gpu_4".into() };
-        record.attempt(&Arc::new(worker));
+        record.attempt(Arc::new(worker));
         record.attempts[0].http_status = Some(200);
         record.attempts[0].latency_us = OptionalU64::some(92_000);
         record.status = Status::Completed;

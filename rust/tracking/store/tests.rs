@@ -21,6 +21,28 @@ fn query(pairs: &[(&str, String)]) -> Query {
     Query::parse(pairs.iter().map(|(name, value)| (*name, value))).expect("a good query")
 }
 
+fn store(capacity: usize) -> Store {
+    Store::new(capacity, TTL_US, "random", Arc::new(Context::new(None)))
+}
+
+fn with_shards(shards: usize, capacity: usize) -> Store {
+    Store::with_shards(shards, capacity, TTL_US, "random", Arc::new(Context::new(None)))
+}
+
+/// Where a request's own record is.
+type Own = (Arc<Home>, Place);
+
+/// As if one of the threads of `home` did.
+fn open_in(store: &Store, home: usize, id: &str, route: &str, unix_us: i64, now_us: u64) -> Own {
+    let home = &store.homes[home % store.homes.len()];
+    (Arc::clone(home), store.open_in(home, id, route, unix_us, now_us))
+}
+
+/// The end of a request that had no worker.
+fn end((home, place): &Own, to: Status) {
+    drop(home.end(*place, (Status::Queued, to), false, 0, |_| {}));
+}
+
 fn stats(store: &Store, now_us: u64) -> Stats {
     let mut stats = Stats::new(None);
     store.add_to(&mut stats, now_us);
@@ -162,7 +184,7 @@ fn all_pages(store: &Store, query: &Query, now_us: u64) -> Vec<i64> {
 
 #[derive(Debug, Clone)]
 enum Step {
-    Open { id: u8, route: usize },
+    Open { id: u8, route: usize, home: usize },
     Route { which: usize, worker: u32 },
     Headers { which: usize },
     End { which: usize, to: Status },
@@ -176,7 +198,8 @@ fn step() -> impl Strategy<Value = Step> {
     let which = 0usize..64;
     let to = prop_oneof![Just(Status::Completed), Just(Status::Failed)];
     prop_oneof![
-        5 => (0u8..6, 0usize..2).prop_map(|(id, route)| Step::Open { id, route }),
+        5 => (0u8..6, 0usize..2, 0usize..8)
+            .prop_map(|(id, route, home)| Step::Open { id, route, home }),
         3 => (which.clone(), 0u32..3).prop_map(|(which, worker)| Step::Route { which, worker }),
         1 => which.clone().prop_map(|which| Step::Headers { which }),
         4 => (which, to).prop_map(|(which, to)| Step::End { which, to }),
@@ -192,13 +215,13 @@ fn step() -> impl Strategy<Value = Step> {
 struct Pair {
     store: Store,
     model: Model,
-    keys: Vec<Key>,
+    owns: Vec<Own>,
 }
 
 impl Pair {
     fn new(capacity: usize, shards: usize) -> Pair {
-        let store = Store::with_shards(shards, capacity, TTL_US, "random");
-        Pair { store, model: Model { capacity, ..Model::default() }, keys: Vec::new() }
+        let store = with_shards(shards, capacity);
+        Pair { store, model: Model { capacity, ..Model::default() }, owns: Vec::new() }
     }
 
     /// One of the open requests.
@@ -212,27 +235,27 @@ impl Pair {
     fn take(&mut self, step: &Step) {
         self.model.steps += 1;
         match *step {
-            Step::Open { id, route } => {
+            Step::Open { id, route, home } => {
                 let unix_us = self.model.requests.len() as i64;
                 let id = format!("id-{id}");
-                let key = self.store.open(&id, ROUTES[route], unix_us, self.model.now_us);
-                self.keys.push(key);
+                let now_us = self.model.now_us;
+                let own = open_in(&self.store, home, &id, ROUTES[route], unix_us, now_us);
+                self.owns.push(own);
                 self.model.open(id, ROUTES[route]);
             }
             Step::Route { which, worker } => self.route(which, worker),
             Step::Headers { which } => {
                 let Some(seq) = self.pick(which) else { return };
-                let (request, key) = (&mut self.model.requests[seq], self.keys[seq]);
-                let mut shard = self.store.shard(key);
-                shard.advance(key.place, (request.status, Status::Processing), |_| {});
+                let (request, (home, place)) = (&mut self.model.requests[seq], &self.owns[seq]);
+                home.shard().advance(*place, (request.status, Status::Processing), |_| {});
                 request.status = Status::Processing;
             }
             Step::End { which, to } => {
                 let Some(seq) = self.pick(which) else { return };
-                let (request, key) = (&mut self.model.requests[seq], self.keys[seq]);
+                let (request, (home, place)) = (&mut self.model.requests[seq], &self.owns[seq]);
                 let had_worker = request.worker.is_some();
-                let mut shard = self.store.shard(key);
-                shard.end(key.place, request.status, to, had_worker, self.model.now_us);
+                let now_us = self.model.now_us;
+                drop(home.end(*place, (request.status, to), had_worker, now_us, |_| {}));
                 request.status = to;
                 request.ended_us = self.model.now_us;
                 request.used = self.model.steps;
@@ -256,10 +279,10 @@ impl Pair {
 
     fn route(&mut self, which: usize, index: u32) {
         let Some(seq) = self.pick(which) else { return };
-        let (request, key) = (&mut self.model.requests[seq], self.keys[seq]);
-        let mut shard = self.store.shard(key);
-        let from = request.worker.replace(index).map(worker);
-        shard.route(key.place, (from.as_ref(), request.status), &worker(index), |_, _| {});
+        let (request, (home, place)) = (&mut self.model.requests[seq], &self.owns[seq]);
+        let (from, to) = (request.worker.replace(index).map(worker), worker(index));
+        let own = home.shard().route(*place, (from.as_ref(), request.status), &to, |_, _| {});
+        assert_eq!(own, to);
         request.status = Status::Routed;
     }
 
@@ -330,12 +353,12 @@ proptest! {
         capacity in 4usize..40,
         ids in prop::collection::vec(0u8..60, 1..120),
     ) {
-        let store = Store::with_shards(4, capacity, TTL_US, "random");
+        let store = with_shards(4, capacity);
         for (seq, id) in ids.iter().enumerate() {
-            let key = store.open(&format!("id-{id}"), ROUTES[0], seq as i64, 0);
+            let own =
+                open_in(&store, usize::from(*id), &format!("id-{id}"), ROUTES[0], seq as i64, 0);
             if seq % 3 > 0 {
-                let mut shard = store.shard(key);
-                shard.end(key.place, Status::Queued, Status::Failed, false, 0);
+                end(&own, Status::Failed);
             }
             let held = capacity.min(seq + 1);
             let stats = stats(&store, 0);
@@ -347,32 +370,64 @@ proptest! {
         prop_assert_eq!(listed.len(), capacity.min(ids.len()));
         prop_assert!(listed.windows(2).all(|pair| pair[0] > pair[1]));
     }
-}
 
-#[test]
-fn a_store_holds_as_many_as_it_says() {
-    for capacity in [1, 1_024, 1_025, 3_000] {
-        let store = Store::new(capacity, TTL_US, "random");
-        for seq in 0..capacity + 500 {
-            store.open(&format!("req_{seq}"), ROUTES[0], seq as i64, 0);
-            assert_eq!(store.taken.load(Ordering::Relaxed), capacity.min(seq + 1));
-        }
-        assert_eq!(store.shards.len(), if capacity <= 1_024 { 1 } else { SHARDS });
-        // Once full, the shards even out.
-        for seq in 0..capacity * 4 {
-            store.open(&format!("more_{seq}"), ROUTES[0], seq as i64, 0);
-        }
-        for (index, shard) in store.shards.iter().enumerate() {
-            assert_eq!(shard.read().len(), store.share(index));
+    // However unequal the pace of the threads, and though some stop: what is held is what arrived last.
+    #[test]
+    fn no_shard_keeps_what_is_old(
+        capacity in 4usize..200,
+        runs in prop::collection::vec((0usize..4, 1usize..100), 1..20),
+    ) {
+        let store = with_shards(4, capacity);
+        let homes = runs.into_iter().flat_map(|(home, requests)| vec![home; requests]);
+        for (seq, home) in homes.enumerate() {
+            end(&open_in(&store, home, "id", ROUTES[0], seq as i64, 0), Status::Completed);
+            let stats = stats(&store, 0);
+            prop_assert_eq!(stats.active_traces as usize, capacity.min(seq + 1));
+            let oldest = stats.oldest_trace.map_or(0, Timestamp::unix_us) as usize;
+            prop_assert!(seq < oldest + capacity + capacity / CAPACITY_PER_LAG + 1);
         }
     }
 }
 
 #[test]
+fn a_store_holds_as_many_as_it_says() {
+    for capacity in [1, 1_024, 1_025, 3_000] {
+        let store = store(capacity);
+        for seq in 0..capacity + 500 {
+            store.open(&format!("req_{seq}"), ROUTES[0], seq as i64, 0);
+            assert_eq!(store.taken.load(Ordering::Relaxed), capacity.min(seq + 1));
+        }
+        assert_eq!(store.homes.len(), if capacity <= 1_024 { 1 } else { SHARDS });
+    }
+}
+
+#[test]
+fn an_open_record_leaves_only_when_none_has_ended() {
+    let store = with_shards(4, 20);
+    for seq in 0..10 {
+        open_in(&store, 0, "open", ROUTES[0], seq, 0);
+        end(&open_in(&store, 1, "ended", ROUTES[0], 10 + seq, 0), Status::Completed);
+    }
+    let held = |id| store.get(id, 0).map_or(0, |trace| trace.same_id.unwrap_or(1));
+    for more in 1..=10 {
+        open_in(&store, 0, "open", ROUTES[0], 0, 0);
+        assert_eq!((held("open"), held("ended")), (10 + more, 10 - more));
+    }
+}
+
+#[test]
+fn a_thread_that_ends_leaves_its_shard_to_the_next() {
+    let shards: HashSet<usize> = (0..100)
+        .map(|_| std::thread::spawn(thread_number).join().expect("it does not panic"))
+        .collect();
+    // Other tests open records too, on their threads.
+    assert!(shards.len() < 100);
+}
+
+#[test]
 fn the_warning_is_armed_until_records_leave_early() {
-    let store = Store::new(1, TTL_US, "random");
-    let key = store.open("a", ROUTES[0], 0, 0);
-    store.shard(key).end(key.place, Status::Queued, Status::Failed, false, 0);
+    let store = store(1);
+    end(&store.open("a", ROUTES[0], 0, 0), Status::Failed);
     store.open("b", ROUTES[0], 1, TTL_US);
     assert!(!store.has_warned.load(Ordering::Relaxed), "the first one's time was over");
     store.open("c", ROUTES[0], 2, TTL_US);
@@ -381,16 +436,16 @@ fn the_warning_is_armed_until_records_leave_early() {
 
 #[test]
 fn one_id_many_times_is_no_slower_and_found_newest_first() {
-    let store = Store::new(20_000, TTL_US, "random");
+    let store = store(20_000);
     for seq in 0..50_000 {
-        let key = store.open("same", ROUTES[0], seq, 0);
+        let own = store.open("same", ROUTES[0], seq, 0);
         if seq % 2 == 0 {
-            store.shard(key).end(key.place, Status::Queued, Status::Completed, false, 0);
+            end(&own, Status::Completed);
         }
     }
     let newest = store.get("same", 0).expect("it is held");
     assert_eq!((newest.timestamp.unix_us(), newest.same_id), (49_999, Some(20_000)));
-    // The one shard that holds everything gives way to the others.
+    // A record of another id takes the room of one of these.
     store.open("other", ROUTES[0], 50_000, 0);
     assert_eq!(store.get("other", 0).and_then(|trace| trace.same_id), None);
     assert_eq!(store.get("same", 0).and_then(|trace| trace.same_id), Some(19_999));
@@ -398,9 +453,9 @@ fn one_id_many_times_is_no_slower_and_found_newest_first() {
 
 #[test]
 fn a_page_is_not_disturbed_by_what_arrives_or_leaves() {
-    let store = Store::new(2_000, TTL_US, "random");
+    let store = store(2_000);
     let open = |seq: i64| store.open(&format!("req_{seq}"), ROUTES[0], seq, 0);
-    let keys: Vec<Key> = (0..100).map(open).collect();
+    let owns: Vec<Own> = (0..100).map(open).collect();
     let mut query = query(&[("limit", "10".into())]);
     let first = store.list(&query, 0);
     query.cursor = first.next_cursor;
@@ -408,8 +463,7 @@ fn a_page_is_not_disturbed_by_what_arrives_or_leaves() {
         open(seq);
     });
     // The record the cursor names goes away.
-    let key = keys[90];
-    store.shard(key).end(key.place, Status::Queued, Status::Failed, false, 0);
+    end(&owns[90], Status::Failed);
     let second: Vec<i64> =
         store.list(&query, TTL_US).traces.iter().map(|trace| trace.timestamp.unix_us()).collect();
     assert_eq!(second, (80..90).rev().collect::<Vec<i64>>());
@@ -420,7 +474,7 @@ fn threads_leave_exact_counts() {
     const THREADS: u64 = 8;
     const REQUESTS: u64 = 400;
     for capacity in [50, 1_100] {
-        let store = Store::new(capacity, TTL_US, "random");
+        let store = store(capacity);
         std::thread::scope(|scope| {
             for thread in 0..THREADS {
                 let store = &store;
@@ -449,8 +503,8 @@ fn hammer(store: &Store, thread: u64, requests: u64) {
     for number in 0..requests {
         let id = format!("{thread}-{}", number % 50);
         let unix_us = (thread * requests + number) as i64;
-        let key = store.open(&id, ROUTES[0], unix_us, 0);
-        store.shard(key).route(key.place, (None, Status::Queued), &mine, |_, _| {});
+        let (home, place) = store.open(&id, ROUTES[0], unix_us, 0);
+        home.shard().route(place, (None, Status::Queued), &mine, |_, _| {});
         if let Some(trace) = store.get(&id, 0) {
             assert!(trace.node_id.is_none_or(|node_id| node_id == *mine.node_id));
         }
@@ -463,6 +517,6 @@ fn hammer(store: &Store, thread: u64, requests: u64) {
             let stats = stats(store, 0);
             assert!(stats.active_traces as usize <= store.capacity);
         }
-        store.shard(key).end(key.place, Status::Routed, Status::Completed, true, 0);
+        drop(home.end(place, (Status::Routed, Status::Completed), true, 0, |_| {}));
     }
 }
