@@ -192,9 +192,12 @@ where
         answering.map(Ok)
     });
     let watched = stream.watch();
+    // A chunk is copied behind its head and sent as one piece: for some hundred bytes that is half a microsecond less
+    // than to hand the kernel a list of pieces.
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_WITHIN)
+        .writev(false)
         .serve_connection(TokioIo::new(stream), service);
     let connection = watched.around(graceful.watch(connection));
     async move {

@@ -13,7 +13,7 @@
 use std::collections::BTreeMap;
 use std::sync::LazyLock;
 
-use memchr::memmem;
+use memchr::{memchr_iter, memmem, memrchr_iter};
 
 use super::sse::{Event, Events, MAX_EVENT_BYTES};
 use crate::json::{self, Field};
@@ -452,9 +452,9 @@ fn any_filled<const N: usize>(object: Field<'_>, names: [&str; N]) -> bool {
 /// index, read from behind so that the text and token ids before them cost nothing. `None` for all
 /// else, also a frame with its fields in another order.
 fn frame_end(data: &[u8]) -> Option<(Option<u32>, &str)> {
-    static KEY: LazyLock<memmem::FinderRev<'static>> =
-        LazyLock::new(|| memmem::FinderRev::new(b"\"meta_info\""));
-    let (before, meta) = data.split_at(KEY.rfind(data)?);
+    let is_key = |at: &usize| data[*at..].starts_with(b"\"meta_info\"");
+    let mut keys = memrchr_iter(b'_', data).filter_map(|at| at.checked_sub(b"\"meta".len()));
+    let (before, meta) = data.split_at(keys.find(is_key)?);
     // A quote inside a string has a backslash before it, the quote of a key a comma or brace.
     if !before.trim_ascii_end().ends_with(b",") && before.trim_ascii() != b"{" {
         return None;
@@ -479,14 +479,24 @@ fn after_key<'d>(data: &'d [u8], key: &[u8]) -> Option<&'d [u8]> {
 /// Whether an event gives a value, other than `null`, to a field that can hold facts.
 fn may_hold_facts(data: &[u8]) -> bool {
     // A search is prepared once, as it takes longer than to search one event.
-    static KEYS: LazyLock<[memmem::Finder<'static>; 5]> = LazyLock::new(|| {
-        ["usage", "finish_reason", "stop_reason", "response", "meta_info"]
-            .map(|name| memmem::Finder::new(&format!("\"{name}\"")).into_owned())
-    });
-    KEYS.iter().any(|key| {
-        let mut values = key.find_iter(data).map(|at| after_key(&data[at..], key.needle()));
-        values.any(|value| value.is_some_and(|value| !value.starts_with(b"null")))
-    })
+    static KEYS: LazyLock<[memmem::Finder<'static>; 2]> =
+        LazyLock::new(|| [&b"\"usage\""[..], b"\"response\""].map(memmem::Finder::new));
+    // One search finds these three: hardly anything else has the byte.
+    const BEFORE_UNDERSCORE: [(&[u8], usize); 3] = [
+        (b"\"finish_reason\"", b"\"finish".len()),
+        (b"\"stop_reason\"", b"\"stop".len()),
+        (b"\"meta_info\"", b"\"meta".len()),
+    ];
+    let has_value = |at: usize, key: &[u8]| {
+        after_key(&data[at..], key).is_some_and(|value| !value.starts_with(b"null"))
+    };
+    let is_of_these = |underscore: usize| {
+        BEFORE_UNDERSCORE.iter().any(|(key, before)| {
+            underscore.checked_sub(*before).is_some_and(|at| has_value(at, key))
+        })
+    };
+    memchr_iter(b'_', data).any(is_of_these)
+        || KEYS.iter().any(|key| key.find_iter(data).any(|at| has_value(at, key.needle())))
 }
 
 #[cfg(test)]
