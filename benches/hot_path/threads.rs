@@ -17,7 +17,7 @@ use crate::tracker::{self, ids};
 const ROUNDS: u64 = 5;
 
 /// Of each thread in each round.
-const REQUESTS: usize = 50_000;
+const REQUESTS: usize = 200_000;
 
 /// Of each of two threads before the first round: the store of traces and the tree, with their default bounds, are full then.
 const FIRST_REQUESTS: usize = 100_000;

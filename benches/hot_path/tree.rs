@@ -73,8 +73,9 @@ impl Load {
     fn match_and_insert(&mut self) {
         let worker = self.random.u32(..WORKERS);
         let prompt = self.prompts.next();
-        // As the policy does it, which names the blocks for the pick and once more when the prompt was sent.
-        black_box(self.tree.matched(&Names::of(prompt)).bytes_for(worker));
-        self.tree.insert(&Names::of(prompt), worker);
+        // As the policy does it, which names the blocks once per request.
+        let names = Names::of(prompt);
+        black_box(self.tree.matched(&names).bytes_for(worker));
+        self.tree.insert(&names, worker);
     }
 }

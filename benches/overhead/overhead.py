@@ -60,6 +60,10 @@ from trial import (
 HERE = Path(__file__).parent
 WARM_SECS = 1.0
 PRINT_EVERY = 100_000
+# So many times as many rounds for the runs whose figures differ most from round to round: a router that is idle for most
+# of the time is measured with all that the machine does meanwhile.
+SPREAD = 3
+
 # Chunks of a stream of which only the first counts, and requests of the two counts whose difference is taken.
 FEW_CHUNKS = 4
 COUNTED = (500, 2500)
@@ -179,7 +183,7 @@ async def rate(bench: Bench) -> Rows:
         return figures.Rate(**json.loads(told))
 
     async with bench.running("rate", settings.contenders, has_direct=True) as targets:
-        rows = await in_turn("rate", targets, settings.rounds, measure, settings.seconds)
+        rows = await in_turn("rate", targets, SPREAD * settings.rounds, measure, settings.seconds)
     for line in figures.unreached(rows, settings.rate):
         print(line, flush=True)
     return rows
@@ -200,7 +204,7 @@ async def streams(bench: Bench) -> Rows:
         return dict(json.loads(await output(bench.client("streams", target, streams, chunks=chunks, secs=secs))))
 
     async with bench.running("streams", settings.contenders, has_direct=True, streams=True) as targets:
-        return await in_turn("streams", targets, settings.rounds, measure, settings.seconds)
+        return await in_turn("streams", targets, SPREAD * settings.rounds, measure, settings.seconds)
 
 
 async def cores(bench: Bench) -> Rows:
@@ -374,7 +378,7 @@ def parse() -> argparse.Namespace:
     add = made.add_argument
     add("--runs", nargs="+", choices=RUNS, default=[*RUNS], help="what to measure", metavar="RUN")
     add("--contenders", nargs="+", type=make.contender, default=[*ALL], help="of the first four runs", metavar="NAME")
-    add("--rounds", type=count_of, default=3, help="how often each contender is measured")
+    add("--rounds", type=count_of, default=3, help="how often each contender is measured; in rate and streams three times as often")
     add("--pairs", type=count_of, default=10, help="how often tracking is measured on and off")
     add("--seconds", type=positive, default=5, help="how long each measurement lasts; wrk knows whole ones only")
     add("--connections", type=count_of, default=64, help="connections of the clients")

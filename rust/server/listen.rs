@@ -192,8 +192,8 @@ where
         answering.map(Ok)
     });
     let watched = stream.watch();
-    // A chunk is copied behind its head and sent as one piece: for some hundred bytes that is half a microsecond less
-    // than to hand the kernel a list of pieces.
+    // A chunk is copied behind its head and sent as one piece: of some hundred bytes that is a microsecond less than a
+    // list of pieces, and of an answer of 1 MB a tenth more. An idle connection keeps the memory for its largest piece.
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_WITHIN)

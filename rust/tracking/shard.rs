@@ -17,7 +17,7 @@ use super::WorkerName;
 use super::arrivals::Arrivals;
 use super::query::Query;
 use super::record::{Record, Status};
-use super::slab::{CHUNK, List, Slab};
+use super::slab::{List, Slab};
 use super::stats::Counts;
 use super::text::{CompactId, Names, Text};
 use super::trace::{Timestamp, Trace};
@@ -25,6 +25,9 @@ use super::trace::{Timestamp, Trace};
 /// Most records one call of [`Shard::newest_before`] looks at, so that a listing never holds the
 /// lock for long.
 const MAX_SCANNED: usize = 256;
+
+/// Ids there is room for from the first record on.
+const FIRST_IDS: usize = 3_584;
 
 /// Ended records by last use.
 const USE: usize = 0;
@@ -95,7 +98,7 @@ impl Shard {
         Shard {
             routing_policy: names.share(routing_policy),
             slab: Slab::new(),
-            by_id: HashTable::with_capacity(CHUNK),
+            by_id: HashTable::new(),
             by_arrival: Arrivals::new(),
             used: List::new(),
             ended: List::new(),
@@ -118,6 +121,9 @@ impl Shard {
         route: &str,
         unix_us: i64,
     ) -> Place {
+        if self.by_id.capacity() == 0 {
+            self.by_id.reserve(FIRST_IDS, |same| table_hash(same.hash));
+        }
         let policy = self.routing_policy.clone();
         let route = self.counts.arrives(route, &mut self.names);
         let record = Record::new(id, route, policy, unix_us);
@@ -171,7 +177,8 @@ impl Shard {
         }
     }
 
-    /// A request ended, and its record is changed. Counts even if that left. Whether it is the first here that has ended.
+    /// A request ended, and its record is changed. Counts even if that left. Whether it is now
+    /// the only ended one held.
     pub(super) fn end(
         &mut self,
         place: Place,
@@ -286,11 +293,12 @@ impl Shard {
         next.is_some()
     }
 
-    /// How late the next eviction's turn is among those of all shards: the arrival number of its record, behind all others
-    /// if that is open, and last of all if there is none.
+    /// How late the turn of the next eviction is among those of all shards: the time its record ended at, behind all
+    /// others if that is open, and last of all if there is none.
     pub(super) fn next_out(&self) -> u64 {
-        let open = if self.used.len() == 0 { OPEN } else { 0 };
-        self.next().map_or(u64::MAX, |slot| open + self.slab.at(slot).seq)
+        let Some(slot) = self.next() else { return u64::MAX };
+        let Entry { seq, record, .. } = self.slab.at(slot);
+        if record.status.is_ended() { record.ended_us } else { OPEN + seq }
     }
 
     fn next(&self) -> Option<u32> {
@@ -340,6 +348,9 @@ impl Shard {
         list.remove(&mut self.slab, slot);
         if list.len() == 0 {
             entry.remove();
+            if self.by_id.len() < self.by_id.capacity() / 8 && self.by_id.len() >= FIRST_IDS {
+                self.by_id.shrink_to(2 * self.by_id.len(), |same| table_hash(same.hash));
+            }
         }
     }
 

@@ -9,6 +9,7 @@ use std::mem::size_of;
 use std::sync::Arc;
 
 use hashbrown::HashMap;
+use hashbrown::hash_map::Entry;
 use serde::Serialize;
 
 use super::record::{Record, Status};
@@ -50,6 +51,8 @@ pub(super) struct Counts {
     routes: Vec<(Text, Tally)>,
     /// By worker index; at most [`MAX_NODES`] + 1.
     nodes: HashMap<u32, (Arc<WorkerName>, Tally)>,
+    /// Of the names in `nodes`.
+    name_bytes: usize,
     unrouted: u64,
     pub(super) evicted: u64,
     pub(super) expired: u64,
@@ -108,14 +111,20 @@ impl Counts {
     }
 
     fn node(&mut self, worker: &Arc<WorkerName>) -> &mut (Arc<WorkerName>, Tally) {
-        let index = worker.index.min(MAX_NODES);
-        let own = || (Arc::new(WorkerName::clone(worker)), Tally::default());
-        self.nodes.entry(index).or_insert_with(own)
+        match self.nodes.entry(worker.index.min(MAX_NODES)) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                self.name_bytes +=
+                    size_of::<WorkerName>() + worker.url.len() + worker.node_id.len();
+                entry.insert((Arc::new(WorkerName::clone(worker)), Tally::default()))
+            }
+        }
     }
 
     pub(super) fn memory_bytes(&self) -> usize {
         self.routes.capacity() * size_of::<(Text, Tally)>()
             + self.nodes.capacity() * size_of::<(u32, (Arc<WorkerName>, Tally))>()
+            + self.name_bytes
     }
 }
 

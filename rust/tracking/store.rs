@@ -5,9 +5,9 @@
 //! rare and cheap.
 //!
 //! The shards share one capacity, so that nothing leaves while there is room anywhere, and a store fills up exactly.
-//! When there is none, the record leaves that was used least recently. Between shards that is judged by arrival, and
-//! only a lag of a sixteenth of the capacity counts, so that threads of the same pace leave each other alone. A
-//! store of few records has one shard, and its order is exact.
+//! When there is none, the record leaves that was used least recently. Between shards that is judged by when it ended,
+//! and only what is older by a sixteenth counts, so that threads of the same pace leave each other alone. A store of
+//! few records has one shard, and its order is exact.
 //!
 //! No call that changes records locks more than one shard at a time; statistics lock all of them, for reading. A
 //! listing merges the shards by arrival number, a few records at a time, without ever seeing an expired one.
@@ -36,11 +36,11 @@ const MAX_SINGLE_SHARD_ENTRIES: usize = 1_024;
 /// Shards of a larger store. Of more threads than these, some share one.
 const SHARDS: usize = 16;
 
-/// A record may be older than those that leave before it, in other shards, by one of so many of the capacity.
-const CAPACITY_PER_LAG: usize = 16;
+/// A record may be older than one that leaves before it, in another shard, by one of so many parts of its age.
+const AGE_PER_LAG: u64 = 16;
 
 /// How many times in such a lag a shard says which of its records is next.
-const SAID_PER_LAG: usize = 4;
+const SAID_PER_LAG: u64 = 4;
 
 /// Most records removed while one shard is locked because their time is over.
 const MAX_EXPIRED: usize = 256;
@@ -61,8 +61,8 @@ pub struct Page {
 #[derive(Debug)]
 pub(super) struct Home {
     shard: RwLock<Shard>,
-    /// [`Shard::next_out`] as it was when that was last said; since then it has hardly ever become less. Seldom written,
-    /// so that others read it at no cost.
+    /// [`Shard::next_out`] as it was when that was last said. Since then it may have become more. Seldom written, so that
+    /// others read it at no cost.
     next_out: CachePadded<AtomicU64>,
     pub(super) context: Arc<Context>,
 }
@@ -83,8 +83,8 @@ impl Home {
         change: impl FnOnce(&mut Record),
     ) -> RwLockWriteGuard<'_, Shard> {
         let mut shard = self.shard.write();
-        let is_first = shard.end(place, from_to, had_worker, now_us, change);
-        if is_first {
+        let is_only = shard.end(place, from_to, had_worker, now_us, change);
+        if is_only {
             self.say_next_out(&shard);
         }
         shard
@@ -164,9 +164,9 @@ impl Store {
         loop {
             let mut shard = home.shard.write();
             self.expire(&mut shard, now_us);
-            if !self.take_room() && !self.evict_own(home, &mut shard) {
+            if !self.take_room() && !self.evict_own(home, &mut shard, now_us) {
                 drop(shard);
-                if !self.evict_oldest() {
+                if !self.evict_oldest(now_us) {
                     // Others hold rooms they are about to fill; let them.
                     std::thread::yield_now();
                     continue;
@@ -196,7 +196,7 @@ impl Store {
         store
     }
 
-    /// The newest record with this id; looking at it is a use.
+    /// The newest record with this id; looking at it is a use. None also if the only one leaves meanwhile.
     pub(super) fn get(&self, id: &str, now_us: u64) -> Option<Trace> {
         let (hash, id) = (self.hash(id), CompactId::new(id));
         let mut newest: Option<(&Home, Place, Trace)> = None;
@@ -211,7 +211,9 @@ impl Store {
         }
         let (home, place, mut trace) = newest?;
         trace.same_id = (same_id > 1).then_some(same_id);
-        home.shard.write().is_used(place);
+        if trace.status.is_ended() {
+            home.shard.write().is_used(place);
+        }
         Some(trace)
     }
 
@@ -250,7 +252,7 @@ impl Store {
     pub(super) fn add_to(&self, stats: &mut Stats, now_us: u64) {
         self.remove_expired(now_us);
         let mut first_and_last = None;
-        // All shards at one moment: a record on its way from one to another is not counted twice.
+        // All shards at one moment: what leaves one and makes room for another is not counted twice.
         let shards: Vec<_> = self.homes.iter().map(|home| home.shard.read()).collect();
         for shard in &shards {
             stats.add(&shard.counts);
@@ -302,29 +304,57 @@ impl Store {
     }
 
     /// Makes a room, which stays taken, in this shard; not if the next to leave is in another one.
-    fn evict_own(&self, home: &Arc<Home>, shard: &mut Shard) -> bool {
+    fn evict_own(&self, home: &Arc<Home>, shard: &mut Shard, now_us: u64) -> bool {
         let next_out = shard.next_out();
-        let lag = (self.capacity / CAPACITY_PER_LAG) as u64;
         let is_next = |other: &Arc<Home>| {
-            Arc::ptr_eq(home, other) || next_out <= other.said_next_out().saturating_add(lag)
+            let said = other.said_next_out();
+            Arc::ptr_eq(home, other) || next_out <= said.saturating_add(lag(next_out, now_us))
         };
-        self.homes.iter().all(is_next) && self.evict_from(home, shard)
+        self.homes.iter().all(is_next) && self.evict_from(home, shard, now_us)
     }
 
     /// Makes a room, which stays taken, in the shard that has the next to leave.
-    fn evict_oldest(&self) -> bool {
-        let home = self.homes.iter().min_by_key(|home| home.said_next_out());
-        home.is_some_and(|home| self.evict_from(home, &mut home.shard.write()))
+    fn evict_oldest(&self, now_us: u64) -> bool {
+        loop {
+            let (said, home) = self.oldest();
+            if let Some(is_made) = self.evict_said(said, home, now_us) {
+                return is_made;
+            }
+        }
     }
 
-    fn evict_from(&self, home: &Home, shard: &mut Shard) -> bool {
+    /// The shard that has the next to leave, and what it said of that.
+    fn oldest(&self) -> (u64, &Home) {
+        let said = self.homes.iter().map(|home| (home.said_next_out(), &**home));
+        said.min_by_key(|(said, _)| *said).expect("a store has a shard")
+    }
+
+    /// Makes a room, which stays taken, in a shard that said this; None if what it said of has left since, perhaps for
+    /// another thread that had read the same.
+    fn evict_said(&self, said: u64, home: &Home, now_us: u64) -> Option<bool> {
+        let mut shard = home.shard.write();
+        if self.expire(&mut shard, now_us) > 0 && self.take_room() {
+            return Some(true);
+        }
+        let next_out = shard.next_out();
+        if next_out <= said.saturating_add(lag(next_out, now_us)) {
+            return Some(self.evict_from(home, &mut shard, now_us));
+        }
+        home.say_next_out(&shard);
+        None
+    }
+
+    fn evict_from(&self, home: &Home, shard: &mut Shard, now_us: u64) -> bool {
         let is_evicted = shard.evict();
-        let unsaid = shard.next_out().checked_sub(home.said_next_out());
-        let step = self.capacity / CAPACITY_PER_LAG / SAID_PER_LAG;
-        if unsaid.is_none_or(|unsaid| unsaid >= step as u64) {
+        let next_out = shard.next_out();
+        let unsaid = next_out.checked_sub(home.said_next_out());
+        if unsaid.is_none_or(|unsaid| unsaid >= lag(next_out, now_us) / SAID_PER_LAG) {
             home.say_next_out(shard);
         }
-        if is_evicted && !self.has_warned.swap(true, Ordering::Relaxed) {
+        // Read first: what nobody writes stays in every processor's cache.
+        let is_told =
+            |it: &AtomicBool| it.load(Ordering::Relaxed) || it.swap(true, Ordering::Relaxed);
+        if is_evicted && !is_told(&self.has_warned) {
             tracing::warn!(
                 max_trace_entries = self.capacity,
                 "the trace store is full: records leave before trace_ttl_seconds; \
@@ -341,6 +371,11 @@ impl Store {
         }
         removed
     }
+}
+
+/// By how much a record may be older than this one and leave after it, in microseconds.
+fn lag(next_out: u64, now_us: u64) -> u64 {
+    now_us.saturating_sub(next_out) / AGE_PER_LAG
 }
 
 /// The number of this thread among those alive that have opened records: the lowest that was free.

@@ -26,7 +26,11 @@ fn store(capacity: usize) -> Store {
 }
 
 fn with_shards(shards: usize, capacity: usize) -> Store {
-    Store::with_shards(shards, capacity, TTL_US, "random", Arc::new(Context::new(None)))
+    with_ttl(TTL_US, shards, capacity)
+}
+
+fn with_ttl(ttl_us: u64, shards: usize, capacity: usize) -> Store {
+    Store::with_shards(shards, capacity, ttl_us, "random", Arc::new(Context::new(None)))
 }
 
 /// Where a request's own record is.
@@ -39,8 +43,12 @@ fn open_in(store: &Store, home: usize, id: &str, route: &str, unix_us: i64, now_
 }
 
 /// The end of a request that had no worker.
-fn end((home, place): &Own, to: Status) {
-    drop(home.end(*place, (Status::Queued, to), false, 0, |_| {}));
+fn end(own: &Own, to: Status) {
+    end_at(own, to, 0);
+}
+
+fn end_at((home, place): &Own, to: Status, now_us: u64) {
+    drop(home.end(*place, (Status::Queued, to), false, now_us, |_| {}));
 }
 
 fn stats(store: &Store, now_us: u64) -> Stats {
@@ -377,14 +385,16 @@ proptest! {
         capacity in 4usize..200,
         runs in prop::collection::vec((0usize..4, 1usize..100), 1..20),
     ) {
-        let store = with_shards(4, capacity);
+        let store = with_ttl(u64::MAX, 4, capacity);
         let homes = runs.into_iter().flat_map(|(home, requests)| vec![home; requests]);
         for (seq, home) in homes.enumerate() {
-            end(&open_in(&store, home, "id", ROUTES[0], seq as i64, 0), Status::Completed);
-            let stats = stats(&store, 0);
+            let now_us = seq as u64;
+            let own = open_in(&store, home, "id", ROUTES[0], seq as i64, now_us);
+            end_at(&own, Status::Completed, now_us);
+            let stats = stats(&store, now_us);
             prop_assert_eq!(stats.active_traces as usize, capacity.min(seq + 1));
             let oldest = stats.oldest_trace.map_or(0, Timestamp::unix_us) as usize;
-            prop_assert!(seq < oldest + capacity + capacity / CAPACITY_PER_LAG + 1);
+            prop_assert!(seq < oldest + capacity + capacity / AGE_PER_LAG as usize + 1);
         }
     }
 }
@@ -413,6 +423,36 @@ fn an_open_record_leaves_only_when_none_has_ended() {
         open_in(&store, 0, "open", ROUTES[0], 0, 0);
         assert_eq!((held("open"), held("ended")), (10 + more, 10 - more));
     }
+}
+
+#[test]
+fn a_shard_whose_ended_records_are_gone_does_not_lose_its_open_ones() {
+    let store = with_shards(4, 20);
+    for seq in 0..5 {
+        end(&open_in(&store, 0, "old", ROUTES[0], seq, 0), Status::Completed);
+        open_in(&store, 0, "open", ROUTES[0], seq, 0);
+    }
+    for seq in 0..20 {
+        let own = open_in(&store, 1, "new", ROUTES[0], seq, TTL_US);
+        end_at(&own, Status::Failed, TTL_US);
+        store.remove_expired(TTL_US);
+    }
+    let held = |id| store.get(id, TTL_US).map_or(0, |trace| trace.same_id.unwrap_or(1));
+    assert_eq!([held("old"), held("open"), held("new")], [0, 5, 15]);
+}
+
+#[test]
+fn two_that_want_the_same_one_do_not_take_an_open_one() {
+    let store = with_shards(4, 4);
+    end(&open_in(&store, 0, "old", ROUTES[0], 0, 0), Status::Completed);
+    open_in(&store, 0, "open", ROUTES[0], 1, 0);
+    end_at(&open_in(&store, 1, "new", ROUTES[0], 2, 0), Status::Completed, 50);
+    let (said, home) = store.oldest();
+    assert_eq!(store.evict_said(said, home, 50), Some(true));
+    assert_eq!(store.evict_said(said, home, 50), None, "it was gone");
+    assert!(store.evict_oldest(50));
+    let is_held = |id| store.get(id, 50).is_some();
+    assert_eq!(["old", "open", "new"].map(is_held), [false, true, false]);
 }
 
 #[test]
