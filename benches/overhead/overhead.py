@@ -60,8 +60,8 @@ from trial import (
 HERE = Path(__file__).parent
 WARM_SECS = 1.0
 PRINT_EVERY = 100_000
-# So many times as many rounds for the runs whose figures differ most from round to round: a router that is idle for most
-# of the time is measured with all that the machine does meanwhile.
+# So many times as many rounds for the runs whose figures differ most from round to round: a router that is idle most of
+# the time is measured with all that the machine does meanwhile.
 SPREAD = 3
 
 # Chunks of a stream of which only the first counts, and requests of the two counts whose difference is taken.
@@ -378,7 +378,8 @@ def parse() -> argparse.Namespace:
     add = made.add_argument
     add("--runs", nargs="+", choices=RUNS, default=[*RUNS], help="what to measure", metavar="RUN")
     add("--contenders", nargs="+", type=make.contender, default=[*ALL], help="of the first four runs", metavar="NAME")
-    add("--rounds", type=count_of, default=3, help="how often each contender is measured; in rate and streams three times as often")
+    rounds = f"how often each contender is measured; in rate and streams {SPREAD} times as often"
+    add("--rounds", type=count_of, default=3, help=rounds)
     add("--pairs", type=count_of, default=10, help="how often tracking is measured on and off")
     add("--seconds", type=positive, default=5, help="how long each measurement lasts; wrk knows whole ones only")
     add("--connections", type=count_of, default=64, help="connections of the clients")
