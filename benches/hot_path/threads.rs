@@ -19,8 +19,8 @@ const ROUNDS: u64 = 5;
 /// Of each thread in each round.
 const REQUESTS: usize = 200_000;
 
-/// Of each of two threads before the first round: the store of traces and the tree, with their default bounds, are full then.
-const FIRST_REQUESTS: usize = 100_000;
+/// Of all threads together before the first round: the store of traces and the tree, with their default bounds, are full then.
+const FIRST_REQUESTS: usize = 200_000;
 
 /// Requests per second with two threads over those with one, the median of all rounds, of `cache_aware`. Prints a table.
 pub fn two_over_one() -> f64 {
@@ -32,7 +32,7 @@ pub fn two_over_one() -> f64 {
         // As in two routers, one with one thread and one with two.
         let routers = [1, 2].map(|threads| {
             let shared = Shared::new(kind);
-            shared.requests_per_sec(threads, 2 * FIRST_REQUESTS / threads, 0);
+            shared.requests_per_sec(threads, FIRST_REQUESTS / threads, 0);
             (threads, shared)
         });
         let rounds: Vec<_> = (1..=ROUNDS)

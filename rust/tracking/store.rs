@@ -352,9 +352,10 @@ impl Store {
             home.say_next_out(shard);
         }
         // Read first: what nobody writes stays in every processor's cache.
-        let is_told =
-            |it: &AtomicBool| it.load(Ordering::Relaxed) || it.swap(true, Ordering::Relaxed);
-        if is_evicted && !is_told(&self.has_warned) {
+        if is_evicted
+            && !self.has_warned.load(Ordering::Relaxed)
+            && !self.has_warned.swap(true, Ordering::Relaxed)
+        {
             tracing::warn!(
                 max_trace_entries = self.capacity,
                 "the trace store is full: records leave before trace_ttl_seconds; \
