@@ -20,6 +20,7 @@ pub mod cli;
 pub mod error;
 mod json;
 pub mod options;
+mod prefetch;
 #[cfg(feature = "python")]
 mod python;
 pub mod replay;

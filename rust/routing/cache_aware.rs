@@ -145,7 +145,7 @@ fn longest_match(
     matched.deepest_first().find_map(|(bytes, workers)| {
         let mut tied = 0;
         let mut chosen = None;
-        let mut workers = workers.iter().copied().peekable();
+        let mut workers = workers.iter().peekable();
         for (index, target) in targets.iter().enumerate() {
             // Both are sorted by id.
             while workers.next_if(|worker| *worker < target.id).is_some() {}

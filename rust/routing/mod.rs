@@ -44,6 +44,7 @@ mod round_robin;
 mod shortest_queue;
 mod speed;
 mod sticky_keys;
+pub mod worker_set;
 
 pub use manual::AssignmentMode;
 

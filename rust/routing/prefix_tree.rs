@@ -33,10 +33,11 @@ use std::iter;
 use std::mem::{self, size_of};
 
 use hashbrown::HashTable;
-use smallvec::{SmallVec, smallvec};
 
 use super::WorkerId;
 use super::names::{Name, Names, blocks_of, bytes_of};
+use super::worker_set::WorkerSet;
+use crate::prefetch::prefetch;
 
 /// Largest useful `max_bytes`, 128 GiB: beyond it, node ids would need more than 32 bits.
 pub const LARGEST_MAX_BYTES: usize = 1 << 37;
@@ -51,15 +52,10 @@ const BASE_BYTES: usize = 16 * 1024;
 /// Memory per place for a node: the node and its uses, in lists that grow by an eighth, and an entry of a hash
 /// table that has just doubled.
 const PLACE_BYTES: usize = (size_of::<Node>() + USES_PER_PLACE * size_of::<Use>()) * 9 / 8
-    + (size_of::<Child>() + 1) * 16 / 7;
+    + (size_of::<NodeId>() + 1) * 16 / 7;
 
 /// Uses in the queue per place, those included that are passed over.
 const USES_PER_PLACE: usize = 2;
-
-/// Of so many nodes one is evicted more than room is needed for, up to [`EVICTED_MAX`]: their lines of memory are
-/// waited for together.
-const NODES_PER_EVICTED: usize = 4096;
-const EVICTED_MAX: usize = 16;
 
 type NodeId = u32;
 
@@ -70,11 +66,12 @@ const ROOT: NodeId = 0;
 const NONE: NodeId = NodeId::MAX;
 
 #[derive(Debug)]
+#[repr(align(64))]
 struct Node {
     /// What this node adds to its parent: 1 to [`MAX_BLOCKS`] names. None in a place that is free.
     names: Box<[Name]>,
-    /// Sorted; never empty.
-    workers: SmallVec<[WorkerId; 4]>,
+    /// Never empty.
+    workers: WorkerSet,
     /// The first and the last of the names, here too because they are what look-ups need.
     first: Name,
     last: Name,
@@ -90,13 +87,6 @@ struct Node {
 /// A look-up waits for one line of a processor's cache per node.
 const _: () = assert!(size_of::<Node>() <= 64);
 
-/// A node as the table has it.
-#[derive(Debug)]
-struct Child {
-    first: Name,
-    node: NodeId,
-}
-
 /// A prompt ended at this node.
 #[derive(Debug)]
 struct Use {
@@ -107,7 +97,7 @@ struct Use {
 
 impl Node {
     /// Of the `names` after the first `start` of a prompt.
-    fn new(start: usize, names: &[Name], workers: SmallVec<[WorkerId; 4]>, parent: NodeId) -> Self {
+    fn new(start: usize, names: &[Name], workers: WorkerSet, parent: NodeId) -> Self {
         let mut node = Self {
             names: Box::default(),
             workers,
@@ -131,11 +121,7 @@ impl Node {
 
     /// Bytes this node holds outside of itself.
     fn heap_bytes(&self) -> usize {
-        let mut bytes = size_of_val(&*self.names);
-        if self.workers.spilled() {
-            bytes += self.workers.capacity() * size_of::<WorkerId>();
-        }
-        bytes
+        size_of_val(&*self.names) + self.workers.heap_bytes()
     }
 }
 
@@ -159,7 +145,7 @@ pub struct PrefixTree {
     free: NodeId,
     node_count: usize,
     /// All nodes but the root, by parent and first name.
-    by_first: HashTable<Child>,
+    by_first: HashTable<NodeId>,
     /// Oldest first; at most [`USES_PER_PLACE`]. Every node below which nothing is has one.
     uses: VecDeque<Use>,
     /// Of the last use; counts around the end of the numbers, and never 0.
@@ -178,7 +164,7 @@ impl PrefixTree {
             max_text_bytes: bytes_of(blocks_of(max_bytes)),
             max_memory_bytes,
             max_places: max_memory_bytes / 4 * 3 / PLACE_BYTES,
-            nodes: vec![Node::new(0, &[], SmallVec::new(), NONE)],
+            nodes: vec![Node::new(0, &[], WorkerSet::default(), NONE)],
             free: NONE,
             node_count: 0,
             by_first: HashTable::new(),
@@ -248,11 +234,8 @@ impl PrefixTree {
     pub fn remove_worker(&mut self, worker: WorkerId) {
         self.tick();
         for id in 1..self.nodes.len() as NodeId {
-            if let Ok(at) = self.node(id).workers.binary_search(&worker) {
-                self.change(id, |node| {
-                    node.workers.remove(at);
-                    node.workers.shrink_to_fit();
-                });
+            if self.node(id).workers.contains(worker) {
+                self.change(id, |node| node.workers.remove(worker));
                 self.remove_if_forgotten(id);
             }
         }
@@ -276,8 +259,8 @@ impl PrefixTree {
             let whole = common == self.node(child).names.len();
             id = if whole { child } else { self.split(child, known, common) };
             known += common;
-            if let Err(at) = self.node(id).workers.binary_search(&worker) {
-                self.change(id, |node| node.workers.insert(at, worker));
+            if !self.node(id).workers.contains(worker) {
+                self.change(id, |node| node.workers.insert(worker));
             }
         }
         (id, known)
@@ -287,8 +270,11 @@ impl PrefixTree {
     /// child's are the prompt's.
     fn step(&self, id: NodeId, rest: &[Name]) -> Option<(NodeId, usize)> {
         let first = *rest.first()?;
-        let is_it = |child: &Child| child.first == first && self.node(child.node).parent == id;
-        let child = self.by_first.find(table_hash(first), is_it)?.node;
+        let is_it = |child: &NodeId| {
+            let child = self.node(*child);
+            child.first == first && child.parent == id
+        };
+        let child = *self.by_first.find(table_hash(first), is_it)?;
         let node = self.node(child);
         let len = node.names.len();
         // A name stands for all before it too.
@@ -306,8 +292,8 @@ impl PrefixTree {
         let (workers, parent) = (node.workers.clone(), node.parent);
         let upper = self.add(Node::new(start, &names[..at], workers, parent));
         self.node_mut(upper).children = 1;
-        let entry = self.by_first.find_mut(table_hash(first), |child| child.node == lower);
-        entry.expect("every node is in the table").node = upper;
+        let entry = self.by_first.find_mut(table_hash(first), |child| *child == lower);
+        *entry.expect("every node is in the table") = upper;
 
         let node = self.node_mut(lower);
         node.set_names(start + at, &names[at..]);
@@ -324,7 +310,7 @@ impl PrefixTree {
         names: &[Name],
         worker: WorkerId,
     ) -> NodeId {
-        let leaf = self.add(Node::new(start, names, smallvec![worker], parent));
+        let leaf = self.add(Node::new(start, names, WorkerSet::of(worker), parent));
         self.text_bytes += self.node(leaf).text_bytes as usize;
         self.node_mut(parent).children += 1;
         self.list(leaf);
@@ -333,12 +319,12 @@ impl PrefixTree {
 
     /// Returns its parent.
     fn remove_leaf(&mut self, id: NodeId) -> NodeId {
-        let free = Node::new(0, &[], SmallVec::new(), self.free);
+        let free = Node::new(0, &[], WorkerSet::default(), self.free);
         let leaf = mem::replace(self.node_mut(id), free);
         debug_assert_eq!(leaf.children, 0, "only leaves are removed");
         self.free = id;
         self.node_count -= 1;
-        let entry = self.by_first.find_entry(table_hash(leaf.first), |child| child.node == id);
+        let entry = self.by_first.find_entry(table_hash(leaf.first), |child| *child == id);
         entry.expect("every node is in the table").remove();
         self.node_mut(leaf.parent).children -= 1;
         self.text_bytes -= leaf.text_bytes as usize;
@@ -387,33 +373,46 @@ impl PrefixTree {
         }
     }
 
-    /// Removes the least recently used ends, but not `kept`; false if there is none.
+    /// Removes the least recently used end, but not `kept`; false if there is none.
     fn evict_oldest(&mut self, kept: NodeId) -> bool {
-        let wanted = (self.node_count / NODES_PER_EVICTED).clamp(1, EVICTED_MAX);
-        let mut ends = SmallVec::<[Use; EVICTED_MAX]>::new();
-        while ends.len() < wanted
-            && let Some(oldest) = self.uses.pop_front()
-        {
+        while let Some(oldest) = self.uses.pop_front() {
+            self.look_ahead();
             let node = self.node_mut(oldest.node);
             if node.used_at != oldest.at {
                 continue;
             }
             node.used_at = 0;
             if node.children == 0 && oldest.node != kept {
-                ends.push(oldest);
+                let parent = self.remove_leaf(oldest.node);
+                self.expose(parent, oldest.at);
+                return true;
             }
         }
-        for end in &ends {
-            let parent = self.remove_leaf(end.node);
-            self.expose(parent, end.at);
+        false
+    }
+
+    /// Has fetched what the next evictions will touch: nothing lies farther from the processor than what was used
+    /// least recently.
+    fn look_ahead(&self) {
+        if let Some(later) = self.uses.get(16) {
+            prefetch(later);
         }
-        !ends.is_empty()
+        if let Some(soon) = self.uses.get(5) {
+            prefetch(self.node(soon.node));
+        }
+        if let Some(next) = self.uses.get(1) {
+            let node = self.node(next.node);
+            if let Some(first) = node.names.first() {
+                prefetch(first);
+                prefetch(self.node(node.parent));
+            }
+        }
     }
 
     /// Puts a node into the table.
     fn list(&mut self, id: NodeId) {
-        let child = Child { first: self.node(id).first, node: id };
-        self.by_first.insert_unique(table_hash(child.first), child, |it| table_hash(it.first));
+        let hash = |id: &NodeId| table_hash(self.nodes[*id as usize].first);
+        self.by_first.insert_unique(hash(&id), id, hash);
     }
 
     fn node(&self, id: NodeId) -> &Node {
@@ -468,9 +467,9 @@ pub struct Match<'a> {
 }
 
 impl<'a> Match<'a> {
-    /// Lengths of prefixes in bytes, longest first, with all the workers that were sent as much,
-    /// sorted by id. Never a length of 0. Each list has all workers of the one before.
-    pub fn deepest_first(&self) -> impl Iterator<Item = (usize, &'a [WorkerId])> + use<'a> {
+    /// Lengths of prefixes in bytes, longest first, with all the workers that were sent as much.
+    /// Never a length of 0. Each set has all workers of the one before.
+    pub fn deepest_first(&self) -> impl Iterator<Item = (usize, &'a WorkerSet)> + use<'a> {
         let (tree, prompt_bytes) = (self.tree, self.prompt_bytes);
         let start = (self.node, self.blocks_in_node, self.blocks);
         let up = move |&(id, blocks_in_node, blocks): &(NodeId, usize, usize)| {
@@ -479,16 +478,14 @@ impl<'a> Match<'a> {
                 .then(|| (parent, tree.node(parent).names.len(), blocks - blocks_in_node))
         };
         iter::successors(Some(start), up).take_while(|&(id, ..)| id != ROOT).map(
-            move |(id, _, blocks)| {
-                (bytes_of(blocks).min(prompt_bytes), tree.node(id).workers.as_slice())
-            },
+            move |(id, _, blocks)| (bytes_of(blocks).min(prompt_bytes), &tree.node(id).workers),
         )
     }
 
     /// Bytes of the longest prefix that `worker` was sent, 0 if none.
     pub fn bytes_for(&self, worker: WorkerId) -> usize {
         self.deepest_first()
-            .find(|(_, workers)| workers.binary_search(&worker).is_ok())
+            .find(|(_, workers)| workers.contains(worker))
             .map_or(0, |(bytes, _)| bytes)
     }
 }
@@ -508,7 +505,7 @@ impl PrefixTree {
                 (Some(&node.first), Some(&node.last)),
                 (node.names.first(), node.names.last())
             );
-            assert!(!node.workers.is_empty() && node.workers.is_sorted_by(|a, b| a < b));
+            assert!(!node.workers.is_empty());
             assert_eq!(self.step(node.parent, &node.names), Some((id, node.names.len())));
             if node.parent != ROOT {
                 let parent = self.node(node.parent);
@@ -565,7 +562,7 @@ mod tests {
 
     fn longest(tree: &PrefixTree, prompt: &[u8]) -> Option<(usize, Vec<WorkerId>)> {
         let found = tree.matched_text(prompt).deepest_first().next();
-        found.map(|(bytes, workers)| (bytes, workers.to_vec()))
+        found.map(|(bytes, workers)| (bytes, workers.iter().collect()))
     }
 
     #[test]
@@ -768,7 +765,7 @@ mod tests {
     }
 
     #[test]
-    fn many_are_evicted_together_and_no_more_than_that() {
+    fn no_more_is_evicted_than_room_is_needed_for() {
         let mut tree = PrefixTree::new(AMPLE_BYTES);
         let mut prompts = (0..).map(|number: u32| [number.to_be_bytes(); 32].concat());
         let mut insert = |tree: &mut PrefixTree| {
@@ -781,7 +778,7 @@ mod tests {
             most = tree.node_count();
         }
         for _ in 0..100 {
-            assert!(insert(&mut tree) + EVICTED_MAX >= most);
+            assert_eq!(insert(&mut tree), most);
         }
         tree.check_invariants();
     }

@@ -290,6 +290,10 @@ impl Shard {
             self.remove(slot);
             self.counts.evicted += 1;
         }
+        // Who is next was not touched for long, and its turn comes with the next request.
+        if let Some(next) = self.used.first() {
+            self.slab.prefetch(next);
+        }
         next.is_some()
     }
 

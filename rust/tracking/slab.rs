@@ -7,6 +7,8 @@
 
 use std::mem::size_of;
 
+use crate::prefetch::prefetch;
+
 /// Stands for "no slot" in links.
 const NIL: u32 = u32::MAX;
 
@@ -98,6 +100,14 @@ impl<T> Slab<T> {
 
     pub(super) fn get_mut(&mut self, slot: u32) -> Option<&mut T> {
         Some(&mut self.node(slot)?.value)
+    }
+
+    /// Has the value in this slot fetched, which is soon needed.
+    pub(super) fn prefetch(&self, slot: u32) {
+        let chunk = self.chunks.get(slot as usize / CHUNK);
+        if let Some(node) = chunk.and_then(|chunk| chunk.nodes.get(slot as usize % CHUNK)) {
+            prefetch(node);
+        }
     }
 
     /// The value in a slot known to be in use.
