@@ -52,7 +52,7 @@ const BASE_BYTES: usize = 16 * 1024;
 /// Memory per place for a node: the node and its uses, in lists that grow by an eighth, and an entry of a hash
 /// table that has just doubled.
 const PLACE_BYTES: usize = (size_of::<Node>() + USES_PER_PLACE * size_of::<Use>()) * 9 / 8
-    + (size_of::<NodeId>() + 1) * 16 / 7;
+    + (size_of::<Child>() + 1) * 16 / 7;
 
 /// Uses in the queue per place, those included that are passed over.
 const USES_PER_PLACE: usize = 2;
@@ -66,7 +66,6 @@ const ROOT: NodeId = 0;
 const NONE: NodeId = NodeId::MAX;
 
 #[derive(Debug)]
-#[repr(align(64))]
 struct Node {
     /// What this node adds to its parent: 1 to [`MAX_BLOCKS`] names. None in a place that is free.
     names: Box<[Name]>,
@@ -84,8 +83,15 @@ struct Node {
     used_at: u32,
 }
 
-/// A look-up waits for one line of a processor's cache per node.
+/// A look-up waits for a node once: at most two lines of a processor's cache that are neighbours.
 const _: () = assert!(size_of::<Node>() <= 64);
+
+/// A node as the table has it.
+#[derive(Debug)]
+struct Child {
+    first: Name,
+    node: NodeId,
+}
 
 /// A prompt ended at this node.
 #[derive(Debug)]
@@ -145,7 +151,7 @@ pub struct PrefixTree {
     free: NodeId,
     node_count: usize,
     /// All nodes but the root, by parent and first name.
-    by_first: HashTable<NodeId>,
+    by_first: HashTable<Child>,
     /// Oldest first; at most [`USES_PER_PLACE`]. Every node below which nothing is has one.
     uses: VecDeque<Use>,
     /// Of the last use; counts around the end of the numbers, and never 0.
@@ -270,11 +276,8 @@ impl PrefixTree {
     /// child's are the prompt's.
     fn step(&self, id: NodeId, rest: &[Name]) -> Option<(NodeId, usize)> {
         let first = *rest.first()?;
-        let is_it = |child: &NodeId| {
-            let child = self.node(*child);
-            child.first == first && child.parent == id
-        };
-        let child = *self.by_first.find(table_hash(first), is_it)?;
+        let is_it = |child: &Child| child.first == first && self.node(child.node).parent == id;
+        let child = self.by_first.find(table_hash(first), is_it)?.node;
         let node = self.node(child);
         let len = node.names.len();
         // A name stands for all before it too.
@@ -292,8 +295,8 @@ impl PrefixTree {
         let (workers, parent) = (node.workers.clone(), node.parent);
         let upper = self.add(Node::new(start, &names[..at], workers, parent));
         self.node_mut(upper).children = 1;
-        let entry = self.by_first.find_mut(table_hash(first), |child| *child == lower);
-        *entry.expect("every node is in the table") = upper;
+        let entry = self.by_first.find_mut(table_hash(first), |child| child.node == lower);
+        entry.expect("every node is in the table").node = upper;
 
         let node = self.node_mut(lower);
         node.set_names(start + at, &names[at..]);
@@ -324,7 +327,7 @@ impl PrefixTree {
         debug_assert_eq!(leaf.children, 0, "only leaves are removed");
         self.free = id;
         self.node_count -= 1;
-        let entry = self.by_first.find_entry(table_hash(leaf.first), |child| *child == id);
+        let entry = self.by_first.find_entry(table_hash(leaf.first), |child| child.node == id);
         entry.expect("every node is in the table").remove();
         self.node_mut(leaf.parent).children -= 1;
         self.text_bytes -= leaf.text_bytes as usize;
@@ -391,14 +394,14 @@ impl PrefixTree {
         false
     }
 
-    /// Has fetched what the next evictions will touch: nothing lies farther from the processor than what was used
-    /// least recently.
+    /// Has fetched what later evictions will touch, as nothing lies farther from the processor than what was used least
+    /// recently: first the use, some evictions later its node, and then what the node points to.
     fn look_ahead(&self) {
-        if let Some(later) = self.uses.get(16) {
-            prefetch(later);
+        if let Some(a_use) = self.uses.get(16) {
+            prefetch(a_use);
         }
-        if let Some(soon) = self.uses.get(5) {
-            prefetch(self.node(soon.node));
+        if let Some(a_use) = self.uses.get(5) {
+            prefetch(self.node(a_use.node));
         }
         if let Some(next) = self.uses.get(1) {
             let node = self.node(next.node);
@@ -411,8 +414,8 @@ impl PrefixTree {
 
     /// Puts a node into the table.
     fn list(&mut self, id: NodeId) {
-        let hash = |id: &NodeId| table_hash(self.nodes[*id as usize].first);
-        self.by_first.insert_unique(hash(&id), id, hash);
+        let child = Child { first: self.node(id).first, node: id };
+        self.by_first.insert_unique(table_hash(child.first), child, |it| table_hash(it.first));
     }
 
     fn node(&self, id: NodeId) -> &Node {
