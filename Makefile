@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TOOLS := $(VENV)/.tools
 RUST := $(shell find rust -name '*.rs' 2>/dev/null) Cargo.toml Cargo.lock
 PYTHON := $(shell find python -name '*.py' -o -name '*.pyi' 2>/dev/null) pyproject.toml
-# There is no `unsafe` in the router, so its fuzzing needs no sanitizer, and so no nightly compiler.
+# The one `unsafe` of the router is a hint that touches no memory, so its fuzzing needs no sanitizer, and so no nightly compiler.
 FUZZ_SECS := 600
 FUZZ_TARGETS := scan stream_usage tree trace_queries
 # Built and installed into .venv when a source is newer.

@@ -8,8 +8,8 @@ use std::ptr;
 /// What a processor fetches at once, in bytes.
 const LINE_BYTES: usize = 64;
 
-/// Has the processor fetch `value` into its caches while the program goes on, without what it points to. Does nothing
-/// on processors other than x86-64, where the language has no such hint.
+/// Has the processor fetch `value` into its caches while the program goes on, without what it points to. On
+/// processors other than x86-64 it does nothing.
 #[inline]
 pub fn prefetch<T>(value: &T) {
     let start = ptr::from_ref(value);

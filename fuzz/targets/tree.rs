@@ -7,13 +7,15 @@ use libfuzzer_sys::fuzz_target;
 use sglang_router_rs::routing::WorkerId;
 use sglang_router_rs::routing::names::{Names, blocks_of, bytes_of};
 use sglang_router_rs::routing::prefix_tree::PrefixTree;
+use sglang_router_rs::routing::worker_set::WorkerSet;
 
 /// Room for all that a session can send.
 const AMPLE_BYTES: usize = 1 << 24;
 /// The longest prompt; longer than three nodes.
 const PROMPT_BYTES_MAX: usize = 16 << 10;
 const STEPS_MAX: usize = 64;
-const WORKERS: u8 = 6;
+/// So far apart that a set of them takes memory of its own.
+const WORKERS: [WorkerId; 6] = [0, 1, 63, 64, 200, 10_000];
 
 #[derive(Arbitrary, Debug)]
 struct Session {
@@ -58,14 +60,14 @@ fuzz_target!(|session: Session| {
     for step in session.steps.iter().take(STEPS_MAX) {
         match step {
             Step::Insert(prompt, worker) => {
-                let (prompt, worker) = (prompt.bytes(&sent), WorkerId::from(worker % WORKERS));
+                let (prompt, worker) = (prompt.bytes(&sent), worker_of(*worker));
                 tree.insert(&Names::of(&prompt), worker);
                 check_inserted(&tree, &prompt, max_bytes, worker);
                 sent.push((prompt, worker));
             }
             Step::Match(prompt) => check_match(&tree, &sent, &prompt.bytes(&sent), is_ample),
             Step::Forget(worker) => {
-                let worker = WorkerId::from(worker % WORKERS);
+                let worker = worker_of(*worker);
                 tree.remove_worker(worker);
                 for (prompt, _) in &sent {
                     let found = tree.matched(&Names::of(prompt)).bytes_for(worker);
@@ -82,6 +84,10 @@ fuzz_target!(|session: Session| {
     }
 });
 
+fn worker_of(number: u8) -> WorkerId {
+    WORKERS[usize::from(number) % WORKERS.len()]
+}
+
 /// A prompt just sent is there in full; but for the nodes of its own path, when these alone take all memory.
 fn check_inserted(tree: &PrefixTree, prompt: &[u8], max_bytes: usize, worker: WorkerId) {
     let found = tree.matched(&Names::of(prompt)).bytes_for(worker);
@@ -93,16 +99,16 @@ fn check_inserted(tree: &PrefixTree, prompt: &[u8], max_bytes: usize, worker: Wo
 /// What the tree says of a prompt's prefixes, held against all that was sent.
 fn check_match(tree: &PrefixTree, sent: &[(Vec<u8>, WorkerId)], prompt: &[u8], is_ample: bool) {
     let found = tree.matched(&Names::of(prompt));
-    for worker in 0..WorkerId::from(WORKERS) {
+    for worker in WORKERS {
         let own = sent.iter().filter(|(_, sent_to)| *sent_to == worker);
         let longest = own.map(|(sent, _)| common_prefix(sent, prompt)).max().unwrap_or(0);
         let bytes = found.bytes_for(worker);
         assert!(bytes <= longest, "worker {worker} was sent {longest} bytes, not {bytes}");
         assert!(bytes == longest || !is_ample, "worker {worker} was sent {longest}, not {bytes}");
     }
-    let mut before: Option<(usize, &[WorkerId])> = None;
+    let mut before: Option<(usize, &WorkerSet)> = None;
     for (bytes, workers) in found.deepest_first() {
-        assert!(bytes > 0 && !workers.is_empty() && workers.is_sorted_by(|a, b| a < b));
+        assert!(bytes > 0 && !workers.is_empty() && workers.iter().is_sorted_by(|a, b| a < b));
         if let Some((longer, those)) = before {
             assert!(bytes < longer && those.iter().all(|worker| workers.contains(worker)));
         }

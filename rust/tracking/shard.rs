@@ -290,9 +290,9 @@ impl Shard {
             self.remove(slot);
             self.counts.evicted += 1;
         }
-        // Who is next was not touched for long, and its turn comes with the next request.
-        if let Some(next) = self.used.first() {
-            self.slab.prefetch(next);
+        // It was not touched for long. The store looks at its beginning at once, and the next eviction at all of it.
+        if let Some(slot) = self.used.first() {
+            self.slab.prefetch(slot);
         }
         next.is_some()
     }
