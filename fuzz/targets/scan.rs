@@ -119,7 +119,9 @@ fn string(value: &Json) -> Option<Cow<'static, str>> {
 }
 
 fn expected(fields: &[(String, Json)]) -> Scan<'static> {
-    let (prompt, input_tokens) = PROMPTS.iter().find_map(|names| prompt(fields, names)).unzip();
+    let prompt = PROMPTS.iter().find_map(|names| prompt(fields, names));
+    let input_tokens = prompt.as_ref().map(|(_, tokens, _)| *tokens);
+    let (prompt, _, is_ids) = prompt.unwrap_or_default();
     Scan {
         model: field(fields, "model").and_then(string),
         stream: match field(fields, "stream") {
@@ -131,14 +133,15 @@ fn expected(fields: &[(String, Json)]) -> Scan<'static> {
             Json::List(list) => list.first().and_then(string),
             rid => string(rid),
         }),
-        prompt: prompt.unwrap_or_default().into(),
+        prompt: prompt.into(),
+        is_ids,
         input_tokens,
     }
 }
 
-/// The bytes and tokens of the prompt in these fields: of its text if there is any, else of its ids if
-/// all of them are ids.
-fn prompt(fields: &[(String, Json)], names: &[&str]) -> Option<(Vec<u8>, u32)> {
+/// The bytes and tokens of the prompt in these fields, and whether it is ids: of its text if there is any, else of its
+/// ids if all of them are ids.
+fn prompt(fields: &[(String, Json)], names: &[&str]) -> Option<(Vec<u8>, u32, bool)> {
     let (mut texts, mut ids) = (Vec::new(), Vec::new());
     for value in names.iter().filter_map(|name| field(fields, name)) {
         collect(value, false, &mut texts, &mut ids);
@@ -146,11 +149,11 @@ fn prompt(fields: &[(String, Json)], names: &[&str]) -> Option<(Vec<u8>, u32)> {
     if !texts.is_empty() {
         let bytes = texts.join(&PIECE_SEPARATOR);
         let tokens = bytes.len().div_ceil(4) as u32;
-        return Some((bytes, tokens));
+        return Some((bytes, tokens, false));
     }
     let ids: Vec<u32> = ids.into_iter().collect::<Option<_>>()?;
     let bytes = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
-    (!ids.is_empty()).then_some((bytes, ids.len() as u32))
+    (!ids.is_empty()).then_some((bytes, ids.len() as u32, true))
 }
 
 fn collect<'j>(

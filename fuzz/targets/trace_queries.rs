@@ -10,8 +10,8 @@ use libfuzzer_sys::fuzz_target;
 use serde_json::Value;
 use sglang_router_rs::routing::WorkerName;
 use sglang_router_rs::tracking::{
-    AnswerFacts, Arrived, Candidate, MAX_LIMIT, OpenTrace, Options, PromptBlocks, Query, RequestFacts, Trace,
-    Tracker, csv_header, csv_rows,
+    AnswerFacts, Arrived, Candidate, MAX_LIMIT, OpenTrace, Options, PromptBlocks, Query,
+    RequestFacts, Trace, Tracker, csv_header, csv_rows,
 };
 
 /// Up to 1024 a store has one shard, above that sixteen.
@@ -131,6 +131,9 @@ fn live(tracker: &Arc<Tracker>, request: &Request) -> Option<OpenTrace> {
             worker: worker.clone(),
             in_flight: index,
             matched_tokens: request.tokens,
+            pending_tokens: request.tokens,
+            speed: request.stream.map(|_| f64::from(index) * 1e3),
+            same_prefix: request.tokens,
             score: request.http_status.map(|status| f64::from(status) / 7.0),
         };
         let candidates = request.stream.map(|_| Arc::new(vec![candidate]));
@@ -144,7 +147,6 @@ fn live(tracker: &Arc<Tracker>, request: &Request) -> Option<OpenTrace> {
         return Some(trace);
     }
     trace.headers(request.http_status.unwrap_or(200));
-    trace.relaying();
     trace.first_byte(at);
     trace.ttft(at);
     trace.answer(AnswerFacts {
