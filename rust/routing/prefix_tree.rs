@@ -509,7 +509,7 @@ impl PrefixTree {
                 (Some(&node.first), Some(&node.last)),
                 (node.names.first(), node.names.last())
             );
-            assert!(!node.workers.is_empty());
+            assert!(!node.workers.is_empty() && node.workers.iter().is_sorted_by(|a, b| a < b));
             assert_eq!(self.step(node.parent, &node.names), Some((id, node.names.len())));
             if node.parent != ROOT {
                 let parent = self.node(node.parent);

@@ -23,7 +23,7 @@ struct Word {
 
 impl WorkerSet {
     pub fn of(worker: WorkerId) -> Self {
-        Self(smallvec![Word { of: word_of(worker), bits: bit_of(worker) }])
+        Self(smallvec![Word::with(worker)])
     }
 
     pub fn is_empty(&self) -> bool {
@@ -37,9 +37,7 @@ impl WorkerSet {
     pub fn insert(&mut self, worker: WorkerId) {
         match self.place(worker) {
             Ok(at) => self.0[at].bits |= bit_of(worker),
-            Err(at) => {
-                self.0.insert(at, Word { of: word_of(worker), bits: bit_of(worker) });
-            }
+            Err(at) => self.0.insert(at, Word::with(worker)),
         }
     }
 
@@ -69,6 +67,12 @@ impl WorkerSet {
     /// Where the word of this worker is, or would be.
     fn place(&self, worker: WorkerId) -> Result<usize, usize> {
         self.0.binary_search_by_key(&word_of(worker), |word| word.of)
+    }
+}
+
+impl Word {
+    fn with(worker: WorkerId) -> Self {
+        Self { of: word_of(worker), bits: bit_of(worker) }
     }
 }
 

@@ -93,9 +93,7 @@ impl<T> Slab<T> {
     }
 
     pub(super) fn get(&self, slot: u32) -> Option<&T> {
-        let chunk = self.chunks.get(slot as usize / CHUNK)?;
-        let node = chunk.nodes.get(slot as usize % CHUNK)?.as_ref()?;
-        Some(&node.value)
+        Some(&self.place(slot)?.as_ref()?.value)
     }
 
     pub(super) fn get_mut(&mut self, slot: u32) -> Option<&mut T> {
@@ -104,9 +102,8 @@ impl<T> Slab<T> {
 
     /// Has the value in this slot fetched, which is soon needed.
     pub(super) fn prefetch(&self, slot: u32) {
-        let chunk = self.chunks.get(slot as usize / CHUNK);
-        if let Some(node) = chunk.and_then(|chunk| chunk.nodes.get(slot as usize % CHUNK)) {
-            prefetch(node);
+        if let Some(place) = self.place(slot) {
+            prefetch(place);
         }
     }
 
@@ -121,6 +118,10 @@ impl<T> Slab<T> {
         self.chunks.capacity() * size_of::<Chunk<T>>()
             + self.free.capacity() * size_of::<u32>()
             + chunks_used * CHUNK * size_of::<Option<Node<T>>>()
+    }
+
+    fn place(&self, slot: u32) -> Option<&Option<Node<T>>> {
+        self.chunks.get(slot as usize / CHUNK)?.nodes.get(slot as usize % CHUNK)
     }
 
     fn node(&mut self, slot: u32) -> Option<&mut Node<T>> {
